@@ -1,0 +1,22 @@
+"""fastp2p: fast and trustworthy training of pix2pix, paired image-to-image translation with a conditional GAN."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+try:
+    __version__ = version("fastp2p")
+except PackageNotFoundError as error:
+    raise ImportError("this checkout of fastp2p is not installed; in its folder run: pip install -e .") from error
+
+from fastp2p.config import TrainConfig
+from fastp2p.losses import GANLoss
+from fastp2p.networks import PatchDiscriminator, PixelDiscriminator, UnetGenerator, generate
+
+__all__ = [
+    "GANLoss",
+    "PatchDiscriminator",
+    "PixelDiscriminator",
+    "TrainConfig",
+    "UnetGenerator",
+    "__version__",
+    "generate",
+]

@@ -1,0 +1,229 @@
+"""TrainConfig: every hyperparameter once, with its default, unit and source. The command line is generated from it."""
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from fastp2p.errors import InputError
+
+Device = Literal["auto", "cpu", "cuda"]
+Direction = Literal["AtoB", "BtoA"]
+Norm = Literal["batch", "instance", "none"]
+Dropout = Literal["upstream", "paper", "none"]
+NetD = Literal["basic", "n_layers", "pixel"]
+GanMode = Literal["vanilla", "lsgan", "hinge"]
+NormStats = Literal["image", "batch", "running"]
+
+BUILTIN = "builtin:emoji"
+MAX_LEVELS = 12  # 4096 px; a deeper U-Net would only see padding
+
+
+def levels_of(netG: str) -> int:
+    """Number of U-Net levels of a name: unet_256 has 8, unet_128 has 7, unet_S has log2(S)."""
+    match = re.fullmatch(r"unet_(\d+)", netG)
+    side = int(match[1]) if match else 0
+    if side < 4 or side > 2**MAX_LEVELS or side & (side - 1):
+        raise InputError(f"netG: got {netG!r}, expected unet_S with S a power of two from 4 to 4096, such as unet_256")
+    return side.bit_length() - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Train pix2pix on paired images.
+
+    The defaults are the paper's (Isola et al. 2017, "paper" below) as upstream (junyanz/pytorch-CycleGAN-and-pix2pix)
+    implements them. Where the default reads None the value is chosen from the data and the device, and printed.
+    """
+
+    data: str = BUILTIN
+    """Folder or .zip with train/ and, if there is one, val/: aligned A|B images, or folders A and B matched by file
+    name. builtin:emoji is the set inside the package."""
+    direction: Direction = "AtoB"
+    """Which side of a pair is the input. Source: upstream."""
+    load_size: int | None = None
+    """Side to which images are resized (bicubic) before the random crop, px. None: 286, or 143 for builtin:emoji.
+    Source: paper, appendix 6.2."""
+    crop_size: int | None = None
+    """Side of the random crop that is trained on, px. None: 256, or 128 for builtin:emoji. Source: paper, appendix
+    6.2."""
+    flip: bool = True
+    """Mirror a random half of the training pairs. Source: paper, appendix 6.2."""
+    input_nc: Literal[1, 3] = 3
+    """Channels of the input image: 3 colour, 1 grey. Source: upstream."""
+    output_nc: Literal[1, 3] = 3
+    """Channels of the output image: 3 colour, 1 grey. Source: upstream."""
+    skip_bad: bool = False
+    """Train on the rest when images are unmatched or damaged, instead of stopping with their list."""
+    stream: Literal["auto", "always", "never"] = "auto"
+    """Decode images in every epoch anew instead of keeping them in memory. auto: when they would take more than half
+    of this machine's memory."""
+
+    netG: str | None = None
+    """Generator: unet_S halves the side log2(S) times. None: unet_256, or for builtin:emoji unet_128, on a CPU
+    unet_32. Source: paper, appendix 6.1.1."""
+    ngf: int | None = None
+    """Channels of the generator's first layer. None: 64, or 32 for builtin:emoji on a CPU. Source: paper, appendix
+    6.1.1."""
+    netD: NetD = "basic"
+    """Discriminator: basic is the 70x70 PatchGAN, n_layers takes --n-layers-D, pixel judges each pixel alone. Source:
+    paper, appendix 6.1.2."""
+    ndf: int | None = None
+    """Channels of the discriminator's first layer. None: 64, or 16 for builtin:emoji on a CPU. Source: paper,
+    appendix 6.1.2."""
+    n_layers_D: int = 3
+    """Strided layers of --netD n_layers, 1 to 5: a patch of 16, 34, 70, 142 or 286 px. Source: upstream."""
+    norm: Norm = "batch"
+    """Normalisation layer of both networks. Source: paper, appendix 6.1."""
+    dropout: Dropout = "upstream"
+    """Place of the decoder's Dropout(0.5): as upstream has it, one level deeper as in the paper, or none."""
+    init_gain: float = 0.02
+    """Standard deviation of the initial weights. Source: paper, appendix 6.2."""
+
+    gan_mode: GanMode | None = None
+    """Adversarial loss. None: vanilla, or lsgan for builtin:emoji on a CPU, where a short run is smoother with it.
+    Source: vanilla, paper eq. 1; lsgan, Mao et al. 2017; hinge, Lim and Ye 2017."""
+    lambda_L1: float = 100.0
+    """Weight of the L1 loss. Source: paper, eq. 4 and section 3.3."""
+    lr: float = 2e-4
+    """Learning rate of both Adam optimizers. Source: paper, section 3.3."""
+    beta1: float = 0.5
+    """Adam's decay of the mean gradient. Source: paper, section 3.3."""
+    beta2: float = 0.999
+    """Adam's decay of the squared gradient. Source: paper, section 3.3."""
+    batch_size: int = 1
+    """Pairs per step. Source: paper, appendix 6.2."""
+    n_epochs: int | None = None
+    """Epochs at the full learning rate. None: 100, or a short schedule for builtin:emoji. Source: upstream."""
+    n_epochs_decay: int | None = None
+    """Epochs of linear decay after them. None: 100, or a short schedule for builtin:emoji. Source: upstream."""
+    max_steps: int | None = None
+    """Stop after this many steps in all, the schedule notwithstanding. None: no limit."""
+    max_minutes: float | None = None
+    """Stop after this many minutes of this call. None: no limit."""
+
+    seed: int = 0
+    """Seed of the weights, the order, the jitter and the dropout, >= 0. The same seed gives the same run."""
+    device: Device = "auto"
+    """Where to train. auto: a CUDA GPU if PyTorch finds one, else the CPU."""
+
+    out: Path | None = None
+    """Run folder to make. None: the next free runs/DATA-NUMBER."""
+    log_steps: int = 20
+    """Steps between two lines of stats.jsonl; losses are means over them."""
+    panel_steps: int = 200
+    """Steps between two pictures of the validation panel (input, output, target)."""
+    val_epochs: int = 1
+    """Epochs between two validations (L1, PSNR, SSIM); there is one more at the end."""
+    save_minutes: float = 2.0
+    """Minutes between two checkpoints; there is one more at the end and on Ctrl-C. 0: after every step."""
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for name, value in self.as_dict().items():
+            choices = _literals(hints[name])
+            if choices and value is not None and value not in choices:
+                raise InputError(f"{name}: got {value!r}, expected one of {', '.join(map(str, choices))}")
+        for name in _AT_LEAST_ONE:
+            _require(self, name, lambda value: value >= 1, "1 or more")
+        for name in ("lr", "init_gain"):
+            _require(self, name, lambda value: value > 0, "more than 0")
+        for name in ("lambda_L1", "seed", "n_epochs_decay", "max_minutes", "save_minutes"):
+            _require(self, name, lambda value: value >= 0, "0 or more")
+        for name in ("beta1", "beta2"):
+            _require(self, name, lambda value: 0 <= value < 1, "0 or more and less than 1")
+        _require(self, "n_layers_D", lambda value: 1 <= value <= 5, "1 to 5")
+        if self.netD != "n_layers" and self.n_layers_D != 3:
+            raise InputError(f"n_layers_D: got {self.n_layers_D} with netD {self.netD}; add --netD n_layers")
+        if self.netG is not None:
+            levels_of(self.netG)
+        if self.crop_size is not None:
+            if self.load_size is not None and self.load_size < self.crop_size:
+                raise InputError(f"load_size: got {self.load_size}, expected at least crop_size {self.crop_size}")
+            smallest = 1 if self.netD == "pixel" else 3 * 2**self.n_layers_D
+            if self.crop_size < smallest:
+                raise InputError(
+                    f"crop_size: got {self.crop_size}, but this discriminator needs at least {smallest} px; "
+                    "enlarge the crop, or take fewer layers with --netD n_layers --n-layers-D K"
+                )
+
+    def resolve(self, device_type: str) -> "ResolvedConfig":
+        """The same configuration with every None that means "chosen for you" replaced.
+
+        Args:
+            device_type: "cpu" or "cuda".
+        """
+        chosen: dict[str, Any] = _PAPER
+        if self.data == BUILTIN:
+            chosen = _PAPER | _EMOJI | (_EMOJI_CPU if device_type == "cpu" else {})
+        if self.load_size is None and self.crop_size is not None:
+            chosen = chosen | {"load_size": round(self.crop_size * 286 / 256)}  # the recipe's ratio
+        if self.crop_size is None and self.load_size is not None:
+            chosen = chosen | {"crop_size": round(self.load_size * 256 / 286)}
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return ResolvedConfig(**fields | {name: value for name, value in chosen.items() if fields[name] is None})
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as JSON knows them."""
+        fields = dataclasses.asdict(self)
+        return fields | {"out": None if self.out is None else str(self.out)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedConfig(TrainConfig):
+    """A TrainConfig in which everything is decided."""
+
+    load_size: int
+    crop_size: int
+    netG: str
+    ngf: int
+    ndf: int
+    gan_mode: GanMode
+    n_epochs: int
+    n_epochs_decay: int
+
+    def lr_factor(self, epoch: int) -> float:
+        """Learning rate factor of a 1-based epoch: 1, then linearly down, never 0 (upstream's "linear" policy)."""
+        return 1 - max(0, epoch - self.n_epochs) / (self.n_epochs_decay + 1)
+
+
+# What a None stands for: the paper's setting, and what a first look at the built-in set needs instead.
+_PAPER = {
+    "load_size": 286,
+    "crop_size": 256,
+    "netG": "unet_256",
+    "ngf": 64,
+    "ndf": 64,
+    "gan_mode": "vanilla",
+    "n_epochs": 100,
+    "n_epochs_decay": 100,
+}
+_EMOJI = {"load_size": 143, "crop_size": 128, "netG": "unet_128", "n_epochs": 20, "n_epochs_decay": 20}
+_EMOJI_CPU = {"netG": "unet_32", "ngf": 32, "ndf": 16, "gan_mode": "lsgan", "n_epochs": 1, "n_epochs_decay": 5}
+
+_AT_LEAST_ONE = [
+    "load_size",
+    "crop_size",
+    "ngf",
+    "ndf",
+    "batch_size",
+    "n_epochs",
+    "max_steps",
+    "log_steps",
+    "panel_steps",
+    "val_epochs",
+]
+
+
+def _literals(hint: Any) -> tuple[Any, ...]:
+    """The values that a Literal, or a Literal | None, allows; () for other types."""
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    return next((get_args(part) for part in get_args(hint) if get_origin(part) is Literal), ())
+
+
+def _require(config: TrainConfig, name: str, holds: Any, expected: str) -> None:
+    value = getattr(config, name)
+    if value is not None and not holds(value):
+        raise InputError(f"{name}: got {value}, expected {expected}")

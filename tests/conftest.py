@@ -1,0 +1,78 @@
+"""Small sets of pairs made on the spot, tiny training runs, and the real data beside the checkout when it is there."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+# The smallest run that does everything: 6 pairs of 32 px, a 3-level U-Net, 3 steps an epoch.
+TINY = ["--netG", "unet_8", "--ngf", "4", "--netD", "pixel", "--ndf", "4", "--load-size", "36", "--crop-size", "32"]
+TINY += ["--batch-size", "2", "--n-epochs", "3", "--n-epochs-decay", "3", "--device", "cpu"]
+
+
+def _shared(*parts: str) -> Path:
+    path = SHARED.joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"needs ../shared/{'/'.join(parts)}, which is not part of the repository")
+    return path
+
+
+@pytest.fixture
+def facades() -> Path:
+    return _shared("data", "facades")
+
+
+@pytest.fixture
+def camvid() -> Path:
+    return _shared("data", "camvid")
+
+
+@pytest.fixture
+def golden() -> Path:
+    return _shared("golden", "upstream_unet256_batch2_float64.npz")
+
+
+def random_image(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Coloured noise, smooth enough that lossy formats keep it recognisable."""
+    small = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def aligned(tmp_path: Path) -> Path:
+    """A folder with 6 + 2 aligned pairs of 40 px in train/ and val/."""
+    root = tmp_path / "aligned"
+    for split, count in (("train", 6), ("val", 2)):
+        (root / split).mkdir(parents=True)
+        for i in range(count):
+            random_image(80, 40, seed=i).save(root / split / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def two_folders(tmp_path: Path) -> Path:
+    """A folder with 4 pairs in train/A (JPEG) and train/B (PNG)."""
+    root = tmp_path / "two_folders"
+    for side in "AB":
+        (root / "train" / side).mkdir(parents=True)
+    for i in range(4):
+        random_image(40, 40, seed=i).save(root / "train" / "A" / f"{i}.jpg")
+        random_image(40, 40, seed=10 + i).save(root / "train" / "B" / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def fastp2p(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the command line in a process of its own, in an empty folder, as a user does."""
+
+    def run(*args: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "fastp2p", *map(str, args)]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=timeout)
+
+    return run
