@@ -1,0 +1,61 @@
+"""What a training step will take, counted before it is run."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from fastp2p.networks import count_parameters
+
+STATE_BYTES_PER_PARAMETER = 16  # float32 weight, gradient and Adam's two moments
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of one reference step in float32."""
+
+    state: int  # weights, gradients, Adam's moments
+    activations: int  # what autograd keeps at the step's peak: D's two passes and G's one
+
+    @property
+    def total(self) -> int:
+        return self.state + self.activations
+
+
+def estimate_step_memory(
+    netG: nn.Module, netD: nn.Module, *, batch_size: int, input_nc: int, crop_size: int
+) -> MemoryEstimate:
+    """Count a step's bytes by running the nets' shapes alone; nothing is allocated.
+
+    The convolution library's scratch space and PyTorch itself (about 0.3 GB) come on top.
+
+    Args:
+        netG, netD: the networks, on any device.
+        batch_size, input_nc, crop_size: the shape of real_A.
+    """
+    state = STATE_BYTES_PER_PARAMETER * (count_parameters(netG) + count_parameters(netD))
+    real_A = torch.empty(batch_size, input_nc, crop_size, crop_size, device="meta")
+    saved: dict[int, Tensor] = {}  # by storage, since one tensor may serve several gradients
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    parameters: list[Tensor] = []
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        fake_B = _on_meta(netG, real_A, parameters)
+        for _ in ("fake", "real"):
+            _on_meta(netD, torch.cat([real_A, fake_B], dim=1), parameters)
+    weights = {parameter.untyped_storage()._cdata for parameter in parameters}
+    activations = sum(tensor.untyped_storage().nbytes() for key, tensor in saved.items() if key not in weights)
+    return MemoryEstimate(state, activations)
+
+
+def _on_meta(net: nn.Module, x: Tensor, parameters: list[Tensor]) -> Tensor:
+    """The net's forward pass on the meta device, without touching the net itself."""
+    tensors = {name: torch.empty_like(tensor, device="meta") for name, tensor in net.state_dict(keep_vars=True).items()}
+    parameters += [tensors[name].requires_grad_() for name, _ in net.named_parameters()]
+    y = torch.func.functional_call(net, tensors, (x,))
+    assert isinstance(y, Tensor)
+    return y

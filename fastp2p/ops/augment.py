@@ -1,0 +1,82 @@
+"""augment: resident uint8 pairs -> a normalised batch (real_A, real_B)."""
+
+import torch
+from torch import Tensor
+
+from fastp2p.errors import InputError
+from fastp2p.ops import _library
+
+
+def augment_ref(
+    pairs: Tensor, index: Tensor, offset: Tensor, flip: Tensor, crop_size: int, input_nc: int
+) -> tuple[Tensor, Tensor]:
+    """The specification of `augment`."""
+    crops = []
+    for i, (top, left), flipped in zip(index.tolist(), offset.tolist(), flip.tolist(), strict=True):
+        crop = pairs[i, top : top + crop_size, left : left + crop_size]  # (crop_size, crop_size, C)
+        crops.append(crop.flip(1) if flipped else crop)
+    x = torch.stack(crops).permute(0, 3, 1, 2).float()  # (N, C, crop_size, crop_size)
+    x = x / x.new_tensor(255.0) * 2 - 1  # a tensor divisor: CUDA would multiply by the reciprocal of a Python number
+    real_A, real_B = x[:, :input_nc], x[:, input_nc:]
+    return real_A.clone(memory_format=torch.channels_last), real_B.clone(memory_format=torch.channels_last)
+
+
+def _fake(
+    pairs: Tensor, index: Tensor, offset: Tensor, flip: Tensor, crop_size: int, input_nc: int
+) -> tuple[Tensor, Tensor]:
+    def batch(channels: int) -> Tensor:
+        shape = (index.shape[0], channels, crop_size, crop_size)
+        return torch.empty(shape, dtype=torch.float32, device=pairs.device, memory_format=torch.channels_last)
+
+    return batch(input_nc), batch(pairs.shape[3] - input_nc)
+
+
+_library.define(
+    "augment",
+    "(Tensor pairs, Tensor index, Tensor offset, Tensor flip, int crop_size, int input_nc) -> (Tensor, Tensor)",
+    reference=augment_ref,
+    fake=_fake,
+)
+
+
+def augment(
+    pairs: Tensor, index: Tensor, offset: Tensor, flip: Tensor, *, crop_size: int, input_nc: int
+) -> tuple[Tensor, Tensor]:
+    """Crop, mirror and normalise one batch: x / 255 * 2 - 1 on pairs[index, top:top+crop_size, left:left+crop_size].
+
+    Both images of a pair get the same crop and the same flip, as in the pix2pix recipe (Isola et al., section 3.3:
+    random jitter). Equal bit for bit to upstream's PIL crop and flip followed by ToTensor and Normalize(0.5, 0.5).
+
+    Args:
+        pairs: (P, H, W, C) uint8, contiguous; the first input_nc channels are A, the rest B.
+        index: (N,) int64, which pairs.
+        offset: (N, 2) int64, (top, left) of the crop in pixels.
+        flip: (N,) bool, mirror left-right after cropping.
+        crop_size: side of the result in pixels.
+        input_nc: channels of A.
+
+    Returns:
+        real_A (N, input_nc, crop_size, crop_size) and real_B (N, C - input_nc, crop_size, crop_size), float32 in
+        [-1, 1], channels_last.
+
+    Raises:
+        InputError: on a wrong dtype, rank or size, or a crop that leaves its image. Checking that reads index and
+            offset, so on a GPU it synchronises; torch.ops.fastp2p.augment does not check.
+    """
+    n, expected = index.shape[0], "pairs (P, H, W, C) uint8, index (N,) int64, offset (N, 2) int64, flip (N,) bool"
+    if pairs.dtype != torch.uint8 or pairs.ndim != 4 or offset.shape != (n, 2) or flip.shape != (n,):
+        got = ", ".join(f"{tuple(t.shape)} {t.dtype}".replace("torch.", "") for t in (pairs, index, offset, flip))
+        raise InputError(f"augment: got {got}; expected {expected}")
+    height, width, channels = pairs.shape[1:]
+    if n == 0 or not 0 < crop_size <= min(height, width) or not 0 < input_nc < channels:
+        raise InputError(
+            f"augment: got {n} indices, crop_size {crop_size}, input_nc {input_nc} for pairs {tuple(pairs.shape)}; "
+            "expected at least one index, a crop no larger than the images, and channels left for both A and B"
+        )
+    if index.min() < 0 or index.max() >= len(pairs):
+        raise InputError(f"augment: got index {index.min()} to {index.max()}, expected 0 to {len(pairs) - 1}")
+    largest = offset.new_tensor([height - crop_size, width - crop_size])
+    if (offset < 0).any() or (offset > largest).any():
+        raise InputError(f"augment: got offset {offset.tolist()}, expected (0, 0) to {tuple(largest.tolist())}")
+    real_A, real_B = torch.ops.fastp2p.augment(pairs, index, offset, flip, crop_size, input_nc)
+    return real_A, real_B

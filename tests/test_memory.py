@@ -1,0 +1,43 @@
+import pytest
+import torch
+
+from fastp2p.memory import estimate_step_memory
+from fastp2p.networks import PatchDiscriminator, PixelDiscriminator, UnetGenerator, count_parameters
+
+
+def test_state_is_16_bytes_a_parameter():
+    netG, netD = UnetGenerator(levels=4, ngf=4), PatchDiscriminator(ndf=4)
+    need = estimate_step_memory(netG, netD, batch_size=1, input_nc=3, crop_size=64)
+    assert need.state == 16 * (count_parameters(netG) + count_parameters(netD))
+    assert need.total == need.state + need.activations
+
+
+def test_activations_by_hand():
+    """A pixel discriminator without norm on 8x8: autograd keeps the inputs of its three convolutions and the two
+    tensors that LeakyReLU's gradient reads, which are the convolutions' outputs."""
+    netD = PixelDiscriminator(2, ndf=3, norm="none")
+    netG = torch.nn.Conv2d(1, 1, 1)
+    need = estimate_step_memory(netG, netD, batch_size=1, input_nc=1, crop_size=8)
+    channels_kept = 2 + 3 + 3 + 6 + 6  # input, conv1, lrelu1, conv2, lrelu2
+    generator_kept = 1  # its input; its output is copied by the concatenation
+    assert need.activations == 4 * 64 * (2 * channels_kept + generator_kept)
+
+
+def test_activations_grow_with_batch_and_area():
+    nets = UnetGenerator(levels=5, ngf=8), PatchDiscriminator(ndf=8)
+    one = estimate_step_memory(*nets, batch_size=1, input_nc=3, crop_size=64).activations
+    assert estimate_step_memory(*nets, batch_size=4, input_nc=3, crop_size=64).activations == pytest.approx(
+        4 * one, 0.01
+    )
+    assert estimate_step_memory(*nets, batch_size=1, input_nc=3, crop_size=128).activations == pytest.approx(
+        4 * one, 0.1
+    )
+
+
+def test_nets_are_left_alone():
+    nets = UnetGenerator(levels=3, ngf=4), PatchDiscriminator(ndf=4)
+    before = [value.clone() for net in nets for value in net.state_dict().values()]
+    estimate_step_memory(*nets, batch_size=1, input_nc=3, crop_size=32)
+    after = [value for net in nets for value in net.state_dict().values()]
+    assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+    assert all(parameter.device.type == "cpu" and parameter.grad is None for parameter in nets[0].parameters())
