@@ -1,0 +1,223 @@
+"""Pairs -> uint8 tensors, resident or streamed -> batches (real_A, real_B)."""
+
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastp2p.config import Direction
+from fastp2p.data import images
+from fastp2p.data.jitter import epoch_order, jitter
+from fastp2p.data.pairs import Pair, find_pairs, open_root
+from fastp2p.errors import InputError
+from fastp2p.ops import augment
+
+MAX_ASPECT_DIFFERENCE = 0.02  # of A to B: more than a rounded resize explains, so they do not show the same frame
+
+Progress = Callable[[Iterable[Sequence[Pair]], int], Iterable[Sequence[Pair]]]
+
+
+@dataclass(frozen=True)
+class PairFormat:
+    """How a pair becomes an array: (load_size, load_size, input_nc + output_nc) uint8, the network's input first."""
+
+    direction: Direction
+    load_size: int  # px
+    input_nc: int = 3
+    output_nc: int = 3
+    min_side: int = 1  # px; a smaller image is refused
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.load_size, self.load_size, self.input_nc + self.output_nc
+
+    def decode(self, pair: Pair) -> tuple[np.ndarray, str]:
+        """The array, and a word on what was converted. Raises InputError with the reason on a bad pair."""
+        nc_A, nc_B = self.input_nc, self.output_nc
+        if self.direction == "BtoA":
+            nc_A, nc_B = nc_B, nc_A
+        if pair.B is None:
+            both, note = images.read_image(pair.A, max(nc_A, nc_B))
+            width, height = both.size
+            A, B = both.crop((0, 0, width // 2, height)), both.crop((width // 2, 0, width, height))
+            A, B = (side.convert("L") if nc == 1 else side for side, nc in ((A, nc_A), (B, nc_B)))
+        else:
+            (A, note_A), (B, note_B) = images.read_image(pair.A, nc_A), images.read_image(pair.B, nc_B)
+            note = "; ".join(f"{side} {text}" for side, text in (("A", note_A), ("B", note_B)) if text)
+
+        for side, image in (("A", A), ("B", B)):
+            if min(image.size) < self.min_side:
+                width, height = image.size
+                raise InputError(f"{side} is too small: {width}x{height} px, expected at least {self.min_side} a side")
+        if abs(A.width * B.height / (A.height * B.width) - 1) > MAX_ASPECT_DIFFERENCE and pair.B is not None:
+            raise InputError(f"A is {A.width}x{A.height} and B {B.width}x{B.height} px: not the same frame")
+        sides = (B, A) if self.direction == "BtoA" else (A, B)
+        return np.concatenate([images.to_array(images.resize(side, self.load_size)) for side in sides], axis=2), note
+
+
+@dataclass
+class PairDataset:
+    """The usable pairs of one split: `resident` holds them all as uint8, or is None and they are decoded on demand."""
+
+    pairs: list[Pair]
+    format: PairFormat
+    resident: Tensor | None = None  # (P, load_size, load_size, C) uint8
+    notes: Counter[str] = field(default_factory=Counter)  # what was converted -> in how many pairs
+    skipped: dict[str, str] = field(default_factory=dict)  # bad files left out -> reason
+    ignored: list[str] = field(default_factory=list)  # files that are no images
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def fetch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """(pairs, index) such that pairs[index] are the pairs asked for: the resident tensor, or just these decoded."""
+        if self.resident is not None:
+            return self.resident, torch.tensor(indices)
+        arrays = [self.format.decode(self.pairs[i])[0] for i in indices]
+        return torch.from_numpy(np.stack(arrays)), torch.arange(len(indices))
+
+
+def load_split(
+    data: str,
+    split: str,
+    format: PairFormat,
+    *,
+    skip_bad: bool = False,
+    stream: Literal["auto", "always", "never"] = "auto",
+    progress: Progress = lambda chunks, total: chunks,
+) -> PairDataset:
+    """Find, decode once and check all pairs of a split.
+
+    Args:
+        data: folder, .zip, or builtin:emoji.
+        split: name of the folder in it, "train" or "val".
+        format: what to make of each pair.
+        skip_bad: leave bad files out (they are listed in `skipped`) instead of raising.
+        stream: whether to decode in every epoch anew; "auto" does when half of the machine's memory would not do.
+        progress: wraps the iteration over chunks of pairs, for a progress bar.
+
+    Raises:
+        InputError: when there are no pairs, or with the list of everything that is wrong with them.
+    """
+    pairs, bad, ignored = find_pairs(open_root(data), split)
+    total_bytes = len(pairs) * math.prod(format.shape)
+    streamed = stream == "always" or (stream == "auto" and total_bytes > memory_bytes() // 2)
+
+    # Every file is decoded, also when streaming: a truncated image is better found now than in an hour.
+    arrays = None if streamed else np.empty((len(pairs), *format.shape), np.uint8)
+    good: list[Pair] = []
+    notes: Counter[str] = Counter()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for chunk in progress([pairs[i : i + 64] for i in range(0, len(pairs), 64)], len(pairs)):
+            for pair, result in zip(chunk, pool.map(partial(_decode_or_reason, format), chunk), strict=True):
+                if isinstance(result, str):
+                    bad[pair.name] = result
+                    continue
+                array, note = result
+                notes.update([note] if note else [])
+                if arrays is not None:
+                    arrays[len(good)] = array
+                good.append(pair)
+
+    if bad and (not skip_bad or not good):
+        remedy = f"Repair or remove them, or add --skip-bad to go on with the other {len(good)}."
+        if not good:
+            remedy = "Nothing is left to train on."
+        raise InputError("data: " + images.bad_files_message(bad, of=len(good) + len(bad), remedy=remedy))
+    resident = None if arrays is None else torch.from_numpy(arrays[: len(good)])
+    return PairDataset(good, format, resident, notes, bad, ignored)
+
+
+def _decode_or_reason(format: PairFormat, pair: Pair) -> tuple[np.ndarray, str] | str:
+    try:
+        return format.decode(pair)
+    except InputError as error:
+        return str(error)
+
+
+def memory_bytes() -> int:
+    """Physical memory of this machine in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def batches_per_epoch(dataset: PairDataset, batch_size: int) -> int:
+    """Batches in an epoch; the last one may be smaller, as upstream's."""
+    return -(-len(dataset) // batch_size)
+
+
+def train_batches(
+    dataset: PairDataset,
+    *,
+    seed: int,
+    epoch: int,
+    batch_size: int,
+    crop_size: int,
+    flip: bool,
+    first: int = 0,
+    device: torch.device | str = "cpu",
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The jittered batches of one epoch, from batch number `first` on; the same for resident and streamed sets.
+
+    Yields:
+        real_A, real_B: (N, C, crop_size, crop_size) float32 in [-1, 1], on the device, contiguous.
+    """
+    order = epoch_order(seed, epoch, len(dataset))
+    span = dataset.format.load_size - crop_size
+    chosen = [order[i : i + batch_size].tolist() for i in range(first * batch_size, len(order), batch_size)]
+    for indices, fetched in _prefetched(dataset, chosen):
+        draws = [jitter(seed, epoch, i, span=span, flip=flip) for i in indices]
+        yield _batch(dataset.format, *fetched, draws, crop_size, device)
+
+
+def eval_batches(
+    dataset: PairDataset,
+    *,
+    indices: Sequence[int] | None = None,
+    batch_size: int = 8,
+    device: torch.device | str = "cpu",
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """These pairs (None: all) in order, whole and unflipped, as `train_batches` yields them."""
+    wanted = list(range(len(dataset)) if indices is None else indices)
+    chosen = [wanted[i : i + batch_size] for i in range(0, len(wanted), batch_size)]
+    for indices, fetched in _prefetched(dataset, chosen):
+        yield _batch(dataset.format, *fetched, [(0, 0, False)] * len(indices), dataset.format.load_size, device)
+
+
+def _batch(
+    format: PairFormat,
+    pairs: Tensor,
+    index: Tensor,
+    draws: list[tuple[int, int, bool]],
+    crop_size: int,
+    device: torch.device | str,
+) -> tuple[Tensor, Tensor]:
+    """augment where the pairs are, then move the batch to the device."""
+    offset = torch.tensor([draw[:2] for draw in draws], device=pairs.device)
+    flip = torch.tensor([draw[2] for draw in draws], device=pairs.device)
+    index = index.to(pairs.device)
+    real_A, real_B = augment(pairs, index, offset, flip, crop_size=crop_size, input_nc=format.input_nc)
+    return real_A.to(device).contiguous(), real_B.to(device).contiguous()
+
+
+def _prefetched(
+    dataset: PairDataset, chosen: list[list[int]], ahead: int = 4
+) -> Iterator[tuple[list[int], tuple[Tensor, Tensor]]]:
+    """Fetch each list of indices; a streamed set is decoded by a pool of threads, a few batches ahead."""
+    if dataset.resident is not None:
+        yield from ((indices, dataset.fetch(indices)) for indices in chosen)
+        return
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        pending = [pool.submit(dataset.fetch, indices) for indices in chosen[:ahead]]
+        for number, indices in enumerate(chosen):
+            fetched = pending.pop(0).result()
+            if number + ahead < len(chosen):
+                pending.append(pool.submit(dataset.fetch, chosen[number + ahead]))
+            yield indices, fetched

@@ -1,0 +1,87 @@
+"""One image file -> an 8-bit RGB or grey PIL image, decoded whole, with a word on what was converted."""
+
+from collections.abc import Iterable
+from importlib.resources.abc import Traversable
+from io import BytesIO
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from fastp2p.errors import InputError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
+
+
+def is_image(file: Traversable) -> bool:
+    """Whether the name says image (upper or lower case); hidden files are none."""
+    return file.name.lower().endswith(EXTENSIONS) and not file.name.startswith(".") and file.is_file()
+
+
+def read_image(file: Traversable, channels: int) -> tuple[Image.Image, str]:
+    """Read a file as an image of 3 (RGB) or 1 (grey) channels.
+
+    Grey, palette, CMYK and 16-bit images are converted, transparency is put on white, and the camera's orientation
+    tag is applied; of several frames the first is taken.
+
+    Returns:
+        The image, and what was converted ("palette", "transparency", ...; "" for nothing).
+
+    Raises:
+        InputError: when the file is empty, damaged, truncated or of a kind that has no fixed range.
+    """
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror or error}") from error
+    if not content:
+        raise InputError("the file is empty (zero bytes)")
+    try:
+        with Image.open(BytesIO(content)) as image:
+            image.load()
+            frames = getattr(image, "n_frames", 1)
+            mode, tagged = image.mode, image.getexif().get(0x0112, 1) != 1
+            upright = ImageOps.exif_transpose(image)
+    except Image.DecompressionBombError as error:
+        raise InputError(f"the image is too large to be real: {error}") from error
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, ZeroDivisionError) as error:
+        # What Pillow's decoders raise on damaged files, by experiment; OSError covers unknown and truncated ones.
+        reason = str(error) if "BytesIO" not in str(error) else "not an image, or damaged from the start"
+        raise InputError(f"cannot be decoded: {reason}") from error
+
+    notes = [text for holds, text in ((frames > 1, "several frames"), (tagged, "orientation tag")) if holds]
+    if mode.startswith("I") or mode == "F":
+        upright = _from_16_bit(upright)
+        notes.append("16-bit grey")
+    elif "A" in mode or "a" in mode or "transparency" in upright.info:
+        ground = Image.new("RGBA", upright.size, "white")
+        ground.alpha_composite(upright.convert("RGBA"))
+        upright = ground
+        notes.append("transparency" if mode != "P" else "palette with transparency")
+    elif mode != "RGB" and (mode, channels) not in (("L", 1), ("1", 1)):
+        notes.append({"L": "grey", "1": "black and white", "P": "palette"}.get(mode, mode))
+    return upright.convert("RGB" if channels == 3 else "L"), ", ".join(notes)
+
+
+def _from_16_bit(image: Image.Image) -> Image.Image:
+    """A 16-bit grey image scaled to 8 bits: 65535 -> 255."""
+    values = np.asarray(image)
+    if values.dtype.kind == "f" or values.min() < 0 or values.max() > 65535:
+        raise InputError(f"{image.mode} pixels ({values.dtype}) have no fixed white; save the image with 8 or 16 bits")
+    return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+
+
+def resize(image: Image.Image, side: int) -> Image.Image:
+    """Bicubic to side x side, aspect ignored, as upstream's resize."""
+    return image.resize((side, side), Image.Resampling.BICUBIC)
+
+
+def to_array(image: Image.Image) -> np.ndarray:
+    """(H, W, C) uint8; grey images get C = 1."""
+    array = np.asarray(image)
+    return array if array.ndim == 3 else array[:, :, None]
+
+
+def bad_files_message(bad: dict[str, str], *, of: int, remedy: str) -> str:
+    """The one error that names every file that cannot be used, and says what to do."""
+    lines: Iterable[str] = (f"  {name}: {reason}" for name, reason in bad.items())
+    return f"{len(bad)} of {of} cannot be used:\n" + "\n".join(lines) + f"\n{remedy}"

@@ -1,0 +1,84 @@
+"""The splits that a training run needs, loaded, checked and reported."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fastp2p.config import ResolvedConfig
+from fastp2p.data.dataset import PairDataset, PairFormat, eval_batches, load_split
+from fastp2p.data.pairs import has_split, open_root
+
+PANEL_PAIRS = 8
+RESIDENT_SHARE = 0.25  # of a GPU's memory that the training pairs may take
+SMALLEST_SHARE = 1 / 4  # of crop_size: an image that must be enlarged fourfold has nothing to teach at that size
+
+
+@dataclass(frozen=True)
+class TrainData:
+    """The training pairs, what is validated on (None without a folder val/), and the pairs of the panel."""
+
+    train: PairDataset
+    val: PairDataset | None
+    panel: list[tuple[Tensor, Tensor]]  # (real_A, real_B), each (1, C, crop_size, crop_size), on the device
+
+    @property
+    def fingerprint(self) -> str:
+        """Count and hash of the training pairs' names."""
+        names = "\n".join(pair.name for pair in self.train.pairs)
+        return f"{len(self.train)} pairs {hashlib.sha256(names.encode()).hexdigest()[:16]}"
+
+
+def load_train_data(config: ResolvedConfig, device: torch.device, say: Callable[[str], None]) -> TrainData:
+    """Load train/ and val/, and say what was found in them.
+
+    Raises:
+        InputError: with the list of everything that is wrong.
+    """
+    min_side = int(config.crop_size * SMALLEST_SHARE)
+    train_format = PairFormat(config.direction, config.load_size, config.input_nc, config.output_nc, min_side)
+    val_format = replace(train_format, load_size=config.crop_size)
+
+    train = _load(config, "train", train_format, say)
+    val = _load(config, "val", val_format, say) if has_split(open_root(config.data), "val") else None
+    if val is None:
+        say("val: there is no folder val/, so nothing is scored and the panel shows training pairs")
+
+    shown = val or PairDataset(train.pairs, val_format)
+    indices = [i * len(shown) // PANEL_PAIRS for i in range(PANEL_PAIRS)] if len(shown) > PANEL_PAIRS else None
+    panel = list(eval_batches(shown, indices=indices, batch_size=1, device=device))
+    if train.resident is not None and device.type == "cuda":
+        room = torch.cuda.get_device_properties(device).total_memory * RESIDENT_SHARE
+        train.resident = train.resident.to(device) if train.resident.nbytes <= room else train.resident
+    return TrainData(train, val, panel)
+
+
+def _load(config: ResolvedConfig, split: str, format: PairFormat, say: Callable[[str], None]) -> PairDataset:
+    with tqdm(desc=f"reading {split}", unit=" pairs", leave=False, delay=1) as bar:
+
+        def count(chunks: Any, total: int) -> Iterator[Any]:
+            bar.total = total
+            for chunk in chunks:
+                yield chunk
+                bar.update(len(chunk))
+
+        dataset = load_split(config.data, split, format, skip_bad=config.skip_bad, stream=config.stream, progress=count)
+
+    place = "streamed: decoded anew in every epoch"
+    if dataset.resident is not None:
+        place = f"{dataset.resident.nbytes / 1e6:.0f} MB in memory"
+    elif config.stream == "auto":
+        place += ", since they would take more than half of this machine's memory"
+    say(f"{split}: {len(dataset)} pairs at {format.load_size}x{format.load_size} px, {place}")
+    for note, count_ in dataset.notes.items():
+        say(f"{split}: converted in {count_} pairs: {note}")
+    if dataset.ignored:
+        names = ", ".join(dataset.ignored[:5]) + (", ..." if len(dataset.ignored) > 5 else "")
+        say(f"{split}: {len(dataset.ignored)} files are no images and were ignored: {names}")
+    for name, reason in dataset.skipped.items():
+        say(f"{split}: skipped {name}: {reason}")
+    return dataset

@@ -1,0 +1,184 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_image
+from PIL import Image
+
+from fastp2p.data import PairFormat, batches_per_epoch, eval_batches, load_split, train_batches
+from fastp2p.data import dataset as dataset_module
+from fastp2p.data.jitter import epoch_order, jitter
+from fastp2p.errors import InputError
+
+FORMAT = PairFormat("AtoB", 36)
+
+
+def batches(dataset, **changes):
+    options = {"seed": 5, "epoch": 2, "batch_size": 2, "crop_size": 32, "flip": True} | changes
+    return list(train_batches(dataset, **options))
+
+
+def test_jitter_equals_pil_bit_for_bit(aligned: Path):
+    """Upstream's get_transform on each half: PIL bicubic resize, crop, flip, ToTensor, Normalize."""
+    dataset = load_split(str(aligned), "train", FORMAT)
+    order = epoch_order(5, 2, 6)
+    seen = [pair for batch in batches(dataset) for pair in zip(*batch, strict=True)]
+    for i, (real_A, real_B) in zip(order, seen, strict=True):
+        both = Image.open(aligned / "train" / f"{i}.png")
+        top, left, flipped = jitter(5, 2, int(i), span=4, flip=True)
+        for x, half in ((real_A, (0, 0, 40, 40)), (real_B, (40, 0, 80, 40))):
+            image = both.crop(half).resize((36, 36), Image.Resampling.BICUBIC)
+            image = image.crop((left, top, left + 32, top + 32))
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flipped else image
+            expected = (np.asarray(image).astype(np.float32) / np.float32(255) - np.float32(0.5)) / np.float32(0.5)
+            assert np.array_equal(x.permute(1, 2, 0).numpy(), expected)
+
+
+def test_streamed_equals_resident(aligned: Path):
+    resident = load_split(str(aligned), "train", FORMAT, stream="never")
+    streamed = load_split(str(aligned), "train", FORMAT, stream="always")
+    assert resident.resident is not None
+    assert streamed.resident is None
+    for one, other in zip(batches(resident), batches(streamed), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
+
+
+def test_what_does_not_fit_is_streamed(aligned: Path, monkeypatch: pytest.MonkeyPatch):
+    size = 6 * 36 * 36 * 6
+    monkeypatch.setattr(dataset_module, "memory_bytes", lambda: 2 * size)
+    assert load_split(str(aligned), "train", FORMAT).resident is not None
+    monkeypatch.setattr(dataset_module, "memory_bytes", lambda: 2 * size - 2)
+    assert load_split(str(aligned), "train", FORMAT).resident is None
+
+
+@pytest.mark.parametrize("stream", ["always", "never"])
+def test_an_epoch_can_be_entered_anywhere(aligned: Path, stream: str):
+    dataset = load_split(str(aligned), "train", FORMAT, stream=stream)
+    whole = batches(dataset)
+    for first in range(len(whole) + 1):
+        rest = batches(dataset, first=first)
+        assert len(rest) == len(whole) - first
+        assert all(torch.equal(a[0], b[0]) for a, b in zip(rest, whole[first:], strict=True))
+
+
+def test_last_batch_is_smaller(aligned: Path):
+    dataset = load_split(str(aligned), "train", FORMAT)
+    assert [len(A) for A, _ in batches(dataset, batch_size=4)] == [4, 2]
+    assert batches_per_epoch(dataset, 4) == 2
+
+
+def test_direction_swaps_input_and_target(aligned: Path):
+    forward = list(eval_batches(load_split(str(aligned), "val", FORMAT)))
+    backward = list(eval_batches(load_split(str(aligned), "val", replace(FORMAT, direction="BtoA"))))
+    assert torch.equal(forward[0][0], backward[0][1])
+    assert torch.equal(forward[0][1], backward[0][0])
+
+
+def test_channel_counts_follow_the_direction(aligned: Path):
+    format = PairFormat("BtoA", 36, input_nc=1, output_nc=3)
+    real_A, real_B = next(eval_batches(load_split(str(aligned), "val", format)))
+    assert real_A.shape[1] == 1
+    assert real_B.shape[1] == 3
+    colour = next(eval_batches(load_split(str(aligned), "val", replace(format, input_nc=3))))[0]
+    luma = (colour * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+    assert (luma - real_A).abs().max() < 3 / 127.5  # each is rounded to 8 bits, before and after resizing
+
+
+def test_odd_width_splits_as_upstream(tmp_path: Path):
+    (tmp_path / "val").mkdir()
+    random_image(81, 40).save(tmp_path / "val" / "x.png")
+    A, B = next(eval_batches(load_split(str(tmp_path), "val", FORMAT)))
+    both = Image.open(tmp_path / "val" / "x.png")
+    for x, half in ((A, (0, 0, 40, 40)), (B, (40, 0, 81, 40))):
+        expected = both.crop(half).resize((36, 36), Image.Resampling.BICUBIC)
+        assert np.array_equal(((x[0] + 1) * 127.5).round().permute(1, 2, 0).numpy(), np.asarray(expected))
+
+
+@pytest.fixture
+def damaged(two_folders: Path) -> Path:
+    """Ten good pairs of which six go bad, each in its own way, and one file without a partner."""
+    train = two_folders / "train"
+    for i in range(4, 10):
+        random_image(40, 40).save(train / "A" / f"{i}.jpg")
+        random_image(40, 40).save(train / "B" / f"{i}.png")
+    (train / "A" / "4.jpg").write_bytes(b"")
+    (train / "B" / "5.png").write_bytes((train / "B" / "5.png").read_bytes()[:-60])
+    (train / "A" / "6.jpg").write_text("no image")
+    random_image(8, 8).save(train / "B" / "7.png")
+    random_image(40, 60).save(train / "B" / "8.png")
+    (train / "B" / "9.png").unlink()
+    return two_folders
+
+
+def test_one_error_names_all_that_is_wrong(damaged: Path):
+    with pytest.raises(InputError) as error:
+        load_split(str(damaged), "train", replace(FORMAT, min_side=16))
+    text = str(error.value)
+    for part in (
+        "6 of 10 cannot be used",
+        "train/4: the file is empty",
+        "train/5: cannot be decoded",
+        "train/6: cannot be decoded: not an image",
+        "train/7: B is too small: 8x8 px, expected at least 16 a side",
+        "train/8: A is 40x40 and B 40x60 px: not the same frame",
+        "train/A/9.jpg: has no partner 9.* in train/B",
+        "add --skip-bad to go on with the other 4",
+    ):
+        assert part in text, text
+
+
+@pytest.mark.parametrize("stream", ["always", "never"])
+def test_skip_bad_trains_on_the_rest(damaged: Path, stream: str):
+    dataset = load_split(str(damaged), "train", replace(FORMAT, min_side=16), skip_bad=True, stream=stream)
+    assert [pair.name for pair in dataset.pairs] == [f"train/{i}" for i in range(4)]
+    assert len(dataset.skipped) == 6
+    clean = [A for A, _ in eval_batches(dataset, batch_size=1)]
+    for i, A in enumerate(clean):
+        image = Image.open(damaged / "train" / "A" / f"{i}.jpg").resize((36, 36), Image.Resampling.BICUBIC)
+        assert np.array_equal(((A[0] + 1) * 127.5).round().permute(1, 2, 0).numpy(), np.asarray(image))
+
+
+def test_nothing_left_is_an_error_even_when_skipping(tmp_path: Path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "x.png").touch()
+    with pytest.raises(InputError, match="Nothing is left"):
+        load_split(str(tmp_path), "train", FORMAT, skip_bad=True)
+
+
+def test_conversions_are_counted(two_folders: Path):
+    file = two_folders / "train" / "B" / "0.png"
+    Image.open(file).convert("P").save(file)
+    assert load_split(str(two_folders), "train", FORMAT).notes == {"B palette": 1}
+
+
+def test_builtin_set():
+    for split, count in (("train", 600), ("val", 60), ("test", 60)):
+        dataset = load_split("builtin:emoji", split, PairFormat("AtoB", 128))
+        assert len(dataset) == count
+        assert not dataset.skipped
+        assert not dataset.notes
+    names = {
+        split: {pair.name.split("/")[1].split("-")[0] for pair in load_split("builtin:emoji", split, FORMAT).pairs}
+        for split in ("train", "val", "test")
+    }
+    assert not names["train"] & names["val"]
+    assert not names["train"] & names["test"]
+    assert not names["val"] & names["test"]
+
+
+def test_facades(facades: Path):
+    dataset = load_split(str(facades), "val", PairFormat("BtoA", 256))
+    assert len(dataset) == 68
+    labels = next(eval_batches(dataset))[0][0]
+    assert labels[2].max() > labels[0].median()  # the label image is mostly blue
+
+
+def test_camvid_palettes_show_as_colours(camvid: Path):
+    dataset = load_split(str(camvid), "val", PairFormat("AtoB", 256))
+    assert dataset.notes == {"B palette": 101}
+    labels = dataset.resident[0, :, :, 3:].reshape(-1, 3)
+    sky, road = torch.tensor([128, 128, 128]), torch.tensor([128, 64, 128])
+    assert (labels == sky).all(1).sum() > 100
+    assert (labels == road).all(1).sum() > 100

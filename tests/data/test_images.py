@@ -1,0 +1,146 @@
+import io
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import random_image
+from PIL import Image
+
+from fastp2p.data.images import read_image, to_array
+from fastp2p.errors import InputError
+
+
+@pytest.mark.parametrize("extension", ["jpg", "png", "webp", "tif", "bmp", "JPEG", "TIFF"])
+def test_formats(tmp_path: Path, extension: str):
+    file = tmp_path / f"x.{extension}"
+    image = random_image(60, 40)
+    image.save(file)
+    read, note = read_image(file, 3)
+    assert read.size == (60, 40)
+    assert note == ""
+    assert np.abs(np.asarray(read).astype(int) - np.asarray(image)).mean() < 12  # lossy, but the same picture
+
+
+def save(tmp_path: Path, image: Image.Image, **options: object) -> Path:
+    image.save(tmp_path / "x.png", **options)
+    return tmp_path / "x.png"
+
+
+@pytest.mark.parametrize(
+    ("mode", "channels", "note"),
+    [("L", 3, "grey"), ("L", 1, ""), ("1", 3, "black and white"), ("P", 3, "palette"), ("RGB", 1, ""), ("RGB", 3, "")],
+)
+def test_modes_are_converted_and_said(tmp_path: Path, mode: str, channels: int, note: str):
+    image, said = read_image(save(tmp_path, random_image(8, 8).convert(mode)), channels)
+    assert said == note
+    assert to_array(image).shape == (8, 8, channels)
+
+
+def test_palette_gives_its_colours(tmp_path: Path):
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.putpixel((1, 0), 1)
+    read, _ = read_image(save(tmp_path, image), 3)
+    assert [read.getpixel((x, 0)) for x in (0, 1)] == [(10, 20, 30), (200, 100, 50)]
+
+
+def test_transparency_is_put_on_white(tmp_path: Path):
+    image = Image.new("RGBA", (3, 1), (255, 0, 0, 255))
+    image.putpixel((1, 0), (255, 0, 0, 0))
+    image.putpixel((2, 0), (0, 0, 0, 128))
+    read, note = read_image(save(tmp_path, image), 3)
+    assert note == "transparency"
+    assert [read.getpixel((x, 0)) for x in range(3)] == [(255, 0, 0), (255, 255, 255), (127, 127, 127)]
+
+    palette = Image.new("P", (1, 1))
+    palette.putpalette([0, 0, 0])
+    read, note = read_image(save(tmp_path, palette, transparency=0), 3)
+    assert note == "palette with transparency"
+    assert read.getpixel((0, 0)) == (255, 255, 255)
+
+    grey = Image.merge("LA", [Image.new("L", (1, 1), 0), Image.new("L", (1, 1), 0)])
+    assert read_image(save(tmp_path, grey), 3)[0].getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_16_bit_grey_is_scaled(tmp_path: Path):
+    values = np.array([[0, 257, 32768, 65535]], np.uint16)
+    read, note = read_image(save(tmp_path, Image.fromarray(values)), 1)
+    assert note == "16-bit grey"
+    assert np.asarray(read).tolist() == [[0, 1, 128, 255]]
+
+
+def test_float_pixels_are_refused(tmp_path: Path):
+    Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "x.tif")
+    with pytest.raises(InputError, match="no fixed white"):
+        read_image(tmp_path / "x.tif", 3)
+
+
+def test_orientation_tag_is_applied(tmp_path: Path):
+    image = random_image(20, 10)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    image.save(tmp_path / "x.jpg", exif=exif)
+    read, note = read_image(tmp_path / "x.jpg", 3)
+    assert read.size == (10, 20)
+    assert note == "orientation tag"
+
+
+def test_cmyk(tmp_path: Path):
+    random_image(8, 8).convert("CMYK").save(tmp_path / "x.jpg")
+    read, note = read_image(tmp_path / "x.jpg", 3)
+    assert (read.mode, note) == ("RGB", "CMYK")
+
+
+def test_empty_file(tmp_path: Path):
+    (tmp_path / "x.png").touch()
+    with pytest.raises(InputError, match=r"empty \(zero bytes\)"):
+        read_image(tmp_path / "x.png", 3)
+
+
+def test_text_that_claims_to_be_an_image(tmp_path: Path):
+    (tmp_path / "x.jpg").write_text("hello")
+    with pytest.raises(InputError, match="cannot be decoded: not an image"):
+        read_image(tmp_path / "x.jpg", 3)
+
+
+def test_a_folder_or_a_missing_file_is_told(tmp_path: Path):
+    with pytest.raises(InputError, match="cannot be read"):
+        read_image(tmp_path, 3)
+    with pytest.raises(InputError, match="No such file"):
+        read_image(tmp_path / "nothing.png", 3)
+
+
+def test_decompression_bomb(tmp_path: Path):
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return len(body).to_bytes(4) + kind + body + zlib.crc32(kind + body).to_bytes(4)
+
+    header = (30000).to_bytes(4) * 2 + bytes([8, 0, 0, 0, 0])
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    (tmp_path / "x.png").write_bytes(png)
+    with pytest.raises(InputError, match="too large to be real"):
+        read_image(tmp_path / "x.png", 3)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "BMP"])
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of damaged tags before it gives up
+def test_damage_anywhere_is_an_input_error_or_an_image(tmp_path: Path, format: str):
+    """Every truncation is told; flipped bytes either decode or are told. Nothing else ever escapes."""
+    buffer = io.BytesIO()
+    random_image(40, 30).save(buffer, format)
+    whole, file = buffer.getvalue(), tmp_path / "x.img"
+    rng = np.random.default_rng(0)
+    for length in rng.integers(0, len(whole) * 9 // 10, 60):
+        file.write_bytes(whole[:length])
+        with pytest.raises(InputError):
+            read_image(file, 3)
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for position in rng.integers(0, len(whole), 3):
+            damaged[position] = rng.integers(256)
+        file.write_bytes(damaged)
+        try:
+            image, _ = read_image(file, 3)
+        except InputError:
+            continue
+        assert image.mode == "RGB"
