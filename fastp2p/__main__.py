@@ -1,0 +1,7 @@
+"""python -m fastp2p."""
+
+import sys
+
+from fastp2p.cli import main
+
+sys.exit(main())

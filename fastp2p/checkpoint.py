@@ -1,0 +1,208 @@
+"""State in, state out: atomic files, the run's checkpoint, self-describing generators, upstream's files.
+
+Nothing here is unpickled in full: safetensors, and torch.load(weights_only=True).
+"""
+
+import io
+import json
+import os
+import pickle
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from fastp2p.config import Direction, Dropout, Norm
+from fastp2p.errors import InputError
+from fastp2p.networks import UnetGenerator
+
+FORMAT = 1  # of checkpoint.pt and of the generator's metadata; raised when their meaning changes
+
+StateDict = Mapping[str, Tensor]
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that at every instant, a power cut included, `path` is the old file or the new one, whole.
+
+    Raises:
+        OSError: when it cannot be written (a full disk); the old file is then untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself must reach the disk, too
+    finally:
+        os.close(folder)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary files that a killed process left in its run folder."""
+    for temporary in folder.glob(".*.tmp"):
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write tensors, numbers, strings and containers of them, atomically."""
+    buffer = io.BytesIO()  # serialised in memory first: a full disk then fails in our own write, with a clean error
+    torch.save({"format": FORMAT, **state}, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read what `save_checkpoint` wrote, on the CPU.
+
+    Raises:
+        InputError: when there is none, or it is damaged or of another version.
+    """
+    state = _load_pickled_tensors(path)
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise InputError(f"{path}: is no checkpoint of this version of fastp2p (format {FORMAT})")
+    return state
+
+
+# What torch.load raises on files that are truncated, overwritten, or hold more than tensors; by experiment.
+_DAMAGED = (
+    *(OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError),
+    *(struct.error, pickle.UnpicklingError),
+)
+
+
+def _load_pickled_tensors(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: there is no such file") from error
+    except _DAMAGED as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path}: cannot be read as a file of tensors: {reason}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorSpec:
+    """All that is needed to rebuild a generator and to feed it: the metadata of netG.safetensors."""
+
+    levels: int
+    ngf: int
+    input_nc: int = 3
+    output_nc: int = 3
+    norm: Norm = "batch"
+    dropout: Dropout = "upstream"
+    direction: Direction = "AtoB"
+    load_size: int = 286  # px, in training
+    crop_size: int = 256  # px, in training; images are resized to it for evaluation
+    data: str = ""  # where the training pairs came from
+    step: int = 0  # training steps taken
+
+    def build(self) -> UnetGenerator:
+        """The generator, with weights yet to be loaded."""
+        return UnetGenerator(
+            self.input_nc, self.output_nc, levels=self.levels, ngf=self.ngf, norm=self.norm, dropout=self.dropout
+        )
+
+
+def save_generator(path: Path, state_dict: StateDict, spec: GeneratorSpec) -> None:
+    """Write netG.safetensors, atomically: the weights, and in the header's metadata how to use them."""
+    metadata = {"format": "pt", "fastp2p": json.dumps({"version": FORMAT, "range": "[-1, 1]", **asdict(spec)})}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
+    write_atomically(path, safetensors.torch.save(tensors, metadata))
+
+
+def load_generator(path: Path) -> tuple[UnetGenerator, GeneratorSpec]:
+    """Read a generator that `save_generator` wrote, on the CPU.
+
+    Raises:
+        InputError: when it is no such file, or its weights do not fit its own description.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state_dict = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: there is no such file") from error
+    except (OSError, safetensors.SafetensorError) as error:
+        hint = "; upstream's .pth files are read by fastp2p convert" if path.suffix == ".pth" else ""
+        raise InputError(f"{path}: cannot be read as .safetensors ({error}){hint}") from error
+    if "fastp2p" not in metadata:
+        raise InputError(f"{path}: has no fastp2p metadata; expected a netG.safetensors of fastp2p train or convert")
+    described = json.loads(metadata["fastp2p"])
+    if described.get("version") != FORMAT:
+        raise InputError(f"{path}: is of format {described.get('version')}, this version reads format {FORMAT}")
+    known = {field.name for field in fields(GeneratorSpec)}
+    spec = GeneratorSpec(**{name: value for name, value in described.items() if name in known})
+    netG = spec.build()
+    load_strictly(netG, state_dict, path)
+    return netG, spec
+
+
+def load_strictly(net: torch.nn.Module, state_dict: StateDict, path: Path) -> None:
+    """net.load_state_dict, with an InputError that names the file and the first misfits."""
+    try:
+        net.load_state_dict(state_dict, strict=True)
+    except RuntimeError as error:
+        raise InputError(f"{path}: the weights do not fit the network: {str(error)[:600]}") from error
+
+
+def read_upstream_generator(
+    path: Path, *, dropout: Dropout, direction: Direction, load_size: int, crop_size: int
+) -> tuple[dict[str, Tensor], GeneratorSpec]:
+    """Read upstream's latest_net_G.pth; depth, widths and norm are read off the weights.
+
+    `module.` (DataParallel) and `_orig_mod.` (torch.compile) are stripped from the names. Files from before 2018 lack
+    num_batches_tracked; it is added as 0.
+
+    Raises:
+        InputError: when the file is no U-Net generator of upstream's, with what it looks like instead.
+    """
+    loaded = _load_pickled_tensors(path)
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise InputError(f"{path}: got {type(loaded).__name__}, expected a bare state_dict such as latest_net_G.pth")
+    state_dict = {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in loaded.items()}
+    first, last = state_dict.get("model.model.0.weight"), state_dict.get("model.model.3.weight")
+    if first is None or last is None:
+        looks_like = {"model.0.weight": "a PatchGAN discriminator", "model.1.weight": "a ResNet generator"}
+        kind = next((kind for name, kind in looks_like.items() if name in state_dict), "something else")
+        raise InputError(
+            f"{path}: looks like {kind}, expected a U-Net generator (upstream's --netG unet_256 or unet_128)"
+        )
+
+    levels = max(name.count("model.") for name in state_dict) - 1  # each level nests one Sequential deeper
+    has_norm = any("running_mean" in name for name in state_dict)
+    norm: Norm = "batch" if has_norm else "instance" if "model.model.0.bias" in state_dict else "none"
+    for name in [name for name in state_dict if name.endswith("running_mean")]:
+        state_dict.setdefault(name.replace("running_mean", "num_batches_tracked"), torch.tensor(0))
+    spec = GeneratorSpec(
+        levels=levels,
+        ngf=first.shape[0],
+        input_nc=first.shape[1],
+        output_nc=last.shape[1],
+        norm=norm,
+        dropout=dropout,
+        direction=direction,
+        load_size=load_size,
+        crop_size=crop_size,
+    )
+    load_strictly(spec.build(), state_dict, path)
+    return state_dict, spec
+
+
+def write_upstream_generator(path: Path, state_dict: StateDict) -> None:
+    """Write a bare state_dict as upstream's latest_net_G.pth, atomically."""
+    buffer = io.BytesIO()
+    torch.save(dict(state_dict), buffer)
+    write_atomically(path, buffer.getvalue())

@@ -1,0 +1,53 @@
+"""Upstream's latest_net_G.pth to our netG.safetensors, and back."""
+
+from pathlib import Path
+
+from fastp2p.checkpoint import (
+    GeneratorSpec,
+    load_generator,
+    read_upstream_generator,
+    save_generator,
+    write_upstream_generator,
+)
+from fastp2p.config import Direction, Dropout
+from fastp2p.errors import InputError
+
+
+def convert(
+    source: Path,
+    target: Path,
+    *,
+    dropout: Dropout = "upstream",
+    direction: Direction = "AtoB",
+    load_size: int = 286,
+    crop_size: int = 256,
+) -> GeneratorSpec:
+    """Convert a generator; the suffixes say which way: .pth -> .safetensors or .safetensors -> .pth.
+
+    The weights must fit the network exactly, name by name and shape by shape. Depth, widths and norm are read off the
+    weights; the other arguments describe what a .pth does not hold.
+
+    Args:
+        source, target: the files; target must not exist.
+        dropout, direction, load_size, crop_size: of the upstream model (its --no_dropout, --direction, ...).
+
+    Returns:
+        What the generator is.
+
+    Raises:
+        InputError: when the source is no such generator, or the target exists.
+    """
+    if target.exists():
+        raise InputError(f"convert: {target} exists; choose another name, or move it away")
+    match source.suffix, target.suffix:
+        case ".pth", ".safetensors":
+            state_dict, spec = read_upstream_generator(
+                source, dropout=dropout, direction=direction, load_size=load_size, crop_size=crop_size
+            )
+            save_generator(target, state_dict, spec)
+        case ".safetensors", ".pth":
+            netG, spec = load_generator(source)
+            write_upstream_generator(target, netG.state_dict())
+        case got:
+            raise InputError(f"convert: got {got[0]!r} -> {got[1]!r}, expected .pth -> .safetensors or back")
+    return spec

@@ -1,0 +1,100 @@
+"""Score a trained generator on paired images."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastp2p.checkpoint import load_generator
+from fastp2p.config import Device, Direction, NormStats
+from fastp2p.data import PairFormat, eval_batches, load_split
+from fastp2p.device import choose_device
+from fastp2p.metrics import evaluate_generator
+
+
+def evaluate(
+    model: Path,
+    data: str,
+    split: str = "val",
+    *,
+    direction: Direction | None = None,
+    norm_stats: NormStats = "image",
+    dropout: bool = False,
+    skip_bad: bool = False,
+    seed: int = 0,
+    device: Device = "auto",
+) -> dict[str, Any]:
+    """L1, PSNR and SSIM (`fastp2p.metrics.score`) over a split, each image resized to the model's crop_size.
+
+    Args:
+        model: a netG.safetensors.
+        data, split: where the pairs are, as in training.
+        direction: None takes the model's own.
+        norm_stats, dropout: see `fastp2p.networks.generate`.
+        skip_bad: score the rest when there are bad files.
+        seed: of the dropout.
+        device: "auto", "cpu" or "cuda".
+
+    Returns:
+        {"model", "data", "split", "direction", "size", "images", "skipped", "norm_stats", "dropout",
+        "metrics": {name: {"mean", "std"}}, "per_image": {pair: {name: value}}}; std is over the images.
+
+    Raises:
+        InputError: when the model or the pairs cannot be read.
+    """
+    where = choose_device(device)
+    netG, spec = load_generator(model)
+    netG.to(where)
+    direction = direction or spec.direction
+    format = PairFormat(direction, spec.crop_size, spec.input_nc, spec.output_nc)
+    dataset = load_split(data, split, format, skip_bad=skip_bad)
+    torch.manual_seed(seed)
+    values = evaluate_generator(netG, eval_batches(dataset, device=where), norm_stats=norm_stats, dropout=dropout)
+
+    names = [pair.name for pair in dataset.pairs]
+    return {
+        "model": str(model),
+        "data": data,
+        "split": split,
+        "direction": direction,
+        "size": spec.crop_size,
+        "images": len(dataset),
+        "skipped": dataset.skipped,
+        "norm_stats": norm_stats,
+        "dropout": dropout,
+        "metrics": {k: {"mean": float(np.mean(v)), "std": _std(v)} for k, v in values.items()},
+        "per_image": {name: {k: v[i] for k, v in values.items()} for i, name in enumerate(names)},
+    }
+
+
+def _std(values: list[float]) -> float:
+    return float(np.std(values)) if np.isfinite(values).all() else math.nan  # an identical image's PSNR is infinite
+
+
+def to_json(result: dict[str, Any]) -> str:
+    """The result as JSON, which knows no infinity and no NaN: they become null."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: finite(leaf) for name, leaf in value.items()}
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(result), indent=2, allow_nan=False)
+
+
+def format_table(result: dict[str, Any]) -> str:
+    """The result as a table for the terminal."""
+    lines = [f"{result['images']} images of {result['data']} {result['split']}, {result['size']}x{result['size']} px"]
+    lines += [f"skipped {name}: {reason}" for name, reason in result["skipped"].items()]
+    lines += ["", f"{'':6} {'mean':>9} {'std':>9}"]
+    better = {
+        "L1": "in [-1, 1], lower is better",
+        "PSNR": "dB, higher is better",
+        "SSIM": "at most 1, higher is better",
+    }
+    for name, value in result["metrics"].items():
+        lines.append(f"{name:6} {value['mean']:9.4f} {value['std']:9.4f}  {better[name]}")
+    return "\n".join(lines)

@@ -1,0 +1,38 @@
+"""What is installed, on which device, and which kernel serves each operator there."""
+
+import importlib.metadata
+import os
+import platform
+
+import torch
+
+from fastp2p import ops
+from fastp2p.device import choose_device, describe_device
+
+PACKAGES = ("torch", "triton", "numpy", "pillow", "safetensors", "torchmetrics", "tensorboard", "matplotlib")
+
+
+def info() -> str:
+    """A report to read, and to paste into an issue."""
+    device = choose_device("auto")
+    lines = [
+        f"fastp2p      {_version('fastp2p')}",
+        f"python       {platform.python_version()} on {platform.platform()}",
+        *(f"{name:<13}{_version(name)}" for name in PACKAGES),
+        "",
+        f"device       {device.type}: {describe_device(device)}",
+        f"cores        {os.cpu_count()}, CPU capability {torch.backends.cpu.get_cpu_capability()}",
+        f"CUDA         {torch.version.cuda or 'not in this PyTorch'}",
+        "engine       reference: plain PyTorch autograd, float32",
+        "",
+        f"{'operator':<13}served on {device.type} by",
+        *(f"{name:<13}{ops.served_by(name, device.type)}" for name in ops.operators()),
+    ]
+    return "\n".join(lines)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

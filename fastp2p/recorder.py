@@ -1,0 +1,123 @@
+"""What a run leaves behind to look at: stats.jsonl, TensorBoard events, panels and loss curves."""
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from fastp2p.checkpoint import write_atomically
+from fastp2p.config import GanMode
+from fastp2p.losses import BALANCE
+
+PANEL_COLUMNS = ("input", "output", "target")
+CAPTION_HEIGHT = 16  # px
+GAP = 4  # px
+
+
+class Recorder:
+    """The written record of one run folder; lines after `step` are dropped, so that a resumed run continues it."""
+
+    def __init__(self, folder: Path, step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder = folder
+        self.stats_path = folder / "stats.jsonl"
+        kept = [line for line in read_stats(self.stats_path) if line["step"] <= step]
+        write_atomically(self.stats_path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        self.stats = open(self.stats_path, "a", buffering=1)  # noqa: SIM115 (open as long as the run)
+        self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def scalars(self, step: int, values: dict[str, Any]) -> None:
+        """Append a line of numbers to stats.jsonl, and to TensorBoard those that are not mere time."""
+        self.stats.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self.events.add_scalar(name.replace("loss_", "loss/").replace("val_", "val/"), value, step)
+
+    def panel(self, step: int, rows: Sequence[Sequence[Tensor]]) -> Path:
+        """Write the validation panel as panel/STEP.png, and as panel.png, the newest."""
+        image = draw_panel(rows)
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        (self.folder / "panel").mkdir(exist_ok=True)
+        for path in (self.folder / "panel" / f"{step:07d}.png", self.folder / "panel.png"):
+            write_atomically(path, buffer.getvalue())
+        self.events.add_image("panel", np.asarray(image), step, dataformats="HWC")
+        return self.folder / "panel.png"
+
+    def close(self, gan_mode: GanMode) -> Path | None:
+        """Draw the loss curves and end the record. Returns the picture's path, None when there is nothing to draw."""
+        self.stats.close()
+        self.events.close()
+        return draw_curves(self.stats_path, self.folder / "losses.png", gan_mode)
+
+
+def read_stats(path: Path) -> list[dict[str, Any]]:
+    """The lines of a stats.jsonl, without the half line that a killed process may have left at its end."""
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def to_image(x: Tensor) -> Image.Image:
+    """(C, H, W) in [-1, 1], C = 1 or 3 -> an 8-bit image, rounded to nearest."""
+    values = ((x.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    array = values.permute(1, 2, 0).numpy()
+    return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
+
+
+def draw_panel(rows: Sequence[Sequence[Tensor]]) -> Image.Image:
+    """Rows of (real_A, fake_B, real_B), each (C, H, W) in [-1, 1], under a caption; two rows side by side if many."""
+    height, width = rows[0][0].shape[-2:]
+    blocks = 2 if len(rows) > 4 else 1
+    per_block = -(-len(rows) // blocks)
+    block_width = 3 * (width + GAP) + GAP
+    size = (blocks * block_width - GAP, CAPTION_HEIGHT + per_block * (height + GAP))
+    panel = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(panel)
+    for block in range(blocks):
+        for column, caption in enumerate(PANEL_COLUMNS):
+            draw.text((block * block_width + column * (width + GAP) + GAP, 2), caption, fill="black")
+    for number, row in enumerate(rows):
+        left, top = number // per_block * block_width, CAPTION_HEIGHT + number % per_block * (height + GAP)
+        for column, x in enumerate(row):
+            panel.paste(to_image(x).convert("RGB"), (left + column * (width + GAP), top))
+    return panel
+
+
+def draw_curves(stats_path: Path, path: Path, gan_mode: GanMode) -> Path | None:
+    """Draw the losses and the validation scores of a stats.jsonl as a PNG."""
+    from matplotlib.figure import Figure
+
+    stats = read_stats(stats_path)
+    losses = [line for line in stats if "loss_G_L1" in line]
+    scores = [line for line in stats if "val_L1" in line]
+    if not losses:
+        return None
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    gan, l1, validation = figure.subplots(1, 3)
+    steps = [line["step"] for line in losses]
+    for name in ("loss_D_real", "loss_D_fake", "loss_G_GAN"):
+        gan.plot(steps, [line[name] for line in losses], label=name, linewidth=1)
+    gan.axhline(BALANCE[gan_mode], color="grey", linestyle=":", label=f"balance ({BALANCE[gan_mode]:.2g})")
+    l1.plot(steps, [line["loss_G_L1"] for line in losses], color="tab:purple", linewidth=1)
+    if scores:
+        where = [line["step"] for line in scores]
+        validation.plot(where, [line["val_L1"] for line in scores], "o-", color="tab:purple")
+        ssim = validation.twinx()
+        ssim.plot(where, [line["val_SSIM"] for line in scores], "s-", color="tab:green")
+        validation.set_ylabel("L1, lower is better", color="tab:purple")
+        ssim.set_ylabel("SSIM, higher is better", color="tab:green")
+    gan.legend()
+    for axes, title in ((gan, "adversarial losses"), (l1, "L1 loss, times lambda_L1"), (validation, "validation")):
+        axes.set(title=title, xlabel="step")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    write_atomically(path, buffer.getvalue())
+    return path

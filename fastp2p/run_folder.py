@@ -1,0 +1,73 @@
+"""Making a run's folder, and opening it again."""
+
+import json
+from pathlib import Path
+
+from fastp2p.checkpoint import remove_leftovers, write_atomically
+from fastp2p.config import TrainConfig
+from fastp2p.errors import InputError
+
+# What may differ between a run and its continuation: limits, bookkeeping and places, but nothing that is learned from.
+CHANGEABLE = {
+    *("data", "skip_bad", "stream", "device"),
+    *("n_epochs", "n_epochs_decay", "max_steps", "max_minutes"),
+    *("log_steps", "panel_steps", "val_epochs", "save_minutes"),
+}
+
+
+def new_folder(config: TrainConfig) -> Path:
+    """Make config.out, or the next free runs/DATA-NUMBER, with its config.json.
+
+    Raises:
+        InputError: when the folder is there and not empty.
+    """
+    folder = config.out or _next_free(config.data)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"out: {folder} is a file; expected a folder to make")
+    if folder.is_dir() and any(folder.iterdir()):
+        hint = f"--resume {folder} continues the run in it" if (folder / "config.json").exists() else "it holds files"
+        raise InputError(f"out: {folder} is not empty ({hint}); choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_config(folder, config)
+    return folder
+
+
+def reopen_folder(config: TrainConfig) -> Path:
+    """Open config.out to go on with the run in it, and note what has changed in its config.json.
+
+    Raises:
+        InputError: when something was changed that the trained weights depend on.
+    """
+    assert config.out is not None, "a run is resumed from its folder"
+    before = read_config(config.out).as_dict()
+    for name, value in config.as_dict().items():
+        if value != before[name] and name not in CHANGEABLE:
+            raise InputError(f"{name}: got {value}, but {config.out} was trained with {before[name]}; drop the option")
+    remove_leftovers(config.out)
+    _write_config(config.out, config)
+    return config.out
+
+
+def read_config(folder: Path) -> TrainConfig:
+    """The configuration of the run in this folder.
+
+    Raises:
+        InputError: when config.json is missing, damaged, or of another version.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        raise InputError(f"resume: {folder} is no run folder (it has no config.json)")
+    try:
+        return TrainConfig(**json.loads(path.read_text()) | {"out": folder})
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path}: cannot be read as a configuration of this version: {error}") from error
+
+
+def _write_config(folder: Path, config: TrainConfig) -> None:
+    fields = {name: value for name, value in config.as_dict().items() if name != "out"}  # a folder may be moved
+    write_atomically(folder / "config.json", json.dumps(fields, indent=2).encode() + b"\n")
+
+
+def _next_free(data: str) -> Path:
+    name = Path(data.removeprefix("builtin:")).resolve().stem
+    return next(path for n in range(1, 10**6) if not (path := Path("runs") / f"{name}-{n:03d}").exists())

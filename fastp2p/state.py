@@ -1,0 +1,93 @@
+"""TrainState: everything that training changes, and so everything that a checkpoint holds."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastp2p.checkpoint import load_strictly
+from fastp2p.config import ResolvedConfig, levels_of
+from fastp2p.errors import InputError
+from fastp2p.networks import UnetGenerator, build_netD, init_weights
+
+
+@dataclass
+class TrainState:
+    """Networks, optimizers and counters; the random state of dropout is torch's own."""
+
+    netG: UnetGenerator
+    netD: nn.Module
+    optimizer_G: torch.optim.Adam
+    optimizer_D: torch.optim.Adam
+    loss_sums: Tensor  # (4,) float64, over the steps since the last line of stats.jsonl
+    device: torch.device
+    fingerprint: str  # of the training pairs
+    step: int = 0
+    best_val_L1: float = math.inf
+
+    @classmethod
+    def new(cls, config: ResolvedConfig, device: torch.device, fingerprint: str) -> "TrainState":
+        """Step 0, drawn from config.seed."""
+        torch.manual_seed(config.seed)
+        input_nc, output_nc, norm = config.input_nc, config.output_nc, config.norm
+        levels = levels_of(config.netG)
+        netG = UnetGenerator(input_nc, output_nc, levels=levels, ngf=config.ngf, norm=norm, dropout=config.dropout)
+        netD = build_netD(config.netD, input_nc + output_nc, ndf=config.ndf, n_layers=config.n_layers_D, norm=norm)
+        for net in (netG, netD):
+            init_weights(net, config.init_gain)
+            net.to(device)
+        optimizer_G, optimizer_D = (
+            torch.optim.Adam(net.parameters(), lr=config.lr, betas=(config.beta1, config.beta2)) for net in (netG, netD)
+        )
+        loss_sums = torch.zeros(4, dtype=torch.float64, device=device)
+        return cls(netG, netD, optimizer_G, optimizer_D, loss_sums, device, fingerprint)
+
+    def set_lr(self, lr: float) -> None:
+        """Set both optimizers' learning rate."""
+        for optimizer in (self.optimizer_G, self.optimizer_D):
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `restore` takes: tensors, numbers and strings alone."""
+        on_cuda = self.device.type == "cuda"
+        return {
+            "step": self.step,
+            "best_val_L1": self.best_val_L1,
+            "loss_sums": self.loss_sums,
+            "netG": self.netG.state_dict(),
+            "netD": self.netD.state_dict(),
+            "optimizer_G": self.optimizer_G.state_dict(),
+            "optimizer_D": self.optimizer_D.state_dict(),
+            "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(self.device) if on_cuda else None},
+            "fingerprint": self.fingerprint,
+        }
+
+    def restore(self, saved: dict[str, Any], path: Path) -> None:
+        """Take over the checkpoint read from `path`.
+
+        Raises:
+            InputError: when it is of other networks or of other training pairs.
+        """
+        if saved["fingerprint"] != self.fingerprint:
+            raise InputError(
+                f"data: got {self.fingerprint}, but {path} was trained on {saved['fingerprint']} (count and hash "
+                "of the names); bring the same pairs back, or start a new run"
+            )
+        load_strictly(self.netG, saved["netG"], path)
+        load_strictly(self.netD, saved["netD"], path)
+        self.optimizer_G.load_state_dict(saved["optimizer_G"])
+        self.optimizer_D.load_state_dict(saved["optimizer_D"])
+        self.loss_sums.copy_(saved["loss_sums"])
+        self.step, self.best_val_L1 = saved["step"], saved["best_val_L1"]
+        torch.set_rng_state(saved["rng"]["cpu"])
+        if self.device.type == "cuda" and saved["rng"]["cuda"] is not None:
+            torch.cuda.set_rng_state(saved["rng"]["cuda"], self.device)
+
+    def is_finite(self) -> bool:
+        """Whether neither a loss since the last line of stats nor a weight is NaN or infinite."""
+        tensors = [self.loss_sums, *self.netG.state_dict().values(), *self.netD.state_dict().values()]
+        return all(bool(tensor.isfinite().all()) for tensor in tensors)

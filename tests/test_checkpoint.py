@@ -1,0 +1,135 @@
+import errno
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors
+import torch
+
+from fastp2p import checkpoint
+from fastp2p.checkpoint import (
+    GeneratorSpec,
+    load_checkpoint,
+    load_generator,
+    save_checkpoint,
+    save_generator,
+    write_atomically,
+)
+from fastp2p.errors import InputError
+from fastp2p.networks import UnetGenerator, generate
+
+
+def test_round_trip(tmp_path: Path):
+    state = {"step": 3, "netG": {"w": torch.randn(2, 3)}, "rng": {"cpu": torch.get_rng_state(), "cuda": None}}
+    save_checkpoint(tmp_path / "c.pt", state)
+    loaded = load_checkpoint(tmp_path / "c.pt")
+    assert loaded["step"] == 3
+    assert torch.equal(loaded["netG"]["w"], state["netG"]["w"])
+    assert loaded["rng"]["cuda"] is None
+
+
+def test_nothing_is_unpickled_in_full(tmp_path: Path):
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "pwned"),))
+
+    torch.save({"format": 1, "x": Evil()}, tmp_path / "c.pt")
+    with pytest.raises(InputError, match="cannot be read as a file of tensors"):
+        load_checkpoint(tmp_path / "c.pt")
+    (tmp_path / "d.pt").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(InputError):
+        load_checkpoint(tmp_path / "d.pt")
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", None])
+def test_damaged_checkpoint_is_told(tmp_path: Path, content: bytes | None):
+    path = tmp_path / "c.pt"
+    save_checkpoint(path, {"w": torch.randn(1000)})
+    path.write_bytes(path.read_bytes()[:2000] if content is None else content)
+    with pytest.raises(InputError, match=r"c\.pt: cannot be read"):
+        load_checkpoint(path)
+
+
+def test_missing_and_foreign_checkpoints_are_told(tmp_path: Path):
+    with pytest.raises(InputError, match="no such file"):
+        load_checkpoint(tmp_path / "c.pt")
+    torch.save({"w": torch.zeros(1)}, tmp_path / "c.pt")
+    with pytest.raises(InputError, match="is no checkpoint of this version"):
+        load_checkpoint(tmp_path / "c.pt")
+
+
+def test_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "c.pt"
+    write_atomically(path, b"old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["c.pt"]
+
+
+def test_write_cut_off_by_the_kernel_leaves_the_old_file(tmp_path: Path):
+    """A file-size limit makes the kernel refuse the write half-way, as a full disk does."""
+    code = f"""
+import resource, torch
+from pathlib import Path
+from fastp2p.checkpoint import save_checkpoint
+path = Path({str(tmp_path / "c.pt")!r})
+save_checkpoint(path, {{"w": torch.zeros(10)}})
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    save_checkpoint(path, {{"w": torch.zeros(100_000)}})
+except OSError as error:
+    print("refused:", error.strerror)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "refused: File too large" in done.stdout
+    assert len(load_checkpoint(tmp_path / "c.pt")["w"]) == 10
+    assert os.listdir(tmp_path) == ["c.pt"]
+
+
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+def test_generator_describes_itself(tmp_path: Path, norm: str):
+    spec = GeneratorSpec(
+        levels=4, ngf=6, input_nc=1, norm=norm, dropout="paper", direction="BtoA", crop_size=64, step=9
+    )
+    netG = spec.build()
+    save_generator(tmp_path / "g.safetensors", netG.state_dict(), spec)
+    loaded, read = load_generator(tmp_path / "g.safetensors")
+    assert read == spec
+    x = torch.randn(1, 1, 20, 20)
+    assert torch.equal(generate(loaded, x), generate(netG, x))
+    with safetensors.safe_open(tmp_path / "g.safetensors", "pt") as file:
+        described = json.loads(file.metadata()["fastp2p"])
+    assert (described["range"], described["direction"], described["crop_size"]) == ("[-1, 1]", "BtoA", 64)
+
+
+def test_bad_generator_files_are_told(tmp_path: Path):
+    path = tmp_path / "g.safetensors"
+    with pytest.raises(InputError, match="no such file"):
+        load_generator(path)
+    path.write_bytes(b"junk")
+    with pytest.raises(InputError, match=r"cannot be read as \.safetensors"):
+        load_generator(path)
+    with pytest.raises(InputError, match="cannot be read"):
+        load_generator(tmp_path)
+    from safetensors.torch import save_file
+
+    save_file({"w": torch.zeros(1)}, path)
+    with pytest.raises(InputError, match="has no fastp2p metadata"):
+        load_generator(path)
+    save_generator(path, UnetGenerator(levels=4, ngf=4).state_dict(), GeneratorSpec(levels=3, ngf=4))
+    with pytest.raises(InputError, match="do not fit"):
+        load_generator(path)
+    torch.save({}, tmp_path / "latest_net_G.pth")
+    with pytest.raises(InputError, match="fastp2p convert"):
+        load_generator(tmp_path / "latest_net_G.pth")

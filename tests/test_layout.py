@@ -1,0 +1,98 @@
+"""The file tree tells the story: imports only point up, and each operator has its files."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastp2p import ops
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Data flows down this list: a module imports only from lines above its own, or from its own package.
+LAYERS = [
+    "errors",
+    "config",
+    "device",
+    "kernels",
+    "ops",
+    "networks",
+    "losses",
+    "data",
+    "metrics",
+    "memory",
+    "reference",
+    "checkpoint",
+    "state",
+    "run_folder",
+    "recorder",
+    "trainer",
+    "translate",
+    "evaluate",
+    "convert",
+    "info",
+    "cli",
+    "__main__",
+]
+MODULES = sorted([*(ROOT / "fastp2p").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
+
+
+def layer(module: str) -> str:
+    return module.removeprefix("fastp2p.").split(".")[0]
+
+
+def imported_modules(path: Path) -> list[str]:
+    """The fastp2p modules that a file imports, at its top or inside a function."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names += [f"fastp2p.{alias.name}" for alias in node.names] if node.module == "fastp2p" else [node.module]
+    return [name for name in names if name.startswith("fastp2p.")]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_up(path: Path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    own = parts[0] if parts[0] == "kernels" else parts[1]
+    if own == "__init__":
+        return  # the package itself gathers names from everywhere
+    assert own in LAYERS, f"{path}: give the new module its line in LAYERS"
+    for name in imported_modules(path):
+        target = layer(name)
+        assert target == own or LAYERS.index(target) < LAYERS.index(own), f"{path} imports {name} from below"
+
+
+@pytest.mark.parametrize("op", ops.operators())
+def test_each_operator_has_its_files(op: str):
+    for path in (f"fastp2p/ops/{op}.py", f"tests/ops/test_{op}.py", f"benchmarks/ops/bench_{op}.py"):
+        assert (ROOT / path).is_file(), f"operator {op} lacks {path}"
+    assert hasattr(ops, op)
+    assert hasattr(ops, f"{op}_ref")
+
+
+def test_no_file_is_a_hall():
+    long = [path for path in MODULES if len(path.read_text().splitlines()) > 400]
+    assert not long, f"over 400 lines: {long}"
+
+
+def test_core_needs_torch_numpy_and_pillow_alone():
+    """Networks, operators, losses, step and data run where nothing else can be installed."""
+    optional = ["safetensors", "torchmetrics", "tensorboard", "matplotlib", "tqdm", "tyro"]
+    code = f"""
+import sys
+for name in {optional}:
+    sys.modules[name] = None
+import fastp2p, fastp2p.data, fastp2p.ops, fastp2p.kernels, fastp2p.reference, fastp2p.metrics, fastp2p.memory
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_kernels_package_is_ours():
+    import fastp2p.kernels
+
+    assert Path(fastp2p.kernels.__file__) == ROOT / "kernels" / "__init__.py"

@@ -1,0 +1,258 @@
+"""Whole runs: what they leave behind, that they resume bit for bit, and that nothing is lost on the way."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY
+from PIL import Image
+
+from fastp2p import trainer
+from fastp2p.checkpoint import load_checkpoint, load_generator
+from fastp2p.cli import parse
+from fastp2p.config import TrainConfig
+from fastp2p.errors import InputError, TrainingDiverged
+from fastp2p.recorder import read_stats
+from fastp2p.run_folder import read_config
+from fastp2p.trainer import train
+
+
+def config(data: Path, out: Path, *options: str) -> TrainConfig:
+    """The tiny run's configuration, through the command line's own parser."""
+    return parse(["train", *TINY, "--data", str(data), "--out", str(out), "--log-steps", "2", *options]).config
+
+
+def resume(folder: Path, **changes: Any) -> None:
+    train(replace(read_config(folder), **changes), resume=True)
+
+
+def flat(state: Any) -> dict[str, Any]:
+    """Nested dicts and lists as one dict of paths."""
+    if isinstance(state, dict | list):
+        items = state.items() if isinstance(state, dict) else enumerate(state)
+        return {f"{key}/{name}": leaf for key, value in items for name, leaf in flat(value).items()}
+    return {"": state}
+
+
+def assert_same_state(one: Path, other: Path) -> None:
+    a, b = flat(load_checkpoint(one / "checkpoint.pt")), flat(load_checkpoint(other / "checkpoint.pt"))
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        same = torch.equal(value, b[name]) if isinstance(value, torch.Tensor) else value == b[name]
+        assert same, f"{name} differs"
+
+
+@pytest.fixture
+def unbroken(aligned: Path, tmp_path: Path) -> Path:
+    """The whole run of 18 steps, never interrupted. The net is deep enough to have dropout."""
+    return train(config(aligned, tmp_path / "unbroken", "--dropout", "paper"))
+
+
+def test_run_folder(unbroken: Path):
+    names = {path.name for path in unbroken.iterdir()}
+    assert names == {
+        *("config.json", "checkpoint.pt", "netG.safetensors", "netG_best.safetensors"),
+        *("stats.jsonl", "panel.png", "panel", "losses.png", "tensorboard"),
+    }
+    stats = read_stats(unbroken / "stats.jsonl")
+    losses = [line for line in stats if "loss_G_L1" in line]
+    scores = [line for line in stats if "val_L1" in line]
+    assert [line["step"] for line in losses] == list(range(2, 19, 2))
+    assert [line["step"] for line in scores] == [3, 6, 9, 12, 15, 18]
+    assert set(losses[0]) == {
+        *("step", "epoch", "loss_G_GAN", "loss_G_L1", "loss_D_real", "loss_D_fake", "lr", "img_per_sec")
+    }
+    assert [line["lr"] for line in losses[-3:-1]] == [pytest.approx(2e-4 * 0.5), pytest.approx(2e-4 * 0.25)]
+    assert min(line["val_L1"] for line in scores) == load_checkpoint(unbroken / "checkpoint.pt")["best_val_L1"]
+
+    best, last = load_generator(unbroken / "netG_best.safetensors")[1], load_generator(unbroken / "netG.safetensors")[1]
+    assert last.step == 18
+    assert best.step == min(scores, key=lambda line: line["val_L1"])["step"]
+    assert (last.levels, last.ngf, last.crop_size, last.data) == (3, 4, 32, "aligned")
+    assert [path.name for path in sorted((unbroken / "panel").iterdir())] == ["0000000.png", "0000018.png"]
+    with Image.open(unbroken / "panel.png") as panel:
+        assert panel.size == (3 * 36, 16 + 2 * 36)  # two validation pairs
+    saved = json.loads((unbroken / "config.json").read_text())
+    assert saved["load_size"] == 36
+    assert "out" not in saved
+
+
+def test_same_seed_same_run_other_seed_other_run(unbroken: Path, aligned: Path, tmp_path: Path):
+    again = train(config(aligned, tmp_path / "again", "--dropout", "paper"))
+    assert_same_state(unbroken, again)
+    other = train(config(aligned, tmp_path / "other", "--dropout", "paper", "--seed", "1"))
+    with pytest.raises(AssertionError):
+        assert_same_state(unbroken, other)
+
+
+@pytest.mark.parametrize("stop", [1, 5, 6, 17])
+def test_resume_is_bit_exact(unbroken: Path, aligned: Path, tmp_path: Path, stop: int):
+    """Stopped in mid-epoch, at an epoch's end, between two lines of stats, in the decay: always the same end."""
+    broken = train(config(aligned, tmp_path / "broken", "--dropout", "paper", "--max-steps", str(stop)))
+    assert load_checkpoint(broken / "checkpoint.pt")["step"] == stop
+    torch.manual_seed(99)  # what another process would start from
+    resume(broken, max_steps=None)
+    assert_same_state(unbroken, broken)
+    losses = [
+        [(line["step"], line["loss_G_L1"]) for line in read_stats(run / "stats.jsonl") if "loss_G_L1" in line]
+        for run in (unbroken, broken)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_resume_of_a_finished_run_says_so(unbroken: Path):
+    before = (unbroken / "checkpoint.pt").stat().st_mtime_ns
+    said: list[str] = []
+    train(read_config(unbroken), resume=True, say=said.append)
+    assert "nothing left to do" in said[-1]
+    assert (unbroken / "checkpoint.pt").stat().st_mtime_ns == before
+    resume(unbroken, n_epochs_decay=4)
+    assert load_checkpoint(unbroken / "checkpoint.pt")["step"] == 21
+
+
+def test_resume_refuses_what_would_change_the_result(unbroken: Path, aligned: Path):
+    with pytest.raises(InputError, match=r"ngf: got 8, but .* was trained with 4"):
+        resume(unbroken, ngf=8)
+    (aligned / "train" / "0.png").rename(aligned / "train" / "7.png")
+    with pytest.raises(InputError, match="bring the same pairs back"):
+        resume(unbroken)
+
+
+def test_out_must_be_empty(unbroken: Path, aligned: Path):
+    with pytest.raises(InputError, match=r"not empty \(--resume .*unbroken continues"):
+        train(config(aligned, unbroken))
+    assert load_checkpoint(unbroken / "checkpoint.pt")["step"] == 18
+
+
+def test_bad_data_leaves_no_folder(aligned: Path, tmp_path: Path):
+    (aligned / "train" / "0.png").write_bytes(b"")
+    with pytest.raises(InputError, match="add --skip-bad"):
+        train(config(aligned, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    said: list[str] = []
+    train(config(aligned, tmp_path / "run", "--skip-bad", "--max-steps", "1"), say=said.append)
+    assert "train: skipped train/0.png: the file is empty (zero bytes)" in said
+
+
+def test_without_val_the_panel_shows_training_pairs(two_folders: Path, tmp_path: Path):
+    said: list[str] = []
+    folder = train(config(two_folders, tmp_path / "run", "--max-steps", "2"), say=said.append)
+    assert any("no folder val/" in line for line in said)
+    assert (folder / "panel.png").exists()
+    assert not (folder / "netG_best.safetensors").exists()
+
+
+def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(aligned: Path, tmp_path: Path, monkeypatch):
+    step = trainer.train_step
+
+    def poisoned(netG: torch.nn.Module, *args: Any, **kwargs: Any):
+        losses = step(netG, *args, **kwargs)
+        poisoned.calls += 1
+        return losses._replace(loss_D_real=losses.loss_D_real * float("nan")) if poisoned.calls == 5 else losses
+
+    poisoned.calls = 0
+    monkeypatch.setattr(trainer, "train_step", poisoned)
+    with pytest.raises(TrainingDiverged, match=r"step 5: .*checkpoint\.pt holds the last good state"):
+        train(config(aligned, tmp_path / "run", "--save-minutes", "0"))
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 4
+    poisoned.calls = 0
+    with pytest.raises(TrainingDiverged, match="no checkpoint had been written"):
+        train(config(aligned, tmp_path / "other"))
+
+
+def test_max_minutes(aligned: Path, tmp_path: Path):
+    folder = train(config(aligned, tmp_path / "run", "--max-minutes", "0"))
+    assert load_checkpoint(folder / "checkpoint.pt")["step"] == 1
+
+
+def test_img_per_sec_counts_training_alone(aligned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Half a second of drawing after every step must not slow the figure down."""
+    draw = trainer.Recorder.panel
+    monkeypatch.setattr(trainer.Recorder, "panel", lambda *args: (time.sleep(0.5), draw(*args))[1])
+    folder = train(config(aligned, tmp_path / "run", "--panel-steps", "1", "--max-steps", "4"))
+    lines = [line for line in read_stats(folder / "stats.jsonl") if "img_per_sec" in line]
+    assert len(lines) == 2
+    assert all(line["img_per_sec"] > 2 * 2 / 0.9 for line in lines)  # 2 steps of 2 images; drawing takes 1 s of them
+
+
+def test_gpu_without_one_is_told(aligned: Path, tmp_path: Path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(InputError, match="device: got cuda, but"):
+        train(config(aligned, tmp_path / "run", "--device", "cuda"))
+
+
+def start(data: Path, out: Path, *options: str) -> subprocess.Popen[str]:
+    """A long tiny run in a process of its own."""
+    command = [sys.executable, "-m", "fastp2p", "train", *TINY, "--data", str(data), "--out", str(out), *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.005)
+
+
+def test_kill_9_at_any_instant(aligned: Path, tmp_path: Path):
+    """Checkpoints are written after every step, so most kills fall into the middle of a write."""
+    long = ("--dropout", "paper", "--n-epochs", "400", "--max-steps", "120", "--val-epochs", "1000")
+    unbroken = train(config(aligned, tmp_path / "unbroken", *long))
+    folder = tmp_path / "killed"
+    process = start(aligned, folder, *long, "--save-minutes", "0")
+    for delay in (0.05, 0.13, 0.31):
+        wait_for(folder / "checkpoint.pt", process)
+        time.sleep(delay)
+        process.kill()
+        process.communicate()
+        load_checkpoint(folder / "checkpoint.pt")
+        (folder / ".checkpoint.pt.1.tmp").write_text("half a file")  # what a kill in mid-write leaves
+        command = [sys.executable, "-m", "fastp2p", "train", "--resume", str(folder)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        while (folder / ".checkpoint.pt.1.tmp").exists():
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.01)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert_same_state(unbroken, folder)
+    assert not list(folder.glob(".*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_and_exits_cleanly(aligned: Path, tmp_path: Path, number: int):
+    process = start(aligned, tmp_path / "run", "--n-epochs", "100000", "--panel-steps", "1")
+    wait_for(tmp_path / "run" / "panel" / "0000003.png", process)
+    os.kill(process.pid, number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert "Traceback" not in output
+    step = load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"]
+    assert f"Stopped and saved at step {step}. Go on with: fastp2p train --resume" in output
+    assert (tmp_path / "run" / "losses.png").exists() == (step >= 20)
+
+
+def test_full_disk_is_told_and_the_previous_checkpoint_kept(aligned: Path, tmp_path: Path):
+    """The kernel refuses files over a limit that the first, smaller files fit and a second checkpoint does not."""
+    folder = train(config(aligned, tmp_path / "run", "--max-steps", "2"))
+    before = (folder / "checkpoint.pt").read_bytes()
+    code = f"""
+import resource, sys
+from fastp2p.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) // 2},) * 2)
+sys.exit(main(["train", "--resume", {str(folder)!r}, "--max-steps", "4"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1, done.stderr
+    assert "cannot be written: File too large. A run's previous checkpoint is intact" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (folder / "checkpoint.pt").read_bytes() == before

@@ -1,0 +1,109 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_image
+from PIL import Image
+
+from fastp2p.checkpoint import GeneratorSpec, save_generator
+from fastp2p.errors import InputError
+from fastp2p.networks import generate, init_weights
+from fastp2p.recorder import to_image
+from fastp2p.translate import translate
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    spec = GeneratorSpec(levels=5, ngf=4, dropout="paper")
+    netG = spec.build()
+    init_weights(netG, 0.2)
+    save_generator(tmp_path / "netG.safetensors", netG.state_dict(), spec)
+    return tmp_path / "netG.safetensors"
+
+
+@pytest.mark.parametrize("size", [(32, 32), (1, 1), (3, 50), (101, 67)])
+def test_output_has_the_input_s_size(model: Path, tmp_path: Path, size: tuple[int, int]):
+    random_image(*size).save(tmp_path / "x.png")
+    [written] = translate(model, [tmp_path / "x.png"], tmp_path / "out")
+    assert written == tmp_path / "out" / "x.png"
+    assert Image.open(written).size == size
+
+
+def test_is_the_generator_on_the_normalised_image(model: Path, tmp_path: Path):
+    from fastp2p.checkpoint import load_generator
+
+    image = random_image(40, 36)
+    image.save(tmp_path / "x.png")
+    x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255 * 2 - 1
+    for options in ({}, {"norm_stats": "running"}):
+        [written] = translate(model, [tmp_path / "x.png"], tmp_path / "out", **options)
+        expected = to_image(generate(load_generator(model)[0], x, **options)[0])
+        assert np.array_equal(np.asarray(Image.open(written)), np.asarray(expected))
+
+
+def test_deterministic_unless_dropout_with_another_seed(model: Path, tmp_path: Path):
+    random_image(64, 64).save(tmp_path / "x.png")
+
+    def run(**options) -> bytes:
+        return translate(model, [tmp_path / "x.png"], tmp_path / "out", **options)[0].read_bytes()
+
+    assert run() == run()
+    assert run(dropout=True) == run(dropout=True)
+    assert run(dropout=True) != run(dropout=True, seed=1)
+    assert run(dropout=True) != run()
+
+
+def test_resize_first(model: Path, tmp_path: Path):
+    random_image(40, 20).save(tmp_path / "x.png")
+    [written] = translate(model, [tmp_path / "x.png"], tmp_path / "out", size=64)
+    assert Image.open(written).size == (64, 64)
+
+
+def test_folders_kinds_and_names(model: Path, tmp_path: Path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    random_image(20, 20).save(folder / "a.jpg")
+    random_image(20, 20).convert("RGBA").save(folder / "a.png")
+    random_image(20, 20).convert("L").save(folder / "b.tif")
+    random_image(20, 20).convert("P").save(folder / "c.bmp")
+    (folder / "notes.txt").touch()
+    written = translate(model, [folder], tmp_path / "out")
+    assert [path.name for path in written] == ["a.jpg.png", "a.png.png", "b.png", "c.png"]
+
+
+def test_more_than_50_images(model: Path, tmp_path: Path):
+    (tmp_path / "many").mkdir()
+    for i in range(60):
+        random_image(8, 8, seed=i).save(tmp_path / "many" / f"{i}.png")
+    assert len(translate(model, [tmp_path / "many"], tmp_path / "out", say=lambda line: None)) == 60
+
+
+def test_bad_files_do_not_stop_the_others(model: Path, tmp_path: Path):
+    random_image(20, 20).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(b"")
+    files = [tmp_path / "bad.png", tmp_path / "good.png"]
+    with pytest.raises(InputError, match=r"(?s)1 of 2 cannot be used.*bad\.png: the file is empty.*other 1 were") as _:
+        translate(model, files, tmp_path / "out")
+    assert (tmp_path / "out" / "good.png").exists()
+
+
+def test_inputs_are_never_overwritten(model: Path, tmp_path: Path):
+    random_image(20, 20).save(tmp_path / "x.png")
+    before = (tmp_path / "x.png").read_bytes()
+    with pytest.raises(InputError, match="would overwrite an input"):
+        translate(model, [tmp_path / "x.png"], tmp_path)
+    assert (tmp_path / "x.png").read_bytes() == before
+    (tmp_path / "other").mkdir()
+    random_image(20, 20).save(tmp_path / "other" / "x.png")
+    with pytest.raises(InputError, match=r"two inputs are named x\.png"):
+        translate(model, [tmp_path / "x.png", tmp_path / "other"], tmp_path / "out")
+
+
+def test_missing_and_empty_inputs_are_told(model: Path, tmp_path: Path):
+    with pytest.raises(InputError, match="no such file or folder"):
+        translate(model, [tmp_path / "nothing.png"], tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="holds no images"):
+        translate(model, [tmp_path / "empty"], tmp_path / "out")
