@@ -9,8 +9,6 @@ import torch
 from fastp2p.config import TrainConfig
 from fastp2p.data import PairDataset, PairFormat, train_batches
 from fastp2p.data.pairs import Pair
-from fastp2p.losses import GANLoss
-from fastp2p.reference import train_step
 from fastp2p.state import TrainState
 
 FACADES = 400  # pairs in an epoch
@@ -26,21 +24,13 @@ def bench_reference_epoch(benchmark, batch_size: int):
     dataset = PairDataset([Pair(str(i), Path()) for i in range(len(pairs))], PairFormat("AtoB", 286), pairs)
     batches = train_batches(dataset, seed=0, epoch=1, batch_size=batch_size, crop_size=256, flip=True, device=device)
 
-    def step() -> None:
-        real_A, real_B = next(batches)
-        losses = train_step(
-            state.netG,
-            state.netD,
-            state.optimizer_G,
-            state.optimizer_D,
-            real_A,
-            real_B,
-            gan_loss=GANLoss(),
-            lambda_L1=config.lambda_L1,
-        )
+    step = state.reference_step(config)
+
+    def timed() -> None:
+        losses = step(*next(batches))
         float(losses.loss_G_L1)  # waits for the device
 
-    benchmark.pedantic(step, rounds=8, warmup_rounds=2)
+    benchmark.pedantic(timed, rounds=8, warmup_rounds=2)
     seconds = statistics.median(benchmark.stats.stats.data) / batch_size
     benchmark.extra_info["img_per_sec"] = 1 / seconds
     benchmark.extra_info["s_per_epoch_of_400"] = FACADES * seconds

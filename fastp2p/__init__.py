@@ -9,7 +9,7 @@ except PackageNotFoundError as error:
 
 from fastp2p.config import TrainConfig
 from fastp2p.losses import GANLoss
-from fastp2p.networks import PatchDiscriminator, PixelDiscriminator, UnetGenerator, generate
+from fastp2p.networks import PatchDiscriminator, PixelDiscriminator, UnetGenerator, generate, init_weights
 
 __all__ = [
     "GANLoss",
@@ -19,4 +19,5 @@ __all__ = [
     "UnetGenerator",
     "__version__",
     "generate",
+    "init_weights",
 ]

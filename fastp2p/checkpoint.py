@@ -1,16 +1,15 @@
-"""State in, state out: atomic files, the run's checkpoint, self-describing generators, upstream's files.
+"""State in, state out: the run's checkpoint, self-describing generators, upstream's files.
 
 Nothing here is unpickled in full: safetensors, and torch.load(weights_only=True).
 """
 
 import io
 import json
-import os
 import pickle
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,42 +18,15 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from fastp2p.config import Direction, Dropout, Norm
+from fastp2p.config import Direction, Dropout, Norm, NormStats
 from fastp2p.errors import InputError
+from fastp2p.files import write_atomically
 from fastp2p.networks import UnetGenerator
 
 FORMAT = 1  # of checkpoint.pt and of the generator's metadata; raised when their meaning changes
+RANGE = "[-1, 1]"  # of the generator's input and output; written for other programs that read the file
 
 StateDict = Mapping[str, Tensor]
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that at every instant, a power cut included, `path` is the old file or the new one, whole.
-
-    Raises:
-        OSError: when it cannot be written (a full disk); the old file is then untouched.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself must reach the disk, too
-    finally:
-        os.close(folder)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary files that a killed process left in its run folder."""
-    for temporary in folder.glob(".*.tmp"):
-        temporary.unlink(missing_ok=True)
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -103,8 +75,8 @@ class GeneratorSpec:
     output_nc: int = 3
     norm: Norm = "batch"
     dropout: Dropout = "upstream"
+    norm_stats: NormStats = "image"  # what batch norm is to normalise with when images are generated
     direction: Direction = "AtoB"
-    load_size: int = 286  # px, in training
     crop_size: int = 256  # px, in training; images are resized to it for evaluation
     data: str = ""  # where the training pairs came from
     step: int = 0  # training steps taken
@@ -118,8 +90,8 @@ class GeneratorSpec:
 
 def save_generator(path: Path, state_dict: StateDict, spec: GeneratorSpec) -> None:
     """Write netG.safetensors, atomically: the weights, and in the header's metadata how to use them."""
-    metadata = {"format": "pt", "fastp2p": json.dumps({"version": FORMAT, "range": "[-1, 1]", **asdict(spec)})}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
+    metadata = {"format": "pt", "fastp2p": json.dumps({"version": FORMAT, "range": RANGE, **asdict(spec)})}
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state_dict.items()}
     write_atomically(path, safetensors.torch.save(tensors, metadata))
 
 
@@ -140,11 +112,15 @@ def load_generator(path: Path) -> tuple[UnetGenerator, GeneratorSpec]:
         raise InputError(f"{path}: cannot be read as .safetensors ({error}){hint}") from error
     if "fastp2p" not in metadata:
         raise InputError(f"{path}: has no fastp2p metadata; expected a netG.safetensors of fastp2p train or convert")
-    described = json.loads(metadata["fastp2p"])
-    if described.get("version") != FORMAT:
-        raise InputError(f"{path}: is of format {described.get('version')}, this version reads format {FORMAT}")
-    known = {field.name for field in fields(GeneratorSpec)}
-    spec = GeneratorSpec(**{name: value for name, value in described.items() if name in known})
+    try:
+        described = dict(json.loads(metadata["fastp2p"]))
+        version = described.pop("version")
+        del described["range"]
+        spec = GeneratorSpec(**described)
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path}: its fastp2p metadata is damaged, or of another version: {error}") from error
+    if version != FORMAT:
+        raise InputError(f"{path}: is of format {version}, this version reads format {FORMAT}")
     netG = spec.build()
     load_strictly(netG, state_dict, path)
     return netG, spec
@@ -159,8 +135,8 @@ def load_strictly(net: torch.nn.Module, state_dict: StateDict, path: Path) -> No
 
 
 def read_upstream_generator(
-    path: Path, *, dropout: Dropout, direction: Direction, load_size: int, crop_size: int
-) -> tuple[dict[str, Tensor], GeneratorSpec]:
+    path: Path, *, dropout: Dropout, direction: Direction, crop_size: int
+) -> tuple[UnetGenerator, GeneratorSpec]:
     """Read upstream's latest_net_G.pth; depth, widths and norm are read off the weights.
 
     `module.` (DataParallel) and `_orig_mod.` (torch.compile) are stripped from the names. Files from before 2018 lack
@@ -194,11 +170,11 @@ def read_upstream_generator(
         norm=norm,
         dropout=dropout,
         direction=direction,
-        load_size=load_size,
         crop_size=crop_size,
     )
-    load_strictly(spec.build(), state_dict, path)
-    return state_dict, spec
+    netG = spec.build()
+    load_strictly(netG, state_dict, path)
+    return netG, spec
 
 
 def write_upstream_generator(path: Path, state_dict: StateDict) -> None:

@@ -1,17 +1,23 @@
 """The command line, generated from the types and docstrings of what it calls."""
 
-import errno
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, subcommand
 
 from fastp2p.config import Device, Direction, Dropout, NormStats, TrainConfig
-from fastp2p.errors import InputError, TrainingDiverged
+from fastp2p.convert import convert
+from fastp2p.errors import InputError, TrainingDiverged, WriteError
+from fastp2p.evaluate import evaluate, format_table, to_json
+from fastp2p.info import info
+from fastp2p.run_folder import read_config
+from fastp2p.trainer import train
+from fastp2p.translate import translate
 
 
 @dataclass(frozen=True)
@@ -23,8 +29,6 @@ class Train:
     """Continue the run in this folder, bit for bit as if it had never stopped; its limits may be changed."""
 
     def run(self) -> None:
-        from fastp2p.trainer import train
-
         if self.resume is not None and self.config.out != self.resume:
             raise InputError(f"out: got {self.config.out}, but --resume goes on in {self.resume}; drop --out")
         train(self.config, resume=self.resume is not None)
@@ -42,9 +46,9 @@ class Translate:
     """Folder for the results, NAME.png each."""
     size: int | None = None
     """Resize each image to this side first, px. None: keep its own size."""
-    norm_stats: NormStats = "image"
+    norm_stats: NormStats | None = None
     """What batch norm normalises with: the image's own statistics (as upstream's test does), the batch's (the same,
-    one image at a time), or the running averages of training (eval mode)."""
+    one image at a time), or the running averages of training (eval mode). None: what the model was trained for."""
     dropout: bool = False
     """Keep dropout on, as the paper does at test time."""
     seed: int = 0
@@ -53,18 +57,7 @@ class Translate:
     """Where to compute."""
 
     def run(self) -> None:
-        from fastp2p.translate import translate
-
-        translate(
-            self.model,
-            self.inputs,
-            self.out,
-            size=self.size,
-            norm_stats=self.norm_stats,
-            dropout=self.dropout,
-            seed=self.seed,
-            device=self.device,
-        )
+        translate(**vars(self))
 
 
 @dataclass(frozen=True)
@@ -79,9 +72,9 @@ class Evaluate:
     """Folder in it to score."""
     direction: Direction | None = None
     """Which side of a pair is the input. None: the model's own."""
-    norm_stats: NormStats = "image"
+    norm_stats: NormStats | None = None
     """What batch norm normalises with: each image's own statistics, those of 8 images at a time, or the running
-    averages of training."""
+    averages of training. None: what the model was trained for."""
     dropout: bool = False
     """Keep dropout on, as the paper does at test time."""
     skip_bad: bool = False
@@ -94,19 +87,8 @@ class Evaluate:
     """Where to compute."""
 
     def run(self) -> None:
-        from fastp2p.evaluate import evaluate, format_table, to_json
-
-        result = evaluate(
-            self.model,
-            self.data,
-            self.split,
-            direction=self.direction,
-            norm_stats=self.norm_stats,
-            dropout=self.dropout,
-            skip_bad=self.skip_bad,
-            seed=self.seed,
-            device=self.device,
-        )
+        options = {name: value for name, value in vars(self).items() if name != "json"}
+        result = evaluate(**options)
         print(to_json(result) if self.json else format_table(result))
 
 
@@ -122,22 +104,11 @@ class Convert:
     """Where the upstream model had dropout; none for --no_dropout."""
     direction: Direction = "AtoB"
     """The --direction that the upstream model was trained with."""
-    load_size: int = 286
-    """The upstream model's --load_size, px."""
     crop_size: int = 256
     """The upstream model's --crop_size, px."""
 
     def run(self) -> None:
-        from fastp2p.convert import convert
-
-        spec = convert(
-            self.source,
-            self.target,
-            dropout=self.dropout,
-            direction=self.direction,
-            load_size=self.load_size,
-            crop_size=self.crop_size,
-        )
+        spec = convert(**vars(self))
         print(f"{self.target}: unet_{2**spec.levels}, ngf {spec.ngf}, norm {spec.norm}")
 
 
@@ -146,8 +117,6 @@ class Info:
     """Show versions, the device, and which kernel serves each operator."""
 
     def run(self) -> None:
-        from fastp2p.info import info
-
         print(info())
 
 
@@ -165,8 +134,6 @@ def parse(args: Sequence[str]) -> Train | Translate | Evaluate | Convert | Info:
     command = _parse(args)
     if isinstance(command, Train) and command.resume is not None:
         # Once more, with the run's own configuration for defaults, so that only options that were typed change it.
-        from fastp2p.run_folder import read_config
-
         command = _parse(args, default=Train(read_config(command.resume), command.resume))
     return command
 
@@ -181,17 +148,11 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run fastp2p; returns the exit status: 0, 1 for an error told in words, 2 for bad usage, 130 for Ctrl-C."""
     try:
         parse(sys.argv[1:] if args is None else args).run()
-    except (InputError, TrainingDiverged) as error:
+    except (InputError, TrainingDiverged, WriteError) as error:
         print(f"fastp2p: {error}", file=sys.stderr)
         return 1
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
-            raise
-        print(f"fastp2p: {error.filename or 'a file'} cannot be written: {error.strerror}. A run's previous checkpoint "
-              "is intact: make room, then fastp2p train --resume RUN", file=sys.stderr)  # fmt: skip
-        return 1
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         print(f"fastp2p: out of memory: {error}\nLower --batch-size, --crop-size or --ngf in training, or --size in "
               "translation; what was saved before is intact.", file=sys.stderr)  # fmt: skip

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -39,7 +40,7 @@ class TrainConfig:
 
     data: str = BUILTIN
     """Folder or .zip with train/ and, if there is one, val/: aligned A|B images, or folders A and B matched by file
-    name. builtin:emoji is the set inside the package."""
+    name. builtin:emoji is the set inside the package. Source: ours."""
     direction: Direction = "AtoB"
     """Which side of a pair is the input. Source: upstream."""
     load_size: int | None = None
@@ -55,10 +56,10 @@ class TrainConfig:
     output_nc: Literal[1, 3] = 3
     """Channels of the output image: 3 colour, 1 grey. Source: upstream."""
     skip_bad: bool = False
-    """Train on the rest when images are unmatched or damaged, instead of stopping with their list."""
+    """Train on the rest when images are unmatched or damaged, instead of stopping with their list. Source: ours."""
     stream: Literal["auto", "always", "never"] = "auto"
     """Decode images in every epoch anew instead of keeping them in memory. auto: when they would take more than half
-    of this machine's memory."""
+    of this machine's memory. Source: ours."""
 
     netG: str | None = None
     """Generator: unet_S halves the side log2(S) times. None: unet_256, or for builtin:emoji unet_128, on a CPU
@@ -77,7 +78,8 @@ class TrainConfig:
     norm: Norm = "batch"
     """Normalisation layer of both networks. Source: paper, appendix 6.1."""
     dropout: Dropout = "upstream"
-    """Place of the decoder's Dropout(0.5): as upstream has it, one level deeper as in the paper, or none."""
+    """Place of the decoder's Dropout(0.5): as upstream has it, one level deeper as in the paper, or none. Source:
+    upstream; paper, appendix 6.1.1."""
     init_gain: float = 0.02
     """Standard deviation of the initial weights. Source: paper, appendix 6.2."""
 
@@ -99,25 +101,27 @@ class TrainConfig:
     n_epochs_decay: int | None = None
     """Epochs of linear decay after them. None: 100, or a short schedule for builtin:emoji. Source: upstream."""
     max_steps: int | None = None
-    """Stop after this many steps in all, the schedule notwithstanding. None: no limit."""
+    """Stop after this many steps in all, the schedule notwithstanding. None: no limit. Source: ours."""
     max_minutes: float | None = None
-    """Stop after this many minutes of this call. None: no limit."""
+    """Stop after this many minutes of this call. None: no limit. Source: ours."""
 
     seed: int = 0
-    """Seed of the weights, the order, the jitter and the dropout, >= 0. The same seed gives the same run."""
+    """Seed of the weights, the order, the jitter and the dropout, 0 to 2**32 - 1: the same seed gives the same
+    run. Source: ours."""
     device: Device = "auto"
-    """Where to train. auto: a CUDA GPU if PyTorch finds one, else the CPU."""
+    """Where to train. auto: a CUDA GPU if PyTorch finds one, else the CPU. Source: ours."""
 
     out: Path | None = None
-    """Run folder to make. None: the next free runs/DATA-NUMBER."""
+    """Run folder to make. None: the next free runs/DATA-NUMBER. Source: ours."""
     log_steps: int = 20
-    """Steps between two lines of stats.jsonl; losses are means over them."""
+    """Steps between two lines of stats.jsonl; losses are means over them. Source: ours."""
     panel_steps: int = 200
-    """Steps between two pictures of the validation panel (input, output, target)."""
+    """Steps between two pictures of the validation panel (input, output, target). Source: ours."""
     val_epochs: int = 1
-    """Epochs between two validations (L1, PSNR, SSIM); there is one more at the end."""
+    """Epochs between two validations (L1, PSNR, SSIM); there is one more at the end. Source: ours."""
     save_minutes: float = 2.0
-    """Minutes between two checkpoints; there is one more at the end and on Ctrl-C. 0: after every step."""
+    """Minutes between two checkpoints; there is one more at the end and on Ctrl-C. 0: after every step. Source:
+    ours."""
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -131,6 +135,7 @@ class TrainConfig:
             _require(self, name, lambda value: value > 0, "more than 0")
         for name in ("lambda_L1", "seed", "n_epochs_decay", "max_minutes", "save_minutes"):
             _require(self, name, lambda value: value >= 0, "0 or more")
+        _require(self, "seed", lambda value: value < 2**32, "less than 2**32")
         for name in ("beta1", "beta2"):
             _require(self, name, lambda value: 0 <= value < 1, "0 or more and less than 1")
         _require(self, "n_layers_D", lambda value: 1 <= value <= 5, "1 to 5")
@@ -141,10 +146,10 @@ class TrainConfig:
         if self.crop_size is not None:
             if self.load_size is not None and self.load_size < self.crop_size:
                 raise InputError(f"load_size: got {self.load_size}, expected at least crop_size {self.crop_size}")
-            smallest = 1 if self.netD == "pixel" else 3 * 2**self.n_layers_D
+            smallest = 11 if self.netD == "pixel" else max(11, 3 * 2**self.n_layers_D)  # 11: the window of SSIM
             if self.crop_size < smallest:
                 raise InputError(
-                    f"crop_size: got {self.crop_size}, but this discriminator needs at least {smallest} px; "
+                    f"crop_size: got {self.crop_size}, expected at least {smallest} px for this netD and SSIM; "
                     "enlarge the crop, or take fewer layers with --netD n_layers --n-layers-D K"
                 )
 
@@ -223,7 +228,7 @@ def _literals(hint: Any) -> tuple[Any, ...]:
     return next((get_args(part) for part in get_args(hint) if get_origin(part) is Literal), ())
 
 
-def _require(config: TrainConfig, name: str, holds: Any, expected: str) -> None:
+def _require(config: TrainConfig, name: str, holds: Callable[[Any], bool], expected: str) -> None:
     value = getattr(config, name)
     if value is not None and not holds(value):
         raise InputError(f"{name}: got {value}, expected {expected}")

@@ -19,7 +19,6 @@ def convert(
     *,
     dropout: Dropout = "upstream",
     direction: Direction = "AtoB",
-    load_size: int = 286,
     crop_size: int = 256,
 ) -> GeneratorSpec:
     """Convert a generator; the suffixes say which way: .pth -> .safetensors or .safetensors -> .pth.
@@ -29,7 +28,7 @@ def convert(
 
     Args:
         source, target: the files; target must not exist.
-        dropout, direction, load_size, crop_size: of the upstream model (its --no_dropout, --direction, ...).
+        dropout, direction, crop_size: of the upstream model (its --no_dropout, --direction, ...).
 
     Returns:
         What the generator is.
@@ -41,10 +40,8 @@ def convert(
         raise InputError(f"convert: {target} exists; choose another name, or move it away")
     match source.suffix, target.suffix:
         case ".pth", ".safetensors":
-            state_dict, spec = read_upstream_generator(
-                source, dropout=dropout, direction=direction, load_size=load_size, crop_size=crop_size
-            )
-            save_generator(target, state_dict, spec)
+            netG, spec = read_upstream_generator(source, dropout=dropout, direction=direction, crop_size=crop_size)
+            save_generator(target, netG.state_dict(), spec)
         case ".safetensors", ".pth":
             netG, spec = load_generator(source)
             write_upstream_generator(target, netG.state_dict())

@@ -1,5 +1,8 @@
 """Where to compute."""
 
+import os
+from pathlib import Path
+
 import torch
 
 from fastp2p.config import Device
@@ -20,7 +23,18 @@ def choose_device(name: Device) -> torch.device:
 
 
 def describe_device(device: torch.device) -> str:
-    """The GPU's name, or the CPU's thread count."""
+    """The GPU's name or the CPU's thread count, and the precision of the reference path there."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+        tf32 = ", convolutions in TF32" if torch.backends.cudnn.allow_tf32 else ""
+        return f"{torch.cuda.get_device_name(device)}, float32{tf32}"
+    return f"CPU, {torch.get_num_threads()} threads, float32"
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Memory of the GPU, or of this machine or container, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")  # of the container; "max" for none
+    text = limit.read_text().strip() if limit.exists() else "max"
+    return min(physical, int(text)) if text.isdigit() else physical

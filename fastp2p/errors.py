@@ -1,8 +1,20 @@
-"""The errors that speak to the user. The command line prints their text without a traceback."""
+"""The errors that the command line prints as they are, without a traceback."""
+
+from pathlib import Path
 
 
 class InputError(Exception):
     """What the user gave cannot be used: the text says what was got, what was expected and what to do."""
+
+
+class WriteError(Exception):
+    """A file could not be written, for a full disk or for want of permission; what was there before is untouched."""
+
+    def __init__(self, path: Path, error: OSError):
+        super().__init__(
+            f"{path} cannot be written: {error.strerror or error}. What was saved before is intact; make room, then go "
+            "on (a run with fastp2p train --resume RUN)"
+        )
 
 
 class TrainingDiverged(RuntimeError):

@@ -21,7 +21,7 @@ def evaluate(
     split: str = "val",
     *,
     direction: Direction | None = None,
-    norm_stats: NormStats = "image",
+    norm_stats: NormStats | None = None,
     dropout: bool = False,
     skip_bad: bool = False,
     seed: int = 0,
@@ -33,7 +33,8 @@ def evaluate(
         model: a netG.safetensors.
         data, split: where the pairs are, as in training.
         direction: None takes the model's own.
-        norm_stats, dropout: see `fastp2p.networks.generate`.
+        norm_stats: what batch norm normalises with, see `fastp2p.networks.generate`; None is the model's own.
+        dropout: keep dropout on.
         skip_bad: score the rest when there are bad files.
         seed: of the dropout.
         device: "auto", "cpu" or "cuda".
@@ -45,14 +46,14 @@ def evaluate(
     Raises:
         InputError: when the model or the pairs cannot be read.
     """
-    where = choose_device(device)
+    chosen = choose_device(device)
     netG, spec = load_generator(model)
-    netG.to(where)
-    direction = direction or spec.direction
+    netG.to(chosen)
+    direction, norm_stats = direction or spec.direction, norm_stats or spec.norm_stats
     format = PairFormat(direction, spec.crop_size, spec.input_nc, spec.output_nc)
     dataset = load_split(data, split, format, skip_bad=skip_bad)
     torch.manual_seed(seed)
-    values = evaluate_generator(netG, eval_batches(dataset, device=where), norm_stats=norm_stats, dropout=dropout)
+    values = evaluate_generator(netG, eval_batches(dataset, device=chosen), norm_stats=norm_stats, dropout=dropout)
 
     names = [pair.name for pair in dataset.pairs]
     return {

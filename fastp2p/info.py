@@ -23,7 +23,7 @@ def info() -> str:
         f"device       {device.type}: {describe_device(device)}",
         f"cores        {os.cpu_count()}, CPU capability {torch.backends.cpu.get_cpu_capability()}",
         f"CUDA         {torch.version.cuda or 'not in this PyTorch'}",
-        "engine       reference: plain PyTorch autograd, float32",
+        "engine       reference: plain PyTorch autograd",
         "",
         f"{'operator':<13}served on {device.type} by",
         *(f"{name:<13}{ops.served_by(name, device.type)}" for name in ops.operators()),

@@ -1,7 +1,7 @@
 """The objective in the paper's words: arg min_G max_D L_cGAN(G, D) + lambda_L1 * L_L1(G) (Isola et al., eq. 4)."""
 
 from collections.abc import Callable
-from typing import NamedTuple, get_args
+from typing import Generic, NamedTuple, TypeVar, get_args
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,14 +9,16 @@ from torch import Tensor
 from fastp2p.config import GanMode
 from fastp2p.errors import InputError
 
+Scalar = TypeVar("Scalar", Tensor, float)
 
-class Losses(NamedTuple):
-    """The four losses of one step, each a scalar (tensor or float)."""
 
-    loss_G_GAN: Tensor | float
-    loss_G_L1: Tensor | float  # times lambda_L1
-    loss_D_real: Tensor | float
-    loss_D_fake: Tensor | float
+class Losses(NamedTuple, Generic[Scalar]):
+    """The four losses of one step, as tensors () or as floats."""
+
+    loss_G_GAN: Scalar
+    loss_G_L1: Scalar  # times lambda_L1
+    loss_D_real: Scalar
+    loss_D_fake: Scalar
 
 
 class GANLoss:
@@ -53,14 +55,15 @@ class GANLoss:
 BALANCE: dict[GanMode, float] = {"vanilla": 0.693, "lsgan": 0.25, "hinge": 1.0}
 
 
-def read_losses(losses: Losses, gan_mode: GanMode) -> tuple[str, bool]:
+def read_losses(losses: Losses[float], gan_mode: GanMode) -> tuple[str, bool]:
     """One line that says who is winning, and whether it should be a warning.
 
-    Near balance D can only guess. A player whose loss is under a tenth of balance has won, and the other one learns
-    little from it any more.
+    Near balance D can only guess. When D's loss (the mean of real and fake) or G's is under a tenth of balance, that
+    player has won and the other one learns little from it any more. Hinge's loss_G_GAN has no lower end; there G has
+    won when loss_D_fake is over three times balance.
     """
     balance = BALANCE[gan_mode]
-    loss_D = (float(losses.loss_D_real) + float(losses.loss_D_fake)) / 2
+    loss_D = (losses.loss_D_real + losses.loss_D_fake) / 2
     G_has_won = losses.loss_D_fake > 3 * balance if gan_mode == "hinge" else losses.loss_G_GAN < balance / 10
     text = f"loss_D {loss_D:.2f}, balance is {balance:.2g}: "
     if loss_D < balance / 10:

@@ -28,7 +28,8 @@ def estimate_step_memory(
 ) -> MemoryEstimate:
     """Count a step's bytes by running the nets' shapes alone; nothing is allocated.
 
-    The convolution library's scratch space and PyTorch itself (about 0.3 GB) come on top.
+    The convolution library's scratch space, on a GPU the temporaries of multi-tensor Adam, and PyTorch itself (about
+    0.3 GB) come on top.
 
     Args:
         netG, netD: the networks, on any device.

@@ -35,12 +35,19 @@ class UnetBlock(nn.Module):
     """
 
     def __init__(
-        self, outer: int, inner: int, *, below: nn.Module | None, norm: Norm, use_dropout: bool, in_channels: int = 0
+        self,
+        outer: int,
+        inner: int,
+        *,
+        below: nn.Module | None,
+        norm: Norm,
+        use_dropout: bool = False,
+        in_channels: int | None = None,
     ):
         super().__init__()
-        self.outermost = in_channels > 0
+        self.outermost = in_channels is not None  # the one level whose input is no output of another
         bias = norm == "instance"  # batch norm's shift replaces it; upstream leaves it out for "none" too
-        down = nn.Conv2d(in_channels or outer, inner, 4, stride=2, padding=1, bias=bias)
+        down = nn.Conv2d(outer if in_channels is None else in_channels, inner, 4, stride=2, padding=1, bias=bias)
         up_bias = bias or self.outermost
         up = nn.ConvTranspose2d(inner * (2 if below else 1), outer, 4, stride=2, padding=1, bias=up_bias)
 
@@ -94,7 +101,7 @@ class UnetGenerator(nn.Module):
         for level in range(levels, 1, -1):  # from the innermost outwards
             outer, inner = (ngf * min(2**i, 8) for i in (level - 2, level - 1))
             block = UnetBlock(outer, inner, below=block, norm=norm, use_dropout=level in with_dropout)
-        self.model = UnetBlock(output_nc, ngf, below=block, norm=norm, use_dropout=False, in_channels=input_nc)
+        self.model = UnetBlock(output_nc, ngf, below=block, norm=norm, in_channels=input_nc)
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
@@ -182,7 +189,10 @@ def build_netD(netD: NetD, input_nc: int, *, ndf: int, n_layers: int, norm: Norm
 
 
 def init_weights(net: nn.Module, gain: float = 0.02, generator: torch.Generator | None = None) -> None:
-    """Draw convolutions from N(0, gain), batch-norm weights from N(1, gain); biases are 0 (paper, section 3.3)."""
+    """Draw convolutions from N(0, gain), batch-norm weights from N(1, gain); biases are 0.
+
+    Source: paper, appendix 6.2, for the convolutions; upstream for batch norm.
+    """
     for module in net.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             nn.init.normal_(module.weight, 0.0, gain, generator=generator)
@@ -221,7 +231,7 @@ def generate(netG: nn.Module, real_A: Tensor, *, norm_stats: NormStats = "image"
         return torch.cat(images)
 
     was = {module: module.training for module in netG.modules()}
-    batch_norms = [module for module in netG.modules() if isinstance(module, nn.BatchNorm2d)]
+    batch_norms = {module: module.track_running_stats for module in was if isinstance(module, nn.BatchNorm2d)}
     try:
         for module in was:
             module.training = dropout if isinstance(module, nn.Dropout) else False
@@ -233,5 +243,5 @@ def generate(netG: nn.Module, real_A: Tensor, *, norm_stats: NormStats = "image"
     finally:
         for module, training in was.items():
             module.training = training
-        for module in batch_norms:
-            module.track_running_stats = True
+        for module, tracks in batch_norms.items():
+            module.track_running_stats = tracks

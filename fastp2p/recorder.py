@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from fastp2p.checkpoint import write_atomically
 from fastp2p.config import GanMode
+from fastp2p.data.images import to_image, to_png
+from fastp2p.errors import WriteError
+from fastp2p.files import write_atomically
 from fastp2p.losses import BALANCE
 
 PANEL_COLUMNS = ("input", "output", "target")
@@ -21,40 +22,50 @@ GAP = 4  # px
 
 
 class Recorder:
-    """The written record of one run folder; lines after `step` are dropped, so that a resumed run continues it."""
+    """The written record of one run folder, open as long as the `with` block; its end draws losses.png.
 
-    def __init__(self, folder: Path, step: int):
+    Args:
+        folder: the run folder.
+        step: where the run stands; later lines, which a killed run may have left, are dropped.
+        gan_mode: for the balance in the picture of the losses.
+    """
+
+    def __init__(self, folder: Path, step: int, gan_mode: GanMode):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.folder = folder
+        self.folder, self.gan_mode = folder, gan_mode
         self.stats_path = folder / "stats.jsonl"
         kept = [line for line in read_stats(self.stats_path) if line["step"] <= step]
         write_atomically(self.stats_path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self.stats = open(self.stats_path, "a", buffering=1)  # noqa: SIM115 (open as long as the run)
         self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self.stats.close()
+        self.events.close()
+        if kind is not WriteError:  # a diverged run wants its curves most of all
+            draw_curves(self.stats_path, self.folder / "losses.png", self.gan_mode)
+
     def scalars(self, step: int, values: dict[str, Any]) -> None:
-        """Append a line of numbers to stats.jsonl, and to TensorBoard those that are not mere time."""
-        self.stats.write(json.dumps({"step": step, **values}) + "\n")
+        """Append a line of numbers to stats.jsonl and to TensorBoard. Raises WriteError."""
+        try:
+            self.stats.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:
+            raise WriteError(self.stats_path, error) from error
         for name, value in values.items():
             self.events.add_scalar(name.replace("loss_", "loss/").replace("val_", "val/"), value, step)
 
     def panel(self, step: int, rows: Sequence[Sequence[Tensor]]) -> Path:
-        """Write the validation panel as panel/STEP.png, and as panel.png, the newest."""
+        """Write the validation panel as panel/STEP.png, and as panel.png, the newest. Raises WriteError."""
         image = draw_panel(rows)
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
         (self.folder / "panel").mkdir(exist_ok=True)
         for path in (self.folder / "panel" / f"{step:07d}.png", self.folder / "panel.png"):
-            write_atomically(path, buffer.getvalue())
+            write_atomically(path, to_png(image))
         self.events.add_image("panel", np.asarray(image), step, dataformats="HWC")
         return self.folder / "panel.png"
-
-    def close(self, gan_mode: GanMode) -> Path | None:
-        """Draw the loss curves and end the record. Returns the picture's path, None when there is nothing to draw."""
-        self.stats.close()
-        self.events.close()
-        return draw_curves(self.stats_path, self.folder / "losses.png", gan_mode)
 
 
 def read_stats(path: Path) -> list[dict[str, Any]]:
@@ -63,13 +74,6 @@ def read_stats(path: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text().split("\n")
     return [json.loads(line) for line in lines[:-1] if line]
-
-
-def to_image(x: Tensor) -> Image.Image:
-    """(C, H, W) in [-1, 1], C = 1 or 3 -> an 8-bit image, rounded to nearest."""
-    values = ((x.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    array = values.permute(1, 2, 0).numpy()
-    return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
 
 
 def draw_panel(rows: Sequence[Sequence[Tensor]]) -> Image.Image:
@@ -91,15 +95,15 @@ def draw_panel(rows: Sequence[Sequence[Tensor]]) -> Image.Image:
     return panel
 
 
-def draw_curves(stats_path: Path, path: Path, gan_mode: GanMode) -> Path | None:
-    """Draw the losses and the validation scores of a stats.jsonl as a PNG."""
+def draw_curves(stats_path: Path, path: Path, gan_mode: GanMode) -> None:
+    """Draw the losses and the validation scores of a stats.jsonl as a PNG; nothing when it holds no losses."""
     from matplotlib.figure import Figure
 
     stats = read_stats(stats_path)
     losses = [line for line in stats if "loss_G_L1" in line]
     scores = [line for line in stats if "val_L1" in line]
     if not losses:
-        return None
+        return
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     gan, l1, validation = figure.subplots(1, 3)
     steps = [line["step"] for line in losses]
@@ -120,4 +124,3 @@ def draw_curves(stats_path: Path, path: Path, gan_mode: GanMode) -> Path | None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     write_atomically(path, buffer.getvalue())
-    return path

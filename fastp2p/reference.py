@@ -17,7 +17,7 @@ def train_step(
     *,
     gan_loss: GANLoss,
     lambda_L1: float,
-) -> Losses:
+) -> Losses[Tensor]:
     """One step of D, then one of G through the D just updated (Isola et al., section 3.3; upstream's order).
 
     Args:

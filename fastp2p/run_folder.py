@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-from fastp2p.checkpoint import remove_leftovers, write_atomically
 from fastp2p.config import TrainConfig
 from fastp2p.errors import InputError
+from fastp2p.files import write_atomically
 
 # What may differ between a run and its continuation: limits, bookkeeping and places, but nothing that is learned from.
 CHANGEABLE = {
@@ -16,10 +16,10 @@ CHANGEABLE = {
 
 
 def new_folder(config: TrainConfig) -> Path:
-    """Make config.out, or the next free runs/DATA-NUMBER, with its config.json.
+    """Make config.out, or the next free runs/DATA-NUMBER, and its config.json.
 
     Raises:
-        InputError: when the folder is there and not empty.
+        InputError: when it is there and not empty, or cannot be made.
     """
     folder = config.out or _next_free(config.data)
     if folder.exists() and not folder.is_dir():
@@ -27,24 +27,30 @@ def new_folder(config: TrainConfig) -> Path:
     if folder.is_dir() and any(folder.iterdir()):
         hint = f"--resume {folder} continues the run in it" if (folder / "config.json").exists() else "it holds files"
         raise InputError(f"out: {folder} is not empty ({hint}); choose another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_config(folder, config)
+    make_folder(folder)
+    write_config(folder, config)
     return folder
 
 
+def make_folder(folder: Path) -> None:
+    """mkdir -p. Raises InputError when that is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"out: {folder} cannot be made: {error.strerror}; choose another --out") from error
+
+
 def reopen_folder(config: TrainConfig) -> Path:
-    """Open config.out to go on with the run in it, and note what has changed in its config.json.
+    """Open config.out to go on with the run in it; nothing is written there.
 
     Raises:
-        InputError: when something was changed that the trained weights depend on.
+        InputError: when it holds no run, or something was changed that the trained weights depend on.
     """
     assert config.out is not None, "a run is resumed from its folder"
     before = read_config(config.out).as_dict()
     for name, value in config.as_dict().items():
         if value != before[name] and name not in CHANGEABLE:
             raise InputError(f"{name}: got {value}, but {config.out} was trained with {before[name]}; drop the option")
-    remove_leftovers(config.out)
-    _write_config(config.out, config)
     return config.out
 
 
@@ -63,7 +69,8 @@ def read_config(folder: Path) -> TrainConfig:
         raise InputError(f"{path}: cannot be read as a configuration of this version: {error}") from error
 
 
-def _write_config(folder: Path, config: TrainConfig) -> None:
+def write_config(folder: Path, config: TrainConfig) -> None:
+    """Write config.json. Raises WriteError."""
     fields = {name: value for name, value in config.as_dict().items() if name != "out"}  # a folder may be moved
     write_atomically(folder / "config.json", json.dumps(fields, indent=2).encode() + b"\n")
 

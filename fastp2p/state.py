@@ -1,6 +1,8 @@
 """TrainState: everything that training changes, and so everything that a checkpoint holds."""
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,9 @@ from torch import Tensor, nn
 from fastp2p.checkpoint import load_strictly
 from fastp2p.config import ResolvedConfig, levels_of
 from fastp2p.errors import InputError
+from fastp2p.losses import GANLoss, Losses
 from fastp2p.networks import UnetGenerator, build_netD, init_weights
+from fastp2p.reference import train_step
 
 
 @dataclass
@@ -22,9 +26,10 @@ class TrainState:
     netD: nn.Module
     optimizer_G: torch.optim.Adam
     optimizer_D: torch.optim.Adam
-    loss_sums: Tensor  # (4,) float64, over the steps since the last line of stats.jsonl
+    loss_sums: Tensor  # (4,) float64, over the last loss_steps steps
     device: torch.device
     fingerprint: str  # of the training pairs
+    loss_steps: int = 0  # since the last line of stats.jsonl
     step: int = 0
     best_val_L1: float = math.inf
 
@@ -45,6 +50,18 @@ class TrainState:
         loss_sums = torch.zeros(4, dtype=torch.float64, device=device)
         return cls(netG, netD, optimizer_G, optimizer_D, loss_sums, device, fingerprint)
 
+    def reference_step(self, config: ResolvedConfig) -> Callable[[Tensor, Tensor], Losses[Tensor]]:
+        """`fastp2p.reference.train_step` bound to these networks and optimizers: (real_A, real_B) -> losses."""
+        return functools.partial(
+            train_step,
+            self.netG,
+            self.netD,
+            self.optimizer_G,
+            self.optimizer_D,
+            gan_loss=GANLoss(config.gan_mode),
+            lambda_L1=config.lambda_L1,
+        )
+
     def set_lr(self, lr: float) -> None:
         """Set both optimizers' learning rate."""
         for optimizer in (self.optimizer_G, self.optimizer_D):
@@ -58,6 +75,7 @@ class TrainState:
             "step": self.step,
             "best_val_L1": self.best_val_L1,
             "loss_sums": self.loss_sums,
+            "loss_steps": self.loss_steps,
             "netG": self.netG.state_dict(),
             "netD": self.netD.state_dict(),
             "optimizer_G": self.optimizer_G.state_dict(),
@@ -82,7 +100,7 @@ class TrainState:
         self.optimizer_G.load_state_dict(saved["optimizer_G"])
         self.optimizer_D.load_state_dict(saved["optimizer_D"])
         self.loss_sums.copy_(saved["loss_sums"])
-        self.step, self.best_val_L1 = saved["step"], saved["best_val_L1"]
+        self.loss_steps, self.step, self.best_val_L1 = saved["loss_steps"], saved["step"], saved["best_val_L1"]
         torch.set_rng_state(saved["rng"]["cpu"])
         if self.device.type == "cuda" and saved["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(saved["rng"]["cuda"], self.device)

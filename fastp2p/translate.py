@@ -3,17 +3,17 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
+from torch import nn
 
 from fastp2p.checkpoint import load_generator
 from fastp2p.config import Device, NormStats
-from fastp2p.data.images import bad_files_message, is_image, read_image, resize, to_array
+from fastp2p.data.images import bad_files_message, is_image, read_image, resize, to_image, to_png, to_tensor
 from fastp2p.device import choose_device
 from fastp2p.errors import InputError
+from fastp2p.files import write_atomically
 from fastp2p.networks import generate
-from fastp2p.recorder import to_image
+from fastp2p.run_folder import make_folder
 
 
 def translate(
@@ -22,7 +22,7 @@ def translate(
     out: Path,
     *,
     size: int | None = None,
-    norm_stats: NormStats = "image",
+    norm_stats: NormStats | None = None,
     dropout: bool = False,
     seed: int = 0,
     device: Device = "auto",
@@ -35,7 +35,8 @@ def translate(
         inputs: image files, or folders whose image files are taken.
         out: folder to make or to write into.
         size: resize each image to size x size px (bicubic) first, as in training; None keeps its own size.
-        norm_stats, dropout: see `fastp2p.networks.generate`.
+        norm_stats: what batch norm normalises with, see `fastp2p.networks.generate`; None is the model's own.
+        dropout: keep dropout on.
         seed: of the dropout.
         device: "auto", "cpu" or "cuda".
         say: takes each line of report.
@@ -47,40 +48,33 @@ def translate(
         InputError: when there is nothing to translate, or, after all others were translated, with the list of the
             files that could not be.
     """
-    where = choose_device(device)
+    chosen = choose_device(device)
     netG, spec = load_generator(model)
-    netG.to(where)
+    netG.to(chosen)
     files = _image_files(inputs)
     targets = _targets(files, out)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
+    if dropout and not any(isinstance(module, nn.Dropout) for module in netG.modules()):
+        say("--dropout changes nothing: this generator has none")
     torch.manual_seed(seed)
 
     bad: dict[str, str] = {}
     written = []
     for file, target in zip(files, targets, strict=True):
         try:
-            image, _ = read_image(file, spec.input_nc)
+            image, note = read_image(file, spec.input_nc)
         except InputError as error:
             bad[str(file)] = str(error)
             continue
-        image = image if size is None else resize(image, size)
-        array = np.array(to_array(image))  # a copy: PIL's is read-only
-        real_A = torch.from_numpy(array).permute(2, 0, 1)[None].to(where).float() / 255 * 2 - 1
-        fake_B = generate(netG, real_A, norm_stats=norm_stats, dropout=dropout)
-        save_png(to_image(fake_B[0]), target)
-        say(f"{file} -> {target}")
+        real_A = to_tensor(image if size is None else resize(image, size)).to(chosen)
+        fake_B = generate(netG, real_A, norm_stats=norm_stats or spec.norm_stats, dropout=dropout)
+        write_atomically(target, to_png(to_image(fake_B[0])))
+        say(f"{file} -> {target}" + (f" (converted: {note})" if note else ""))
         written.append(target)
     if bad:
         remedy = f"The other {len(written)} were translated."
         raise InputError("translate: " + bad_files_message(bad, of=len(files), remedy=remedy))
     return written
-
-
-def save_png(image: Image.Image, path: Path) -> None:
-    """Write a PNG under a temporary name first, so that no half picture is left."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    image.save(temporary, "PNG")
-    temporary.replace(path)
 
 
 def _image_files(inputs: Sequence[Path]) -> list[Path]:

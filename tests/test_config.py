@@ -29,7 +29,9 @@ def test_levels_of_refuses(name: str):
         ({"netD": "n_layers", "n_layers_D": 6}, "n_layers_D: got 6, expected 1 to 5"),
         ({"n_layers_D": 4}, "add --netD n_layers"),
         ({"load_size": 100, "crop_size": 128}, "load_size: got 100, expected at least crop_size 128"),
-        ({"crop_size": 16}, "crop_size: got 16, but this discriminator needs at least 24 px"),
+        ({"crop_size": 16}, "crop_size: got 16, expected at least 24 px for this netD"),
+        ({"netD": "pixel", "crop_size": 8}, "crop_size: got 8, expected at least 11 px"),
+        ({"seed": 2**32}, "seed: got 4294967296, expected less than 2"),
         ({"netG": "unet_99"}, "netG: got 'unet_99'"),
     ],
 )

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Data flows down this list: a module imports only from lines above its own, or from its own package.
 LAYERS = [
     "errors",
+    "files",
     "config",
     "device",
     "kernels",
@@ -23,8 +24,8 @@ LAYERS = [
     "data",
     "metrics",
     "memory",
-    "reference",
     "checkpoint",
+    "reference",
     "state",
     "run_folder",
     "recorder",

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from fastp2p.errors import InputError
 from fastp2p.metrics import evaluate_generator, score
 from fastp2p.networks import UnetGenerator
 
@@ -23,6 +24,30 @@ def test_values_by_hand():
     assert result["PSNR"].item() == pytest.approx(20, rel=1e-4)
     c1 = 0.01**2
     assert result["SSIM"].item() == pytest.approx((2 * 0.4 * 0.5 + c1) / (0.4**2 + 0.5**2 + c1), rel=1e-3)
+
+
+def test_ssim_is_wang_s_by_hand():
+    """Wang et al. 2004 in float64: the local statistics of every window that lies within the image, nothing padded."""
+    torch.manual_seed(0)
+    x, y = torch.rand(2, 1, 20, 26, dtype=torch.float64), torch.rand(2, 1, 20, 26, dtype=torch.float64)
+    t = torch.arange(-5, 6, dtype=torch.float64)
+    window = torch.exp(-(t[:, None] ** 2 + t**2) / (2 * 1.5**2))
+    window = (window / window.sum()).view(1, 1, 11, 11)
+
+    def mean(z: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.conv2d(z, window)
+
+    mx, my = mean(x), mean(y)
+    vx, vy, cov = mean(x * x) - mx**2, mean(y * y) - my**2, mean(x * y) - mx * my
+    c1, c2 = 0.01**2, 0.03**2
+    expected = (2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))
+    ours = score((2 * x - 1).float(), (2 * y - 1).float())["SSIM"]
+    torch.testing.assert_close(ours.double(), expected.mean(dim=(1, 2, 3)), rtol=0, atol=1e-5)  # ours is in float32
+
+
+def test_image_smaller_than_the_window_is_told():
+    with pytest.raises(InputError, match=r"got images of \(10, 30\) px, expected at least 11"):
+        score(torch.rand(1, 3, 10, 30), torch.rand(1, 3, 10, 30))
 
 
 def test_per_image():

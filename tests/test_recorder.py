@@ -5,17 +5,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastp2p.recorder import Recorder, draw_panel, read_stats, to_image
+from fastp2p.recorder import Recorder, draw_panel, read_stats
 
 LINE = {"loss_G_GAN": 1.0, "loss_G_L1": 30.0, "loss_D_real": 0.6, "loss_D_fake": 0.7}
-
-
-def test_to_image_rounds():
-    x = torch.tensor([-1.0, -0.999, 0.0, 0.5, 1.0, 1.7]).view(1, 1, 6)
-    assert np.asarray(to_image(x)).tolist() == [[0, 0, 128, 191, 255, 255]]
-    every = torch.arange(256).float().view(1, 16, 16) / 255 * 2 - 1
-    assert np.array_equal(np.asarray(to_image(every)).flatten(), np.arange(256))
-    assert to_image(torch.zeros(3, 4, 5)).size == (5, 4)
 
 
 def test_panel_shows_each_image_in_its_place():
@@ -27,17 +19,16 @@ def test_panel_shows_each_image_in_its_place():
 
 
 def test_record_goes_on_where_the_checkpoint_was(tmp_path: Path):
-    recorder = Recorder(tmp_path, 0)
-    for step in (10, 20, 30):
-        recorder.scalars(step, LINE)
-    recorder.scalars(20, {"val_L1": 0.1, "val_PSNR": 20.0, "val_SSIM": 0.8})
-    recorder.close("vanilla")
+    with Recorder(tmp_path, 0, "vanilla") as recorder:
+        for step in (10, 20, 30):
+            recorder.scalars(step, LINE)
+        recorder.scalars(20, {"val_L1": 0.1, "val_PSNR": 20.0, "val_SSIM": 0.8})
     with open(tmp_path / "stats.jsonl", "a") as file:
         file.write('{"step": 40, "loss_')  # cut off by kill -9
 
-    recorder = Recorder(tmp_path, 20)
-    recorder.scalars(30, LINE)
-    assert recorder.close("vanilla") == tmp_path / "losses.png"
+    with Recorder(tmp_path, 20, "vanilla") as recorder:
+        recorder.scalars(30, LINE)
+    assert (tmp_path / "losses.png").exists()
     assert [line["step"] for line in read_stats(tmp_path / "stats.jsonl")] == [10, 20, 20, 30]
     for line in (tmp_path / "stats.jsonl").read_text().splitlines():
         json.loads(line)
@@ -46,10 +37,9 @@ def test_record_goes_on_where_the_checkpoint_was(tmp_path: Path):
 def test_files_are_what_they_should_be(tmp_path: Path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    recorder = Recorder(tmp_path, 0)
-    recorder.scalars(10, LINE)
-    recorder.panel(10, [tuple(torch.zeros(3, 8, 8) for _ in range(3))])
-    recorder.close("vanilla")
+    with Recorder(tmp_path, 0, "vanilla") as recorder:
+        recorder.scalars(10, LINE)
+        recorder.panel(10, [tuple(torch.zeros(3, 8, 8) for _ in range(3))])
     with Image.open(tmp_path / "losses.png") as curves:
         assert curves.width > 800
     assert (tmp_path / "panel" / "0000010.png").read_bytes() == (tmp_path / "panel.png").read_bytes()
@@ -59,4 +49,6 @@ def test_files_are_what_they_should_be(tmp_path: Path):
 
 
 def test_nothing_to_draw(tmp_path: Path):
-    assert Recorder(tmp_path, 0).close("vanilla") is None
+    with Recorder(tmp_path, 0, "vanilla"):
+        pass
+    assert not (tmp_path / "losses.png").exists()

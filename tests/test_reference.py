@@ -1,5 +1,6 @@
 """The readable step against the official implementation's own numbers."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,8 @@ def test_golden_trace_in_float64(golden: Path):
     with torch.no_grad():
         fake_B = netG(labels[:2])
     netG.load_state_dict(state_dict("init/G/"))  # undo that pass's statistics
-    torch.testing.assert_close(fake_B.float(), torch.from_numpy(trace["fake_B_step0"]), rtol=0, atol=1e-6)
+    stored = torch.from_numpy(trace["fake_B_step0"])  # in float32
+    torch.testing.assert_close(fake_B.float(), stored, rtol=0, atol=1e-6)
 
     for step in range(4):
         batch = slice(2 * step, 2 * step + 2)
@@ -48,7 +50,7 @@ def test_golden_trace_in_float64(golden: Path):
 
 
 @pytest.mark.parametrize("gan_mode", ["vanilla", "lsgan", "hinge"])
-def test_step_updates_both_and_leaves_no_gradient_behind(gan_mode: str):
+def test_step_updates_both_nets_and_G_s_half_leaves_D_alone(gan_mode: str):
     torch.manual_seed(0)
     netG, netD = UnetGenerator(levels=4, ngf=4), PatchDiscriminator(ndf=4, n_layers=1)
     optimizers = [torch.optim.Adam(net.parameters(), lr=1e-3) for net in (netG, netD)]
@@ -59,6 +61,23 @@ def test_step_updates_both_and_leaves_no_gradient_behind(gan_mode: str):
     assert all(loss.isfinite() and not loss.requires_grad for loss in losses)
     assert not any(torch.equal(old, new) for old, new in zip(before, weights, strict=True))
     assert all(p.requires_grad for p in netD.parameters())
+
+
+def test_D_s_gradient_is_its_own():
+    """What is left in netD's .grad is that of D's loss: none of G's comes through."""
+    torch.manual_seed(0)
+    netG, netD = UnetGenerator(levels=4, ngf=4), PatchDiscriminator(ndf=4, n_layers=1)
+    copies = copy.deepcopy((netG, netD))
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.0) for net in (netG, netD)]
+    A, B = torch.randn(1, 3, 16, 16), torch.randn(1, 3, 16, 16)
+    train_step(netG, netD, *optimizers, A, B, gan_loss=GANLoss(), lambda_L1=10.0)
+
+    fake_B = copies[0](A).detach()
+    loss_fake = GANLoss()(copies[1](torch.cat([A, fake_B], 1)), False)
+    loss_real = GANLoss()(copies[1](torch.cat([A, B], 1)), True)
+    (0.5 * (loss_fake + loss_real)).backward()
+    for ours, expected in zip(netD.parameters(), copies[1].parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, expected.grad)
 
 
 def test_D_sees_fake_and_real_apart_and_moves_its_statistics_three_times():

@@ -15,7 +15,7 @@ import torch
 from conftest import TINY
 from PIL import Image
 
-from fastp2p import trainer
+from fastp2p import state, trainer
 from fastp2p.checkpoint import load_checkpoint, load_generator
 from fastp2p.cli import parse
 from fastp2p.config import TrainConfig
@@ -43,6 +43,7 @@ def flat(state: Any) -> dict[str, Any]:
 
 
 def assert_same_state(one: Path, other: Path) -> None:
+    """Every tensor and number of the two checkpoints is the same, bit for bit."""
     a, b = flat(load_checkpoint(one / "checkpoint.pt")), flat(load_checkpoint(other / "checkpoint.pt"))
     assert a.keys() == b.keys()
     for name, value in a.items():
@@ -101,11 +102,25 @@ def test_resume_is_bit_exact(unbroken: Path, aligned: Path, tmp_path: Path, stop
     torch.manual_seed(99)  # what another process would start from
     resume(broken, max_steps=None)
     assert_same_state(unbroken, broken)
-    losses = [
-        [(line["step"], line["loss_G_L1"]) for line in read_stats(run / "stats.jsonl") if "loss_G_L1" in line]
-        for run in (unbroken, broken)
-    ]
-    assert losses[0] == losses[1]
+    unbroken_losses, losses = logged_losses(unbroken), logged_losses(broken)
+    assert set(losses) - set(unbroken_losses) <= {stop}  # the end at an odd step has a line of its own
+    assert all(losses[step] == value for step, value in unbroken_losses.items())
+
+
+def logged_losses(run: Path) -> dict[int, float]:
+    return {line["step"]: line["loss_G_L1"] for line in read_stats(run / "stats.jsonl") if "loss_G_L1" in line}
+
+
+def test_losses_are_means_whatever_the_log_steps(unbroken: Path, aligned: Path, tmp_path: Path):
+    """A run that stops between two lines writes one, and one resumed with other log_steps still logs means."""
+    folder = train(config(aligned, tmp_path / "run", "--dropout", "paper", "--max-steps", "3"))
+    each = train(config(aligned, tmp_path / "each", "--dropout", "paper", "--log-steps", "1"))
+    single = logged_losses(each)
+    assert logged_losses(folder) == {2: pytest.approx((single[1] + single[2]) / 2), 3: pytest.approx(single[3])}
+    resume(folder, log_steps=7, max_steps=None)
+    assert logged_losses(folder)[7] == pytest.approx(sum(single[step] for step in range(3, 8)) / 5)
+    assert logged_losses(folder)[14] == pytest.approx(sum(single[step] for step in range(8, 15)) / 7)
+    assert logged_losses(folder)[18] == pytest.approx(sum(single[step] for step in range(15, 19)) / 4)
 
 
 def test_resume_of_a_finished_run_says_so(unbroken: Path):
@@ -113,6 +128,7 @@ def test_resume_of_a_finished_run_says_so(unbroken: Path):
     said: list[str] = []
     train(read_config(unbroken), resume=True, say=said.append)
     assert "nothing left to do" in said[-1]
+    assert any(line.startswith("netG unet_8") for line in said)
     assert (unbroken / "checkpoint.pt").stat().st_mtime_ns == before
     resume(unbroken, n_epochs_decay=4)
     assert load_checkpoint(unbroken / "checkpoint.pt")["step"] == 21
@@ -122,8 +138,10 @@ def test_resume_refuses_what_would_change_the_result(unbroken: Path, aligned: Pa
     with pytest.raises(InputError, match=r"ngf: got 8, but .* was trained with 4"):
         resume(unbroken, ngf=8)
     (aligned / "train" / "0.png").rename(aligned / "train" / "7.png")
+    before = (unbroken / "config.json").read_bytes()
     with pytest.raises(InputError, match="bring the same pairs back"):
-        resume(unbroken)
+        resume(unbroken, max_steps=99)
+    assert (unbroken / "config.json").read_bytes() == before
 
 
 def test_out_must_be_empty(unbroken: Path, aligned: Path):
@@ -151,18 +169,19 @@ def test_without_val_the_panel_shows_training_pairs(two_folders: Path, tmp_path:
 
 
 def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(aligned: Path, tmp_path: Path, monkeypatch):
-    step = trainer.train_step
+    step = state.train_step
 
-    def poisoned(netG: torch.nn.Module, *args: Any, **kwargs: Any):
-        losses = step(netG, *args, **kwargs)
+    def poisoned(*args: Any, **kwargs: Any):
+        losses = step(*args, **kwargs)
         poisoned.calls += 1
         return losses._replace(loss_D_real=losses.loss_D_real * float("nan")) if poisoned.calls == 5 else losses
 
     poisoned.calls = 0
-    monkeypatch.setattr(trainer, "train_step", poisoned)
+    monkeypatch.setattr(state, "train_step", poisoned)
     with pytest.raises(TrainingDiverged, match=r"step 5: .*checkpoint\.pt holds the last good state"):
         train(config(aligned, tmp_path / "run", "--save-minutes", "0"))
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 4
+    assert (tmp_path / "run" / "losses.png").exists()
     poisoned.calls = 0
     with pytest.raises(TrainingDiverged, match="no checkpoint had been written"):
         train(config(aligned, tmp_path / "other"))
@@ -215,6 +234,7 @@ def test_kill_9_at_any_instant(aligned: Path, tmp_path: Path):
         time.sleep(delay)
         process.kill()
         process.communicate()
+        assert process.returncode == -9, "it ended before it could be killed"
         load_checkpoint(folder / "checkpoint.pt")
         (folder / ".checkpoint.pt.1.tmp").write_text("half a file")  # what a kill in mid-write leaves
         command = [sys.executable, "-m", "fastp2p", "train", "--resume", str(folder)]
@@ -253,6 +273,6 @@ sys.exit(main(["train", "--resume", {str(folder)!r}, "--max-steps", "4"]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1, done.stderr
-    assert "cannot be written: File too large. A run's previous checkpoint is intact" in done.stderr
+    assert "cannot be written: File too large. What was saved before is intact" in done.stderr
     assert "Traceback" not in done.stderr
     assert (folder / "checkpoint.pt").read_bytes() == before

@@ -1,9 +1,10 @@
 """Pairs -> uint8 tensors, resident or streamed -> batches (real_A, real_B)."""
 
+import itertools
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,16 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import fastp2p.ops  # noqa: F401 (defines torch.ops.fastp2p)
 from fastp2p.config import Direction
 from fastp2p.data import images
 from fastp2p.data.jitter import epoch_order, jitter
 from fastp2p.data.pairs import Pair, find_pairs, open_root
+from fastp2p.device import memory_bytes
 from fastp2p.errors import InputError
-from fastp2p.ops import augment
 
 MAX_ASPECT_DIFFERENCE = 0.02  # of A to B: more than a rounded resize explains, so they do not show the same frame
-
-Progress = Callable[[Iterable[Sequence[Pair]], int], Iterable[Sequence[Pair]]]
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,8 @@ def load_split(
     *,
     skip_bad: bool = False,
     stream: Literal["auto", "always", "never"] = "auto",
-    progress: Progress = lambda chunks, total: chunks,
+    room: int | None = None,
+    on_read: Callable[[int, int], None] = lambda done, total: None,
 ) -> PairDataset:
     """Find, decode once and check all pairs of a split.
 
@@ -101,31 +102,34 @@ def load_split(
         split: name of the folder in it, "train" or "val".
         format: what to make of each pair.
         skip_bad: leave bad files out (they are listed in `skipped`) instead of raising.
-        stream: whether to decode in every epoch anew; "auto" does when half of the machine's memory would not do.
-        progress: wraps the iteration over chunks of pairs, for a progress bar.
+        stream: whether to decode in every epoch anew; "auto" does when they would take more than `room`.
+        room: bytes; None is half of the machine's memory.
+        on_read: called with the number of pairs read so far, and of all.
 
     Raises:
         InputError: when there are no pairs, or with the list of everything that is wrong with them.
     """
     pairs, bad, ignored = find_pairs(open_root(data), split)
-    total_bytes = len(pairs) * math.prod(format.shape)
-    streamed = stream == "always" or (stream == "auto" and total_bytes > memory_bytes() // 2)
+    room = memory_bytes(torch.device("cpu")) // 2 if room is None else room
+    streamed = stream == "always" or (stream == "auto" and len(pairs) * math.prod(format.shape) > room)
 
     # Every file is decoded, also when streaming: a truncated image is better found now than in an hour.
     arrays = None if streamed else np.empty((len(pairs), *format.shape), np.uint8)
     good: list[Pair] = []
     notes: Counter[str] = Counter()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for chunk in progress([pairs[i : i + 64] for i in range(0, len(pairs), 64)], len(pairs)):
-            for pair, result in zip(chunk, pool.map(partial(_decode_or_reason, format), chunk), strict=True):
-                if isinstance(result, str):
-                    bad[pair.name] = result
-                    continue
-                array, note = result
-                notes.update([note] if note else [])
-                if arrays is not None:
-                    arrays[len(good)] = array
-                good.append(pair)
+        chunks = (pairs[i : i + 64] for i in range(0, len(pairs), 64))  # so that few arrays wait at a time
+        decoded = (zip(chunk, pool.map(partial(_decode_or_reason, format), chunk), strict=True) for chunk in chunks)
+        for done, (pair, result) in enumerate(itertools.chain.from_iterable(decoded), start=1):
+            on_read(done, len(pairs))
+            if isinstance(result, str):
+                bad[pair.name] = result
+                continue
+            array, note = result
+            notes.update([note] if note else [])
+            if arrays is not None:
+                arrays[len(good)] = array
+            good.append(pair)
 
     if bad and (not skip_bad or not good):
         remedy = f"Repair or remove them, or add --skip-bad to go on with the other {len(good)}."
@@ -141,11 +145,6 @@ def _decode_or_reason(format: PairFormat, pair: Pair) -> tuple[np.ndarray, str] 
         return format.decode(pair)
     except InputError as error:
         return str(error)
-
-
-def memory_bytes() -> int:
-    """Physical memory of this machine in bytes."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def batches_per_epoch(dataset: PairDataset, batch_size: int) -> int:
@@ -199,11 +198,12 @@ def _batch(
     crop_size: int,
     device: torch.device | str,
 ) -> tuple[Tensor, Tensor]:
-    """augment where the pairs are, then move the batch to the device."""
+    """augment where the pairs are, then move the batch to the device; contiguous NCHW, as upstream has it."""
     offset = torch.tensor([draw[:2] for draw in draws], device=pairs.device)
     flip = torch.tensor([draw[2] for draw in draws], device=pairs.device)
     index = index.to(pairs.device)
-    real_A, real_B = augment(pairs, index, offset, flip, crop_size=crop_size, input_nc=format.input_nc)
+    # Without augment()'s checks: these draws fit by construction, and checking would wait for a GPU.
+    real_A, real_B = torch.ops.fastp2p.augment(pairs, index, offset, flip, crop_size, format.input_nc)
     return real_A.to(device).contiguous(), real_B.to(device).contiguous()
 
 

@@ -5,7 +5,9 @@ from importlib.resources.abc import Traversable
 from io import BytesIO
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 
 from fastp2p.errors import InputError
 
@@ -37,8 +39,9 @@ def read_image(file: Traversable, channels: int) -> tuple[Image.Image, str]:
         raise InputError("the file is empty (zero bytes)")
     try:
         with Image.open(BytesIO(content)) as image:
-            image.load()
             frames = getattr(image, "n_frames", 1)
+            deep = any(";16" in str(tile) for tile in image.tile)  # 16-bit colour, of which Pillow keeps the high bytes
+            image.load()
             mode, tagged = image.mode, image.getexif().get(0x0112, 1) != 1
             upright = ImageOps.exif_transpose(image)
     except Image.DecompressionBombError as error:
@@ -49,10 +52,11 @@ def read_image(file: Traversable, channels: int) -> tuple[Image.Image, str]:
         raise InputError(f"cannot be decoded: {reason}") from error
 
     notes = [text for holds, text in ((frames > 1, "several frames"), (tagged, "orientation tag")) if holds]
+    notes += ["16-bit colour"] if deep and not mode.startswith("I") else []
     if mode.startswith("I") or mode == "F":
         upright = _from_16_bit(upright)
         notes.append("16-bit grey")
-    elif "A" in mode or "a" in mode or "transparency" in upright.info:
+    elif mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in upright.info:
         ground = Image.new("RGBA", upright.size, "white")
         ground.alpha_composite(upright.convert("RGBA"))
         upright = ground
@@ -73,6 +77,25 @@ def _from_16_bit(image: Image.Image) -> Image.Image:
 def resize(image: Image.Image, side: int) -> Image.Image:
     """Bicubic to side x side, aspect ignored, as upstream's resize."""
     return image.resize((side, side), Image.Resampling.BICUBIC)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """An 8-bit image -> (1, C, H, W) float32 in [-1, 1]."""
+    return torch.from_numpy(np.array(to_array(image))).permute(2, 0, 1)[None].float() / 255 * 2 - 1
+
+
+def to_image(x: Tensor) -> Image.Image:
+    """(C, H, W) in [-1, 1], C = 1 or 3 -> an 8-bit image, rounded to nearest."""
+    values = ((x.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    array = values.permute(1, 2, 0).numpy()
+    return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
+
+
+def to_png(image: Image.Image) -> bytes:
+    """The image as a PNG file."""
+    buffer = BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def to_array(image: Image.Image) -> np.ndarray:

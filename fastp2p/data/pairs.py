@@ -67,6 +67,13 @@ def find_pairs(root: Traversable, split: str) -> tuple[list[Pair], dict[str, str
     Raises:
         InputError: when the folder is missing or holds no images.
     """
+    try:
+        return _find_pairs(root, split)
+    except OSError as error:
+        raise InputError(f"data: {error.filename or root} cannot be read: {error.strerror or error}") from error
+
+
+def _find_pairs(root: Traversable, split: str) -> tuple[list[Pair], dict[str, str], list[str]]:
     folder = root / split
     if not folder.is_dir():
         there = ", ".join(sorted(child.name + "/" * child.is_dir() for child in root.iterdir())[:8]) or "nothing"

@@ -1,9 +1,8 @@
 """The splits that a training run needs, loaded, checked and reported."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from tqdm import tqdm
 from fastp2p.config import ResolvedConfig
 from fastp2p.data.dataset import PairDataset, PairFormat, eval_batches, load_split
 from fastp2p.data.pairs import has_split, open_root
+from fastp2p.device import memory_bytes
 
 PANEL_PAIRS = 8
 RESIDENT_SHARE = 0.25  # of a GPU's memory that the training pairs may take
@@ -43,8 +43,10 @@ def load_train_data(config: ResolvedConfig, device: torch.device, say: Callable[
     train_format = PairFormat(config.direction, config.load_size, config.input_nc, config.output_nc, min_side)
     val_format = replace(train_format, load_size=config.crop_size)
 
-    train = _load(config, "train", train_format, say)
-    val = _load(config, "val", val_format, say) if has_split(open_root(config.data), "val") else None
+    room = memory_bytes(torch.device("cpu")) // 2
+    train = _load(config, "train", train_format, room, say)
+    room -= 0 if train.resident is None else train.resident.nbytes
+    val = _load(config, "val", val_format, room, say) if has_split(open_root(config.data), "val") else None
     if val is None:
         say("val: there is no folder val/, so nothing is scored and the panel shows training pairs")
 
@@ -52,30 +54,32 @@ def load_train_data(config: ResolvedConfig, device: torch.device, say: Callable[
     indices = [i * len(shown) // PANEL_PAIRS for i in range(PANEL_PAIRS)] if len(shown) > PANEL_PAIRS else None
     panel = list(eval_batches(shown, indices=indices, batch_size=1, device=device))
     if train.resident is not None and device.type == "cuda":
-        room = torch.cuda.get_device_properties(device).total_memory * RESIDENT_SHARE
-        train.resident = train.resident.to(device) if train.resident.nbytes <= room else train.resident
+        if train.resident.nbytes <= memory_bytes(device) * RESIDENT_SHARE:
+            train.resident = train.resident.to(device)
+        else:
+            say("train: the pairs stay in the machine's memory, since they would take over a quarter of the GPU's")
     return TrainData(train, val, panel)
 
 
-def _load(config: ResolvedConfig, split: str, format: PairFormat, say: Callable[[str], None]) -> PairDataset:
+def _load(config: ResolvedConfig, split: str, format: PairFormat, room: int, say: Callable[[str], None]) -> PairDataset:
     with tqdm(desc=f"reading {split}", unit=" pairs", leave=False, delay=1) as bar:
 
-        def count(chunks: Any, total: int) -> Iterator[Any]:
+        def on_read(done: int, total: int) -> None:
             bar.total = total
-            for chunk in chunks:
-                yield chunk
-                bar.update(len(chunk))
+            bar.update(done - bar.n)
 
-        dataset = load_split(config.data, split, format, skip_bad=config.skip_bad, stream=config.stream, progress=count)
+        dataset = load_split(
+            config.data, split, format, skip_bad=config.skip_bad, stream=config.stream, room=room, on_read=on_read
+        )
 
     place = "streamed: decoded anew in every epoch"
     if dataset.resident is not None:
         place = f"{dataset.resident.nbytes / 1e6:.0f} MB in memory"
     elif config.stream == "auto":
-        place += ", since they would take more than half of this machine's memory"
+        place += ", since train and val would take more than half of this machine's memory"
     say(f"{split}: {len(dataset)} pairs at {format.load_size}x{format.load_size} px, {place}")
-    for note, count_ in dataset.notes.items():
-        say(f"{split}: converted in {count_} pairs: {note}")
+    for note, pairs in dataset.notes.items():
+        say(f"{split}: converted in {pairs} pairs: {note}")
     if dataset.ignored:
         names = ", ".join(dataset.ignored[:5]) + (", ..." if len(dataset.ignored) > 5 else "")
         say(f"{split}: {len(dataset.ignored)} files are no images and were ignored: {names}")

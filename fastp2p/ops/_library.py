@@ -1,7 +1,7 @@
 """torch.ops.fastp2p, and the single rule by which a kernel is chosen.
 
 Every operator has a readable PyTorch reference, registered as the dispatcher's default (CompositeExplicitAutograd), so
-it runs on every device. A faster kernel registers itself for one device on top of it and PyTorch's dispatcher does the
+it runs on every device. A faster kernel is registered on top of it for one device, and PyTorch's dispatcher does the
 rest: no model code asks which kernel there is.
 """
 
@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 LIBRARY = torch.library.Library("fastp2p", "DEF")
-REFERENCE = "reference (PyTorch)"
 
-_served_by: dict[str, dict[str, str]] = {}  # operator -> device type -> provider
+_DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+_names: list[str] = []
 
 
 def define(name: str, schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -28,14 +28,15 @@ def define(name: str, schema: str, *, reference: Callable[..., Any], fake: Calla
     LIBRARY.define(name + schema)
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastp2p::{name}", fake, lib=LIBRARY)
-    _served_by[name] = {}
+    _names.append(name)
 
 
 def operators() -> list[str]:
     """The names of all operators."""
-    return sorted(_served_by)
+    return sorted(_names)
 
 
 def served_by(name: str, device_type: str) -> str:
-    """Which implementation of an operator a tensor on this device type ("cpu", "cuda") reaches."""
-    return _served_by[name].get(device_type, REFERENCE)
+    """Which implementation a tensor on this device type ("cpu", "cuda") reaches, as the dispatcher itself knows it."""
+    own = torch._C._dispatch_has_kernel_for_dispatch_key(f"fastp2p::{name}", _DISPATCH_KEYS[device_type])
+    return "a kernel of its own" if own else "reference (PyTorch)"

@@ -44,8 +44,8 @@ def augment(
 ) -> tuple[Tensor, Tensor]:
     """Crop, mirror and normalise one batch: x / 255 * 2 - 1 on pairs[index, top:top+crop_size, left:left+crop_size].
 
-    Both images of a pair get the same crop and the same flip, as in the pix2pix recipe (Isola et al., section 3.3:
-    random jitter). Equal bit for bit to upstream's PIL crop and flip followed by ToTensor and Normalize(0.5, 0.5).
+    Both images of a pair get the same crop and the same flip: the recipe's random jitter (Isola et al., appendix 6.2).
+    Equal bit for bit to upstream's PIL crop and flip followed by ToTensor and Normalize(0.5, 0.5).
 
     Args:
         pairs: (P, H, W, C) uint8, contiguous; the first input_nc channels are A, the rest B.

@@ -47,9 +47,9 @@ def test_streamed_equals_resident(aligned: Path):
 
 def test_what_does_not_fit_is_streamed(aligned: Path, monkeypatch: pytest.MonkeyPatch):
     size = 6 * 36 * 36 * 6
-    monkeypatch.setattr(dataset_module, "memory_bytes", lambda: 2 * size)
+    monkeypatch.setattr(dataset_module, "memory_bytes", lambda device: 2 * size)
     assert load_split(str(aligned), "train", FORMAT).resident is not None
-    monkeypatch.setattr(dataset_module, "memory_bytes", lambda: 2 * size - 2)
+    monkeypatch.setattr(dataset_module, "memory_bytes", lambda device: 2 * size - 2)
     assert load_split(str(aligned), "train", FORMAT).resident is None
 
 

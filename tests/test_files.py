@@ -1,0 +1,55 @@
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastp2p import files
+from fastp2p.errors import WriteError
+from fastp2p.files import remove_leftovers, write_atomically
+
+
+def test_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "c.pt"
+    write_atomically(path, b"old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(WriteError, match=r"c\.pt cannot be written: No space left on device\. What was saved"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["c.pt"]
+
+
+@pytest.mark.parametrize(
+    ("call", "when", "survives"),
+    [
+        ("fsync", "before", b"old"),
+        ("fsync", "after", b"old"),
+        ("replace", "before", b"old"),
+        ("replace", "after", b"new"),
+    ],
+)
+def test_killed_at_each_instant_of_a_write(tmp_path: Path, call: str, when: str, survives: bytes):
+    path = tmp_path / "c.pt"
+    write_atomically(path, b"old")
+    code = f"""
+import os, signal
+from pathlib import Path
+from fastp2p.files import write_atomically
+call = os.{call}
+def killing(*args):
+    {"call(*args)" if when == "after" else "pass"}
+    os.kill(os.getpid(), signal.SIGKILL)
+os.{call} = killing
+write_atomically(Path({str(path)!r}), b"new")
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=False)
+    assert done.returncode == -9
+    assert path.read_bytes() == survives
+    remove_leftovers(tmp_path)
+    assert os.listdir(tmp_path) == ["c.pt"]
