@@ -4,22 +4,28 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test lint proof bench clean
+.PHONY: train test lint proof compile-check bench clean
 
 train: .venv/installed
 	$(BIN)/fastp2p train
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops -m "not slow"
 
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Everything that make test leaves out for time.
-proof: .venv/installed
+# Everything, with what make test leaves out for time.
+proof: compile-check
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops
+
+# Every Triton kernel and configuration, compiled for every target without a GPU: registers, spills, shared memory.
+compile-check: .venv/installed
+	$(BIN)/python -m fastp2p.kernels.compile_check
 
 bench: .venv/installed
 	$(BIN)/python -m pytest benchmarks

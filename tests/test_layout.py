@@ -70,7 +70,8 @@ def test_imports_point_up(path: Path):
 
 @pytest.mark.parametrize("op", ops.operators())
 def test_each_operator_has_its_files(op: str):
-    for path in (f"fastp2p/ops/{op}.py", f"tests/ops/test_{op}.py", f"benchmarks/ops/bench_{op}.py"):
+    folders = ("fastp2p/ops/", "kernels/", "tests/ops/test_", "benchmarks/ops/bench_")
+    for path in (f"{folder}{op}.py" for folder in folders):
         assert (ROOT / path).is_file(), f"operator {op} lacks {path}"
     assert hasattr(ops, op)
     assert hasattr(ops, f"{op}_ref")

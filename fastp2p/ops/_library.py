@@ -5,15 +5,20 @@ it runs on every device. A faster kernel is registered on top of it for one devi
 rest: no model code asks which kernel there is.
 """
 
+import importlib
+import importlib.util
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch: kernels run on the CPU, for tests
 LIBRARY = torch.library.Library("fastp2p", "DEF")
 
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 _names: list[str] = []
+_triton_serves: set[tuple[str, str]] = set()  # (operator, device type)
 
 
 def define(name: str, schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -31,6 +36,22 @@ def define(name: str, schema: str, *, reference: Callable[..., Any], fake: Calla
     _names.append(name)
 
 
+def serve_by_triton(name: str) -> None:
+    """Let fastp2p.kernels.NAME.NAME serve CUDA tensors; under TRITON_INTERPRET=1, CPU tensors instead.
+
+    Triton itself is imported at the first call. Where it is not installed the reference stays in charge.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return
+
+    def launch(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"fastp2p.kernels.{name}"), name)(*args)
+
+    device_type = "cpu" if INTERPRETED else "cuda"
+    LIBRARY.impl(name, launch, _DISPATCH_KEYS[device_type])
+    _triton_serves.add((name, device_type))
+
+
 def operators() -> list[str]:
     """The names of all operators."""
     return sorted(_names)
@@ -39,4 +60,6 @@ def operators() -> list[str]:
 def served_by(name: str, device_type: str) -> str:
     """Which implementation a tensor on this device type ("cpu", "cuda") reaches, as the dispatcher itself knows it."""
     own = torch._C._dispatch_has_kernel_for_dispatch_key(f"fastp2p::{name}", _DISPATCH_KEYS[device_type])
+    if (name, device_type) in _triton_serves:
+        return "Triton, interpreted" if INTERPRETED else "Triton"
     return "a kernel of its own" if own else "reference (PyTorch)"

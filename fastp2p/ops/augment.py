@@ -8,7 +8,13 @@ from fastp2p.ops import _library
 
 
 def augment_ref(
-    pairs: Tensor, index: Tensor, offset: Tensor, flip: Tensor, crop_size: int, input_nc: int
+    pairs: Tensor,
+    index: Tensor,
+    offset: Tensor,
+    flip: Tensor,
+    crop_size: int,
+    input_nc: int,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The specification of `augment`."""
     crops = []
@@ -17,30 +23,46 @@ def augment_ref(
         crops.append(crop.flip(1) if flipped else crop)
     x = torch.stack(crops).permute(0, 3, 1, 2).float()  # (N, C, crop_size, crop_size)
     x = x / x.new_tensor(255.0) * 2 - 1  # a tensor divisor: CUDA would multiply by the reciprocal of a Python number
+    x = x.to(dtype or torch.float32)
     real_A, real_B = x[:, :input_nc], x[:, input_nc:]
     return real_A.clone(memory_format=torch.channels_last), real_B.clone(memory_format=torch.channels_last)
 
 
 def _fake(
-    pairs: Tensor, index: Tensor, offset: Tensor, flip: Tensor, crop_size: int, input_nc: int
+    pairs: Tensor,
+    index: Tensor,
+    offset: Tensor,
+    flip: Tensor,
+    crop_size: int,
+    input_nc: int,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     def batch(channels: int) -> Tensor:
         shape = (index.shape[0], channels, crop_size, crop_size)
-        return torch.empty(shape, dtype=torch.float32, device=pairs.device, memory_format=torch.channels_last)
+        return torch.empty(shape, dtype=dtype or torch.float32, device=pairs.device, memory_format=torch.channels_last)
 
     return batch(input_nc), batch(pairs.shape[3] - input_nc)
 
 
 _library.define(
     "augment",
-    "(Tensor pairs, Tensor index, Tensor offset, Tensor flip, int crop_size, int input_nc) -> (Tensor, Tensor)",
+    "(Tensor pairs, Tensor index, Tensor offset, Tensor flip, int crop_size, int input_nc, ScalarType? dtype=None)"
+    " -> (Tensor, Tensor)",
     reference=augment_ref,
     fake=_fake,
 )
+_library.serve_by_triton("augment")
 
 
 def augment(
-    pairs: Tensor, index: Tensor, offset: Tensor, flip: Tensor, *, crop_size: int, input_nc: int
+    pairs: Tensor,
+    index: Tensor,
+    offset: Tensor,
+    flip: Tensor,
+    *,
+    crop_size: int,
+    input_nc: int,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Crop, mirror and normalise one batch: x / 255 * 2 - 1 on pairs[index, top:top+crop_size, left:left+crop_size].
 
@@ -54,9 +76,10 @@ def augment(
         flip: (N,) bool, mirror left-right after cropping.
         crop_size: side of the result in pixels.
         input_nc: channels of A.
+        dtype: of the result; a lower one is rounded from float32.
 
     Returns:
-        real_A (N, input_nc, crop_size, crop_size) and real_B (N, C - input_nc, crop_size, crop_size), float32 in
+        real_A (N, input_nc, crop_size, crop_size) and real_B (N, C - input_nc, crop_size, crop_size), dtype, in
         [-1, 1], channels_last.
 
     Raises:
@@ -78,5 +101,5 @@ def augment(
     largest = offset.new_tensor([height - crop_size, width - crop_size])
     if (offset < 0).any() or (offset > largest).any():
         raise InputError(f"augment: got offset {offset.tolist()}, expected (0, 0) to {tuple(largest.tolist())}")
-    real_A, real_B = torch.ops.fastp2p.augment(pairs, index, offset, flip, crop_size, input_nc)
+    real_A, real_B = torch.ops.fastp2p.augment(pairs, index, offset, flip, crop_size, input_nc, dtype)
     return real_A, real_B

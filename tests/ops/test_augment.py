@@ -5,6 +5,7 @@ from PIL import Image
 
 from fastp2p.errors import InputError
 from fastp2p.ops import augment, augment_ref
+from fastp2p.ops._library import INTERPRETED
 
 
 def arguments(n: int = 3, height: int = 9, width: int = 11, channels: int = 6, crop_size: int = 8):
@@ -42,6 +43,50 @@ def test_shapes_dtype_layout(n: int, input_nc: int, channels: int, crop_size: in
         assert x.is_contiguous(memory_format=torch.channels_last)
         assert x.abs().max() <= 1
     assert all(torch.equal(a, b) for a, b in zip(outputs, augment_ref(*args, crop_size, input_nc), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_lower_precision_is_rounded_from_float32(dtype: torch.dtype):
+    args = arguments()
+    for x, exact in zip(augment(*args, crop_size=8, input_nc=3, dtype=dtype), augment_ref(*args, 8, 3), strict=True):
+        assert x.dtype == dtype
+        # Half a unit in the last place at 1; Triton's interpreter truncates, which is up to a whole one.
+        ulp = torch.finfo(dtype).eps / 2
+        assert (x.float() - exact).abs().max() <= ulp if INTERPRETED else torch.equal(x, exact.to(dtype))
+
+
+def test_views_of_larger_buffers():
+    pairs, index, offset, flip = arguments()
+    big = torch.randint(0, 256, (4, 20, 30, 9), dtype=torch.uint8)
+    view = big[:, 5:14, 7:18, 2:8]
+    view.copy_(pairs)
+    for x, expected in zip(
+        augment(view, index, offset, flip, crop_size=8, input_nc=3),
+        augment_ref(pairs, index, offset, flip, 8, 3),
+        strict=True,
+    ):
+        assert torch.equal(x, expected)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+def test_every_configuration():
+    from fastp2p.kernels import augment as kernel
+
+    args = arguments(crop_size=7)
+    for config in kernel.CONFIGS:
+        outputs = kernel.augment(*args, 7, 3, config=config)
+        assert all(torch.equal(x, y) for x, y in zip(outputs, augment_ref(*args, 7, 3), strict=True)), config
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles for GPUs, which TRITON_INTERPRET=1 turns off")
+def test_compiles_for_every_target():
+    pytest.importorskip("triton")
+    from fastp2p.kernels import augment as kernel
+    from fastp2p.kernels.compile_check import TARGETS, compile_case
+
+    for case in kernel.compile_cases():
+        for capability in TARGETS:
+            assert not compile_case(case, kernel.CONFIGS[0], capability).faults
 
 
 def test_all_256_values():

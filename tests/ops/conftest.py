@@ -1,0 +1,28 @@
+"""Operators are tested twice: as they are, and with TRITON_INTERPRET=1, where Triton's kernels serve the CPU."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from fastp2p import ops
+
+
+def pytest_report_header() -> list[str]:
+    return [f"operator {name}: {ops.served_by(name, 'cpu')} on the CPU" for name in ops.operators()]
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.empty gives NaN (or an integer's largest value), so that an element which a kernel forgets shows."""
+    empty = torch.empty
+
+    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor = empty(*args, **kwargs)
+        if tensor.device.type == "meta":
+            return tensor
+        if tensor.dtype == torch.bool:
+            return tensor.fill_(True)
+        return tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
