@@ -1,6 +1,7 @@
 """The operators of the pix2pix step, one file each: reference, schema, fake, gradient, public function."""
 
 from fastp2p.ops._library import operators, served_by
+from fastp2p.ops.adam import adam, adam_ref
 from fastp2p.ops.augment import augment, augment_ref
 
-__all__ = ["augment", "augment_ref", "operators", "served_by"]
+__all__ = ["adam", "adam_ref", "augment", "augment_ref", "operators", "served_by"]

@@ -1,0 +1,98 @@
+"""adam: one Adam step over a flat buffer, in place, that also writes the low-precision weights."""
+
+import torch
+from torch import Tensor
+
+from fastp2p.errors import InputError
+from fastp2p.ops import _library
+
+
+def adam_ref(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    lr: Tensor,
+    powers: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    low_precision: Tensor | None = None,
+) -> None:
+    """The specification of `adam`."""
+    exp_avg.mul_(beta1).add_(grad, alpha=1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    correction1, correction2 = (1 - powers).to(param.dtype)  # in float64: 1 - 0.999 loses three digits in float32
+    denominator = exp_avg_sq.sqrt() / correction2.sqrt() + eps
+    param.sub_(exp_avg / denominator * (lr / correction1))
+    if low_precision is not None:
+        low_precision.copy_(param)
+
+
+def _fake(*args: object) -> None:
+    return None
+
+
+_library.define(
+    "adam",
+    "(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor lr, Tensor powers, "
+    "float beta1, float beta2, float eps, Tensor(d!)? low_precision=None) -> ()",
+    reference=adam_ref,
+    fake=_fake,
+)
+_library.serve_by_triton("adam")
+
+
+def adam(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    lr: Tensor,
+    powers: Tensor,
+    beta1: float = 0.5,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    low_precision: Tensor | None = None,
+) -> None:
+    """One step of Adam (Kingma and Ba 2015, algorithm 1) in place over flat buffers of M elements.
+
+        m <- beta1 m + (1 - beta1) g        v <- beta2 v + (1 - beta2) g²
+        param <- param - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+
+    The same update as torch.optim.Adam without weight decay. Everything that changes from step to step lives in device
+    memory, so the call can be captured in a CUDA graph: multiply `powers` by (beta1, beta2) before each step.
+
+    Args:
+        param, grad, exp_avg, exp_avg_sq: (M,) float32, contiguous; all but grad are updated.
+        lr: () float32, the learning rate.
+        powers: (2,) float64, (beta1^t, beta2^t) of this step t = 1, 2, ...
+        beta1, beta2, eps: the defaults are pix2pix's.
+        low_precision: (M,) bfloat16 or float16, contiguous; gets the updated weights, rounded.
+
+    Raises:
+        InputError: on a wrong dtype, shape, stride or device.
+    """
+    buffers = {"param": param, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    for name, tensor in buffers.items():
+        if tensor.dtype != torch.float32 or tensor.shape != (len(param),) or not tensor.is_contiguous():
+            raise InputError(f"adam: got {name} {_describe(tensor)}, expected contiguous ({len(param)},) float32")
+    if low_precision is not None:
+        buffers["low_precision"] = low_precision
+        half = low_precision.dtype in (torch.bfloat16, torch.float16)
+        if not half or low_precision.shape != param.shape or not low_precision.is_contiguous():
+            raise InputError(
+                f"adam: got low_precision {_describe(low_precision)}, expected contiguous ({len(param)},) bfloat16 or "
+                "float16"
+            )
+    if lr.shape != () or lr.dtype != torch.float32 or powers.shape != (2,) or powers.dtype != torch.float64:
+        raise InputError(f"adam: got lr {_describe(lr)}, powers {_describe(powers)}; expected () float32, (2,) float64")
+    devices = {str(tensor.device) for tensor in (*buffers.values(), lr, powers)}
+    if len(devices) > 1:
+        raise InputError(f"adam: got tensors on {', '.join(sorted(devices))}; expected one device")
+    torch.ops.fastp2p.adam(param, grad, exp_avg, exp_avg_sq, lr, powers, beta1, beta2, eps, low_precision)
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} of strides {tensor.stride()}"

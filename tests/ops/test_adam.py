@@ -1,0 +1,127 @@
+import pytest
+import torch
+
+from fastp2p.errors import InputError
+from fastp2p.ops import adam, adam_ref
+from fastp2p.ops._library import INTERPRETED
+
+BETAS = torch.tensor([0.5, 0.999], dtype=torch.float64)
+
+
+def buffers(m: int, seed: int = 0) -> list[torch.Tensor]:
+    """param, grad, exp_avg, exp_avg_sq with values over many orders of magnitude."""
+    generator = torch.Generator().manual_seed(seed)
+    param, grad, exp_avg, exp_avg_sq = torch.randn(4, m, generator=generator)
+    scale = 10 ** torch.linspace(-12, 2, m)
+    return [param, grad * scale, exp_avg * scale, (exp_avg_sq * scale) ** 2]
+
+
+def assert_close(ours: list[torch.Tensor], expected: list[torch.Tensor], before: list[torch.Tensor]) -> None:
+    """Within 4 float32 roundings, each relative to the larger of the terms that are added, since terms may cancel."""
+    param, grad, exp_avg, exp_avg_sq = before
+    moment = grad.abs() + exp_avg.abs()
+    step = 2e-2 * (moment / (exp_avg_sq.sqrt() + 0.03 * grad.abs() + 1e-8)).clamp(max=1e6)  # lr / correction1, widely
+    terms = [param.abs() + step, grad.abs(), moment, grad**2 + exp_avg_sq]
+    for one, other, size in zip(ours, expected, terms, strict=True):
+        assert ((one - other).abs() <= 4 * torch.finfo(torch.float32).eps * size + 1e-37).all()
+
+
+def test_repeats_torch_adam():
+    """Twenty steps against torch.optim.Adam in float64, from zero moments."""
+    param, *_ = buffers(1000)
+    exp_avg, exp_avg_sq = torch.zeros(1000), torch.zeros(1000)
+    exact = param.double().requires_grad_()
+    optimizer = torch.optim.Adam([exact], lr=2e-4, betas=(0.5, 0.999))
+    powers = torch.ones(2, dtype=torch.float64)
+    for step in range(20):
+        grad = buffers(1000, seed=step)[1]
+        powers *= BETAS
+        adam(param, grad, exp_avg, exp_avg_sq, lr=torch.tensor(2e-4), powers=powers)
+        exact.grad = grad.double()
+        optimizer.step()
+    # A step moves a weight by about lr; float32 rounds that to 6e-8 of it, and the weight itself by half an ulp a step.
+    torch.testing.assert_close(param.double(), exact.detach(), rtol=20 * 6e-8, atol=20 * 2e-4 * 1e-6)
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 17, 1023, 1024, 1025, 5000])
+@pytest.mark.parametrize("low_precision", [None, torch.bfloat16, torch.float16])
+def test_equals_the_reference(m: int, low_precision: torch.dtype | None):
+    ours, expected = buffers(m), buffers(m)
+    copies = [None if low_precision is None else torch.empty(m, dtype=low_precision) for _ in range(2)]
+    powers = BETAS**3
+    adam(*ours, lr=torch.tensor(2e-4), powers=powers, low_precision=copies[0])
+    adam_ref(*expected, torch.tensor(2e-4), powers, 0.5, 0.999, 1e-8, copies[1])
+    assert_close(ours, expected, buffers(m))
+    if low_precision is not None:
+        ulps = 2 if INTERPRETED else 1  # the interpreter truncates where hardware rounds
+        torch.testing.assert_close(copies[0], copies[1], rtol=ulps * torch.finfo(low_precision).eps, atol=1e-7)
+
+
+def test_slices_of_a_larger_buffer_are_all_that_changes():
+    big = [torch.cat([torch.full((7,), 9.0), tensor, torch.full((5,), 9.0)]) for tensor in buffers(100)]
+    adam(*(tensor[7:107] for tensor in big), lr=torch.tensor(1e-3), powers=BETAS.clone())
+    for tensor in big:
+        assert (tensor[:7] == 9).all()
+        assert (tensor[107:] == 9).all()
+    assert not torch.equal(big[0][7:107], buffers(100)[0])
+
+
+def test_zero_gradient_from_zero_moments_moves_nothing():
+    param = torch.randn(50)
+    before, zeros = param.clone(), [torch.zeros(50) for _ in range(3)]
+    adam(param, *zeros, lr=torch.tensor(1e-3), powers=BETAS.clone())
+    assert torch.equal(param, before)
+
+
+def test_twice_the_same_bits():
+    one, other = buffers(3000), buffers(3000)
+    for tensors in (one, other):
+        adam(*tensors, lr=torch.tensor(1e-3), powers=BETAS**2)
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_opcheck():
+    args = (*buffers(40), torch.tensor(1e-3), BETAS.clone(), 0.5, 0.999, 1e-8)
+    torch.library.opcheck(torch.ops.fastp2p.adam.default, args)
+    torch.library.opcheck(torch.ops.fastp2p.adam.default, (*args, torch.zeros(40, dtype=torch.bfloat16)))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+def test_every_configuration():
+    from fastp2p.kernels import adam as kernel
+
+    for config in kernel.CONFIGS:
+        ours, expected = buffers(2500), buffers(2500)
+        kernel.adam(*ours, torch.tensor(1e-3), BETAS.clone(), 0.5, 0.999, 1e-8, config=config)
+        adam_ref(*expected, torch.tensor(1e-3), BETAS.clone(), 0.5, 0.999, 1e-8)
+        assert_close(ours, expected, buffers(2500))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles for GPUs, which TRITON_INTERPRET=1 turns off")
+def test_compiles_for_every_target():
+    pytest.importorskip("triton")
+    from fastp2p.kernels import adam as kernel
+    from fastp2p.kernels.compile_check import TARGETS, compile_case
+
+    for case in kernel.compile_cases():
+        for capability in TARGETS:
+            assert not compile_case(case, kernel.CONFIGS[0], capability).faults
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("param", torch.zeros(10, dtype=torch.float64), r"got param \(10,\) float64"),
+        ("grad", torch.zeros(9), r"got grad \(9,\) float32 of strides \(1,\), expected contiguous \(10,\) float32"),
+        ("exp_avg", torch.zeros(20)[::2], r"strides \(2,\)"),
+        ("lr", torch.zeros(1), r"got lr \(1,\) float32"),
+        ("powers", torch.zeros(2), r"powers \(2,\) float32"),
+        ("low_precision", torch.zeros(10), "expected contiguous .* bfloat16 or float16"),
+        ("exp_avg_sq", torch.zeros(10, device="meta"), "got tensors on cpu, meta; expected one device"),
+    ],
+)
+def test_bad_input_is_told(name: str, value: torch.Tensor, message: str):
+    tensors = dict(zip(("param", "grad", "exp_avg", "exp_avg_sq"), torch.zeros(4, 10).unbind(), strict=True))
+    tensors |= {"lr": torch.tensor(1e-3), "powers": BETAS.clone()}
+    with pytest.raises(InputError, match=message):
+        adam(**tensors | {name: value})
