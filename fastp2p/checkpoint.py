@@ -61,8 +61,7 @@ def _load_pickled_tensors(path: Path) -> Any:
     except FileNotFoundError as error:
         raise InputError(f"{path}: there is no such file") from error
     except _DAMAGED as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path}: cannot be read as a file of tensors: {reason}") from error
+        raise InputError(f"{path}: is damaged, or holds more than torch.save's tensors: {error!r:.200}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +100,8 @@ def load_generator(path: Path) -> tuple[UnetGenerator, GeneratorSpec]:
     Raises:
         InputError: when it is no such file, or its weights do not fit its own description.
     """
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; expected a file, of a run its netG.safetensors")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -135,7 +136,7 @@ def load_strictly(net: torch.nn.Module, state_dict: StateDict, path: Path) -> No
 
 
 def read_upstream_generator(
-    path: Path, *, dropout: Dropout, direction: Direction, crop_size: int
+    path: Path, *, dropout: Dropout, direction: Direction, crop_size: int | None
 ) -> tuple[UnetGenerator, GeneratorSpec]:
     """Read upstream's latest_net_G.pth; depth, widths and norm are read off the weights.
 
@@ -146,11 +147,12 @@ def read_upstream_generator(
         InputError: when the file is no U-Net generator of upstream's, with what it looks like instead.
     """
     loaded = _load_pickled_tensors(path)
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+    tensors = isinstance(loaded, dict) and all(isinstance(value, Tensor) for value in loaded.values())
+    if not tensors or not all(isinstance(name, str) for name in loaded):
         raise InputError(f"{path}: got {type(loaded).__name__}, expected a bare state_dict such as latest_net_G.pth")
     state_dict = {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in loaded.items()}
     first, last = state_dict.get("model.model.0.weight"), state_dict.get("model.model.3.weight")
-    if first is None or last is None:
+    if first is None or last is None or first.ndim != 4 or last.ndim != 4:
         looks_like = {"model.0.weight": "a PatchGAN discriminator", "model.1.weight": "a ResNet generator"}
         kind = next((kind for name, kind in looks_like.items() if name in state_dict), "something else")
         raise InputError(
@@ -170,10 +172,13 @@ def read_upstream_generator(
         norm=norm,
         dropout=dropout,
         direction=direction,
-        crop_size=crop_size,
+        crop_size=2**levels if crop_size is None else crop_size,
     )
     netG = spec.build()
     load_strictly(netG, state_dict, path)
+    broken = [name for name, value in netG.state_dict().items() if not value.isfinite().all()]
+    if broken:
+        raise InputError(f"{path}: {broken[0]} holds NaN or infinity ({len(broken)} tensors do); it cannot be used")
     return netG, spec
 
 

@@ -51,6 +51,8 @@ class Translate:
     one image at a time), or the running averages of training (eval mode). None: what the model was trained for."""
     dropout: bool = False
     """Keep dropout on, as the paper does at test time."""
+    overwrite: bool = False
+    """Replace files that are in --out already."""
     seed: int = 0
     """Seed of the dropout."""
     device: Device = "auto"
@@ -104,12 +106,15 @@ class Convert:
     """Where the upstream model had dropout; none for --no_dropout."""
     direction: Direction = "AtoB"
     """The --direction that the upstream model was trained with."""
-    crop_size: int = 256
-    """The upstream model's --crop_size, px."""
+    crop_size: int | None = None
+    """The upstream model's --crop_size, px. None: the U-Net's own, 256 for unet_256."""
 
     def run(self) -> None:
         spec = convert(**vars(self))
-        print(f"{self.target}: unet_{2**spec.levels}, ngf {spec.ngf}, norm {spec.norm}")
+        print(
+            f"{self.target}: unet_{2**spec.levels}, ngf {spec.ngf}, norm {spec.norm}, dropout {spec.dropout}, "
+            f"{spec.direction}, {spec.crop_size} px"
+        )
 
 
 @dataclass(frozen=True)

@@ -135,6 +135,8 @@ class TrainConfig:
             _require(self, name, lambda value: value > 0, "more than 0")
         for name in ("lambda_L1", "seed", "n_epochs_decay", "max_minutes", "save_minutes"):
             _require(self, name, lambda value: value >= 0, "0 or more")
+        for name in ("ngf", "ndf"):
+            _require(self, name, lambda value: value <= 4096, "at most 4096")
         _require(self, "seed", lambda value: value < 2**32, "less than 2**32")
         for name in ("beta1", "beta2"):
             _require(self, name, lambda value: 0 <= value < 1, "0 or more and less than 1")

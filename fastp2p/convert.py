@@ -19,7 +19,7 @@ def convert(
     *,
     dropout: Dropout = "upstream",
     direction: Direction = "AtoB",
-    crop_size: int = 256,
+    crop_size: int | None = None,
 ) -> GeneratorSpec:
     """Convert a generator; the suffixes say which way: .pth -> .safetensors or .safetensors -> .pth.
 
@@ -28,7 +28,8 @@ def convert(
 
     Args:
         source, target: the files; target must not exist.
-        dropout, direction, crop_size: of the upstream model (its --no_dropout, --direction, ...).
+        dropout, direction: of the upstream model (its --no_dropout, --direction).
+        crop_size: its --crop_size in px; None is the U-Net's own, 256 for unet_256.
 
     Returns:
         What the generator is.
@@ -36,6 +37,8 @@ def convert(
     Raises:
         InputError: when the source is no such generator, or the target exists.
     """
+    if crop_size is not None and crop_size < 11:
+        raise InputError(f"crop_size: got {crop_size}, expected at least 11 px, the window of SSIM")
     if target.exists():
         raise InputError(f"convert: {target} exists; choose another name, or move it away")
     match source.suffix, target.suffix:

@@ -1,5 +1,6 @@
 """The errors that the command line prints as they are, without a traceback."""
 
+import errno
 from pathlib import Path
 
 
@@ -11,10 +12,10 @@ class WriteError(Exception):
     """A file could not be written, for a full disk or for want of permission; what was there before is untouched."""
 
     def __init__(self, path: Path, error: OSError):
-        super().__init__(
-            f"{path} cannot be written: {error.strerror or error}. What was saved before is intact; make room, then go "
-            "on (a run with fastp2p train --resume RUN)"
-        )
+        text = f"{path} cannot be written: {error.strerror or error}. What was saved before is intact."
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            text += f" Make room, then go on; a run with fastp2p train --resume {path.parent}"
+        super().__init__(text)
 
 
 class TrainingDiverged(RuntimeError):

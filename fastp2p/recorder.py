@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastp2p.config import GanMode
 from fastp2p.data.images import to_image, to_png
-from fastp2p.errors import WriteError
+from fastp2p.errors import InputError, WriteError
 from fastp2p.files import write_atomically
 from fastp2p.losses import BALANCE
 
@@ -69,11 +69,21 @@ class Recorder:
 
 
 def read_stats(path: Path) -> list[dict[str, Any]]:
-    """The lines of a stats.jsonl, without the half line that a killed process may have left at its end."""
+    """The lines of a stats.jsonl, without the half line that a killed process may have left at its end.
+
+    Raises:
+        InputError: when another line is damaged.
+    """
     if not path.exists():
         return []
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    stats = []
+    for number, line in enumerate(path.read_text().split("\n")[:-1], start=1):
+        try:
+            stats.append(dict(json.loads(line)))
+            stats[-1]["step"] += 0
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(f"{path}, line {number}: is damaged; delete the line to go on") from error
+    return stats
 
 
 def draw_panel(rows: Sequence[Sequence[Tensor]]) -> Image.Image:

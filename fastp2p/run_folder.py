@@ -1,6 +1,10 @@
 """Making a run's folder, and opening it again."""
 
+import contextlib
+import fcntl
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from fastp2p.config import TrainConfig
@@ -54,6 +58,19 @@ def reopen_folder(config: TrainConfig) -> Path:
     return config.out
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from training in this folder. Raises InputError when one does."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise InputError(f"out: another process is training in {folder}; stop it, or choose another --out") from error
+    finally:
+        os.close(descriptor)
+
+
 def read_config(folder: Path) -> TrainConfig:
     """The configuration of the run in this folder.
 
@@ -72,6 +89,8 @@ def read_config(folder: Path) -> TrainConfig:
 def write_config(folder: Path, config: TrainConfig) -> None:
     """Write config.json. Raises WriteError."""
     fields = {name: value for name, value in config.as_dict().items() if name != "out"}  # a folder may be moved
+    if not config.data.startswith("builtin:"):
+        fields["data"] = str(Path(config.data).resolve())  # a run may be resumed from another folder
     write_atomically(folder / "config.json", json.dumps(fields, indent=2).encode() + b"\n")
 
 

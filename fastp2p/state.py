@@ -90,6 +90,9 @@ class TrainState:
         Raises:
             InputError: when it is of other networks or of other training pairs.
         """
+        missing = self.as_dict().keys() - saved.keys()
+        if missing:
+            raise InputError(f"{path}: is damaged: it lacks {', '.join(sorted(missing))}")
         if saved["fingerprint"] != self.fingerprint:
             raise InputError(
                 f"data: got {self.fingerprint}, but {path} was trained on {saved['fingerprint']} (count and hash "

@@ -1,5 +1,6 @@
 """batches -> step -> status line, stats, samples, checkpoints."""
 
+import contextlib
 import functools
 import math
 import signal
@@ -19,14 +20,14 @@ from fastp2p.config import ResolvedConfig, TrainConfig
 from fastp2p.data import batches_per_epoch, eval_batches, train_batches
 from fastp2p.data.splits import TrainData, load_train_data
 from fastp2p.device import choose_device, describe_device, memory_bytes
-from fastp2p.errors import TrainingDiverged
+from fastp2p.errors import InputError, TrainingDiverged
 from fastp2p.files import remove_leftovers
 from fastp2p.losses import Losses, read_losses
 from fastp2p.memory import estimate_step_memory
 from fastp2p.metrics import METRICS, evaluate_generator
 from fastp2p.networks import count_parameters, generate
 from fastp2p.recorder import Recorder
-from fastp2p.run_folder import new_folder, reopen_folder, write_config
+from fastp2p.run_folder import locked, new_folder, reopen_folder, write_config
 from fastp2p.state import TrainState
 
 Say = Callable[[str], None]
@@ -57,41 +58,53 @@ def train(config: TrainConfig, *, resume: bool = False, say: Say = tqdm.write) -
     # Everything that can be wrong is found before anything is written
     data = load_train_data(resolved, device, say)
     state = TrainState.new(resolved, device, data.fingerprint)
-    if resume:
-        folder = reopen_folder(resolved)
-        path = folder / "checkpoint.pt"
-        if path.exists():  # a run killed before its first checkpoint begins again, with the same seed
-            state.restore(load_checkpoint(path), path)
-        remove_leftovers(folder)
-        write_config(folder, resolved)
-    else:
-        folder = new_folder(resolved)
-
     steps_per_epoch = batches_per_epoch(data.train, resolved.batch_size)
-    last_step = min((resolved.n_epochs + resolved.n_epochs_decay) * steps_per_epoch, resolved.max_steps or math.inf)
-    describe(resolved, state, say)
-    say(f"{last_step:,} steps of {resolved.batch_size}, {steps_per_epoch:,} an epoch -> {folder}")
-    if state.step >= last_step:
-        say(f"{folder} is at step {state.step}: nothing left to do. A larger --max-steps or --n-epochs goes on.")
-        return folder
+    last_step = (resolved.n_epochs + resolved.n_epochs_decay) * steps_per_epoch
+    last_step = last_step if resolved.max_steps is None else min(last_step, resolved.max_steps)
+    describe(resolved, state, len(data.train), say)
+    with contextlib.ExitStack() as stack:
+        if resume:
+            folder = reopen_folder(resolved)
+            stack.enter_context(locked(folder))
+            restore(state, folder, say)
+            if state.step >= last_step:
+                say(f"{folder}: nothing left to do. A larger --max-steps or --n-epochs goes on.")
+                return folder
+            remove_leftovers(folder)
+            write_config(folder, resolved)
+        else:
+            folder = new_folder(resolved)
+            stack.enter_context(locked(folder))
+        say(f"{last_step:,} steps of batch {resolved.batch_size}, {steps_per_epoch:,} an epoch -> {folder}")
 
-    bar_format = "{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
-    with (
-        Recorder(folder, state.step, resolved.gan_mode) as recorder,
-        tqdm(total=last_step, initial=state.step, mininterval=0.5, smoothing=0.1, bar_format=bar_format) as bar,
-        stop_signals() as stop,
-    ):
-        Run(resolved, data, state, folder, recorder, bar, say).train(int(last_step), stop)
+        bar_format = "{desc} |{bar:5}| {n_fmt}/{total_fmt} ETA {remaining}{postfix}"  # fits 80 columns
+        bar = tqdm(total=last_step, initial=state.step, mininterval=0.5, smoothing=0.1, bar_format=bar_format)
+        recorder = stack.enter_context(Recorder(folder, state.step, resolved.gan_mode))
+        with bar, stop_signals(say) as stop:
+            Run(resolved, data, state, folder, recorder, bar, say).train(last_step, stop)
 
     if state.step < last_step:
         say(f"Stopped and saved at step {state.step}. Go on with: fastp2p train --resume {folder}")
-    say(f"Results in {folder}: panel.png, losses.png, netG.safetensors, stats.jsonl")
+    best = f" (best: netG_best.safetensors, val L1 {state.best_val_L1:.4f})" if state.best_val_L1 < math.inf else ""
+    say(f"Results in {folder}: panel.png, losses.png, stats.jsonl, netG.safetensors{best}")
     say(f"Use it: fastp2p translate {folder / 'netG.safetensors'} IMAGES --out OUT")
     say(f"Curves: tensorboard --logdir {folder}")
     return folder
 
 
-def describe(config: ResolvedConfig, state: TrainState, say: Say) -> None:
+def restore(state: TrainState, folder: Path, say: Say) -> None:
+    """Take over the folder's checkpoint; a run killed before its first one begins again, with the same seed."""
+    path = folder / "checkpoint.pt"
+    if path.exists():
+        state.restore(load_checkpoint(path), path)
+        say(f"resuming {folder} at step {state.step}")
+    elif (folder / "netG.safetensors").exists():  # it is written after checkpoint.pt
+        raise InputError(f"resume: {path} is missing, but the run had one; bring it back, or start a new run")
+    else:
+        say(f"{folder} had no checkpoint yet: beginning again at step 0")
+
+
+def describe(config: ResolvedConfig, state: TrainState, pairs: int, say: Say) -> None:
     """Print the networks' sizes, the device, and the memory that a step will take, before it takes it."""
     dropouts = sum(isinstance(module, nn.Dropout) for module in state.netG.modules())
     say(
@@ -99,12 +112,19 @@ def describe(config: ResolvedConfig, state: TrainState, say: Say) -> None:
         f"netD {config.netD}, ndf {config.ndf}: {count_parameters(state.netD):,} parameters; "
         f"loss: {config.gan_mode} + {config.lambda_L1:g} L1"
     )
+    batch_size = min(config.batch_size, pairs)
+    if batch_size < config.batch_size:
+        say(f"warning: --batch-size {config.batch_size}, but there are only {pairs} pairs, so batches are of {pairs}")
+    multiple = 2**state.netG.levels
+    if config.crop_size % multiple:
+        padded = -(-config.crop_size // multiple) * multiple
+        say(f"netG pads {config.crop_size} px to {padded}, the next multiple of {multiple}, and works at that size")
     need = estimate_step_memory(
-        state.netG, state.netD, batch_size=config.batch_size, input_nc=config.input_nc, crop_size=config.crop_size
+        state.netG, state.netD, batch_size=batch_size, input_nc=config.input_nc, crop_size=config.crop_size
     )
     mib = 2**20
     say(
-        f"{describe_device(state.device)}; a step of {config.batch_size} takes about {need.total / mib:,.0f} MiB: "
+        f"{describe_device(state.device)}; a step of batch {batch_size} takes about {need.total / mib:,.0f} MiB: "
         f"{need.state / mib:,.0f} for weights, gradients and Adam, {need.activations / mib:,.0f} for activations"
     )
     if need.total > (there := memory_bytes(state.device)):
@@ -112,7 +132,7 @@ def describe(config: ResolvedConfig, state: TrainState, say: Say) -> None:
 
 
 @contextmanager
-def stop_signals() -> Iterator[list[int]]:
+def stop_signals(say: Say) -> Iterator[list[int]]:
     """A list that fills when Ctrl-C or SIGTERM arrives, so that a step is finished first; a second one interrupts."""
     received: list[int] = []
 
@@ -120,6 +140,7 @@ def stop_signals() -> Iterator[list[int]]:
         if received:
             raise KeyboardInterrupt
         received.append(number)
+        say("stopping: this step is finished and saved; once more stops at once, without saving")
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -244,8 +265,8 @@ class Run:
         lr = state.optimizer_G.param_groups[0]["lr"]
         self.recorder.scalars(state.step, {"epoch": epoch, **losses._asdict(), "lr": lr, "img_per_sec": img_per_sec})
         self.bar.set_postfix_str(
-            f"{img_per_sec:.1f} img/s, G_GAN {losses.loss_G_GAN:.2f} G_L1 {losses.loss_G_L1:.2f} "
-            f"D_real {losses.loss_D_real:.2f} D_fake {losses.loss_D_fake:.2f}",
+            f"{img_per_sec:.1f} img/s, G {losses.loss_G_GAN:.2f} L1 {losses.loss_G_L1:.1f} "
+            f"D {losses.loss_D_real:.2f} {losses.loss_D_fake:.2f}",
             refresh=False,
         )
         self.reading, is_warning = read_losses(losses, self.config.gan_mode)

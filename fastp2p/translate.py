@@ -9,7 +9,7 @@ from torch import nn
 from fastp2p.checkpoint import load_generator
 from fastp2p.config import Device, NormStats
 from fastp2p.data.images import bad_files_message, is_image, read_image, resize, to_image, to_png, to_tensor
-from fastp2p.device import choose_device
+from fastp2p.device import choose_device, memory_bytes
 from fastp2p.errors import InputError
 from fastp2p.files import write_atomically
 from fastp2p.networks import generate
@@ -24,6 +24,7 @@ def translate(
     size: int | None = None,
     norm_stats: NormStats | None = None,
     dropout: bool = False,
+    overwrite: bool = False,
     seed: int = 0,
     device: Device = "auto",
     say: Callable[[str], None] = print,
@@ -37,6 +38,7 @@ def translate(
         size: resize each image to size x size px (bicubic) first, as in training; None keeps its own size.
         norm_stats: what batch norm normalises with, see `fastp2p.networks.generate`; None is the model's own.
         dropout: keep dropout on.
+        overwrite: replace files that are in `out` already.
         seed: of the dropout.
         device: "auto", "cpu" or "cuda".
         say: takes each line of report.
@@ -52,7 +54,9 @@ def translate(
     netG, spec = load_generator(model)
     netG.to(chosen)
     files = _image_files(inputs)
-    targets = _targets(files, out)
+    targets = _targets(files, out, overwrite)
+    if size is not None and size < 1:
+        raise InputError(f"size: got {size}, expected 1 px or more")
     make_folder(out)
     if dropout and not any(isinstance(module, nn.Dropout) for module in netG.modules()):
         say("--dropout changes nothing: this generator has none")
@@ -65,6 +69,11 @@ def translate(
             image, note = read_image(file, spec.input_nc)
         except InputError as error:
             bad[str(file)] = str(error)
+            continue
+        width, height = image.size if size is None else (size, size)
+        least = 4 * width * height * (spec.input_nc + spec.output_nc + spec.ngf * 3 // 4)
+        if least > memory_bytes(chosen):
+            bad[str(file)] = f"{width}x{height} px take {least / 2**30:.0f} GiB at least; use a smaller --size"
             continue
         real_A = to_tensor(image if size is None else resize(image, size)).to(chosen)
         fake_B = generate(netG, real_A, norm_stats=norm_stats or spec.norm_stats, dropout=dropout)
@@ -92,9 +101,11 @@ def _image_files(inputs: Sequence[Path]) -> list[Path]:
     return files
 
 
-def _targets(files: list[Path], out: Path) -> list[Path]:
+def _targets(files: list[Path], out: Path, overwrite: bool) -> list[Path]:
     """OUT/STEM.png; where two inputs share a stem, or it would overwrite its input, OUT/NAME.png with the full name."""
     stems = [file.stem for file in files]
+    if not files:
+        raise InputError("translate: got no images; name image files, or folders of them")
     targets = [out / f"{file.stem if stems.count(file.stem) == 1 else file.name}.png" for file in files]
     inputs = {file.resolve() for file in files}
     for file, target in zip(files, targets, strict=True):
@@ -102,4 +113,7 @@ def _targets(files: list[Path], out: Path) -> list[Path]:
             raise InputError(f"translate: {target} would overwrite an input; choose another --out")
         if targets.count(target) > 1:
             raise InputError(f"translate: two inputs are named {file.name}; translate their folders one at a time")
+    there = [target for target in targets if target.exists()]
+    if there and not overwrite:
+        raise InputError(f"translate: {there[0]} exists ({len(there)} of {len(targets)} results do); add --overwrite")
     return targets

@@ -47,7 +47,7 @@ def test_builtin_set_trains(fastp2p, tmp_path: Path):
 def test_convert(fastp2p, tmp_path: Path):
     torch.save(UnetGenerator(levels=5, ngf=4).state_dict(), tmp_path / "latest_net_G.pth")
     done = fastp2p("convert", "latest_net_G.pth", "netG.safetensors")
-    assert done.stdout == "netG.safetensors: unet_32, ngf 4, norm batch\n", done.stderr
+    assert done.stdout == "netG.safetensors: unet_32, ngf 4, norm batch, dropout upstream, AtoB, 32 px\n", done.stderr
     assert fastp2p("convert", "netG.safetensors", "back.pth").returncode == 0
 
 

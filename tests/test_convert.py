@@ -9,7 +9,7 @@ import torch
 
 from fastp2p.checkpoint import load_generator
 from fastp2p.convert import convert
-from fastp2p.errors import InputError
+from fastp2p.errors import InputError, WriteError
 from fastp2p.networks import PatchDiscriminator, UnetGenerator, generate
 
 
@@ -78,6 +78,17 @@ def test_other_things_are_told_apart(tmp_path: Path):
         convert(tmp_path / "nothing.pth", target)
     with pytest.raises(InputError, match=r"got '\.pth' -> '\.onnx'"):
         convert(tmp_path / "list.pth", tmp_path / "x.onnx")
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path):
+    state_dict = UnetGenerator(levels=5, ngf=4).state_dict()
+    state_dict["model.model.0.weight"][0, 0, 0, 0] = torch.nan
+    torch.save(state_dict, tmp_path / "nan.pth")
+    with pytest.raises(InputError, match=r"model\.model\.0\.weight holds NaN or infinity"):
+        convert(tmp_path / "nan.pth", tmp_path / "g.safetensors")
+    torch.save(UnetGenerator(levels=5, ngf=4).state_dict(), tmp_path / "u.pth")
+    with pytest.raises(WriteError, match=r"g\.safetensors cannot be written: No such file or directory"):
+        convert(tmp_path / "u.pth", tmp_path / "nowhere" / "g.safetensors")
 
 
 def test_nothing_is_overwritten(tmp_path: Path):

@@ -2,9 +2,11 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
+from fastp2p.errors import InputError
 from fastp2p.recorder import Recorder, draw_panel, read_stats
 
 LINE = {"loss_G_GAN": 1.0, "loss_G_L1": 30.0, "loss_D_real": 0.6, "loss_D_fake": 0.7}
@@ -32,6 +34,12 @@ def test_record_goes_on_where_the_checkpoint_was(tmp_path: Path):
     assert [line["step"] for line in read_stats(tmp_path / "stats.jsonl")] == [10, 20, 20, 30]
     for line in (tmp_path / "stats.jsonl").read_text().splitlines():
         json.loads(line)
+
+
+def test_a_damaged_line_is_told(tmp_path: Path):
+    (tmp_path / "stats.jsonl").write_text('{"step": 1}\nrubbish\n')
+    with pytest.raises(InputError, match=r"stats\.jsonl, line 2: is damaged; delete the line"):
+        Recorder(tmp_path, 5, "vanilla")
 
 
 def test_files_are_what_they_should_be(tmp_path: Path):

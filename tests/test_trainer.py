@@ -21,7 +21,7 @@ from fastp2p.cli import parse
 from fastp2p.config import TrainConfig
 from fastp2p.errors import InputError, TrainingDiverged
 from fastp2p.recorder import read_stats
-from fastp2p.run_folder import read_config
+from fastp2p.run_folder import locked, read_config
 from fastp2p.trainer import train
 
 
@@ -144,9 +144,60 @@ def test_resume_refuses_what_would_change_the_result(unbroken: Path, aligned: Pa
     assert (unbroken / "config.json").read_bytes() == before
 
 
+def test_what_is_refused_or_done_leaves_the_folder_as_it_was(unbroken: Path, camvid_like: Path):
+    before = (unbroken / "config.json").read_bytes()
+    for changes in ({"data": str(camvid_like), "max_steps": 60}, {"ngf": 8}):
+        with pytest.raises(InputError):
+            resume(unbroken, **changes)
+    resume(unbroken, max_steps=10)  # is at 18: nothing left to do
+    (unbroken / "checkpoint.pt").write_bytes(b"damaged")
+    with pytest.raises(InputError, match="is damaged"):
+        resume(unbroken, max_steps=77)
+    (unbroken / "checkpoint.pt").unlink()
+    with pytest.raises(InputError, match=r"checkpoint\.pt is missing, but the run had one"):
+        resume(unbroken, max_steps=77)
+    assert (unbroken / "config.json").read_bytes() == before
+
+
+@pytest.fixture
+def camvid_like(two_folders: Path) -> Path:
+    return two_folders
+
+
+def test_one_process_a_folder(unbroken: Path):
+    with locked(unbroken), pytest.raises(InputError, match="another process is training in"):
+        resume(unbroken, n_epochs=9)
+
+
+def test_what_is_wrong_with_both_splits_is_told_at_once(aligned: Path, tmp_path: Path):
+    (aligned / "train" / "0.png").write_bytes(b"")
+    (aligned / "val" / "1.png").write_bytes(b"")
+    with pytest.raises(InputError, match=r"(?s)train/0\.png: the file is empty.*val/1\.png: the file is empty"):
+        train(config(aligned, tmp_path / "run"))
+
+
+def test_a_batch_larger_than_the_set_and_a_padded_crop_are_said(aligned: Path, tmp_path: Path):
+    said: list[str] = []
+    options = ("--batch-size", "100", "--crop-size", "33", "--max-steps", "1")
+    train(config(aligned, tmp_path / "run", *options), say=said.append)
+    assert "warning: --batch-size 100, but there are only 6 pairs, so batches are of 6" in said
+    assert "netG pads 33 px to 40, the next multiple of 8, and works at that size" in said
+    assert any("a step of batch 6 takes" in line for line in said)
+
+
+def test_a_run_is_resumed_from_any_folder(aligned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(aligned.parent)
+    folder = train(config(Path("aligned"), tmp_path / "run", "--max-steps", "2"))
+    monkeypatch.chdir("/")
+    resume(folder, max_steps=3)
+    assert load_checkpoint(folder / "checkpoint.pt")["step"] == 3
+
+
 def test_out_must_be_empty(unbroken: Path, aligned: Path):
     with pytest.raises(InputError, match=r"not empty \(--resume .*unbroken continues"):
         train(config(aligned, unbroken))
+    with pytest.raises(InputError, match=r"out: .*config\.json/run cannot be made: Not a directory"):
+        train(config(aligned, unbroken / "config.json" / "run"))
     assert load_checkpoint(unbroken / "checkpoint.pt")["step"] == 18
 
 
@@ -257,6 +308,7 @@ def test_ctrl_c_saves_and_exits_cleanly(aligned: Path, tmp_path: Path, number: i
     assert process.returncode == 0, output
     assert "Traceback" not in output
     step = load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"]
+    assert "stopping: this step is finished and saved" in output
     assert f"Stopped and saved at step {step}. Go on with: fastp2p train --resume" in output
     assert (tmp_path / "run" / "losses.png").exists() == (step >= 20)
 

@@ -38,7 +38,7 @@ def test_is_the_generator_on_the_normalised_image(model: Path, tmp_path: Path):
     image.save(tmp_path / "x.png")
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255 * 2 - 1
     for options in ({}, {"norm_stats": "running"}):
-        [written] = translate(model, [tmp_path / "x.png"], tmp_path / "out", **options)
+        [written] = translate(model, [tmp_path / "x.png"], tmp_path / "out", overwrite=True, **options)
         expected = to_image(generate(load_generator(model)[0], x, **options)[0])
         assert np.array_equal(np.asarray(Image.open(written)), np.asarray(expected))
 
@@ -47,7 +47,7 @@ def test_deterministic_unless_dropout_with_another_seed(model: Path, tmp_path: P
     random_image(64, 64).save(tmp_path / "x.png")
 
     def run(**options) -> bytes:
-        return translate(model, [tmp_path / "x.png"], tmp_path / "out", **options)[0].read_bytes()
+        return translate(model, [tmp_path / "x.png"], tmp_path / "out", overwrite=True, **options)[0].read_bytes()
 
     assert run() == run()
     assert run(dropout=True) == run(dropout=True)
@@ -99,6 +99,39 @@ def test_inputs_are_never_overwritten(model: Path, tmp_path: Path):
     random_image(20, 20).save(tmp_path / "other" / "x.png")
     with pytest.raises(InputError, match=r"two inputs are named x\.png"):
         translate(model, [tmp_path / "x.png", tmp_path / "other"], tmp_path / "out")
+
+
+def test_what_is_there_is_kept(model: Path, tmp_path: Path):
+    random_image(20, 20).save(tmp_path / "cat.jpg")
+    (tmp_path / "cat.png").write_text("precious")
+    with pytest.raises(InputError, match=r"cat\.png exists \(1 of 1 results do\); add --overwrite"):
+        translate(model, [tmp_path / "cat.jpg"], tmp_path)
+    assert (tmp_path / "cat.png").read_text() == "precious"
+    translate(model, [tmp_path / "cat.jpg"], tmp_path, overwrite=True)
+    assert Image.open(tmp_path / "cat.png").size == (20, 20)
+
+
+def test_conversions_and_missing_dropout_are_said(model: Path, tmp_path: Path):
+    random_image(20, 20).convert("P").save(tmp_path / "x.png")
+    said: list[str] = []
+    translate(model, [tmp_path / "x.png"], tmp_path / "out", say=said.append)
+    assert said[0].endswith("(converted: palette)")
+    spec = GeneratorSpec(levels=3, ngf=4, dropout="upstream")
+    save_generator(tmp_path / "shallow.safetensors", spec.build().state_dict(), spec)
+    translate(tmp_path / "shallow.safetensors", [tmp_path / "x.png"], tmp_path / "o", dropout=True, say=said.append)
+    assert "--dropout changes nothing: this generator has none" in said
+
+
+def test_sizes_that_cannot_be_are_told(model: Path, tmp_path: Path):
+    random_image(20, 20).save(tmp_path / "x.png")
+    with pytest.raises(InputError, match="size: got 0, expected 1 px or more"):
+        translate(model, [tmp_path / "x.png"], tmp_path / "out", size=0)
+    with pytest.raises(InputError, match=r"1000000x1000000 px take \d+ GiB at least"):
+        translate(model, [tmp_path / "x.png"], tmp_path / "out", size=10**6)
+    with pytest.raises(InputError, match="got no images"):
+        translate(model, [], tmp_path / "out")
+    with pytest.raises(InputError, match=r"out: .*x\.png cannot be made"):
+        translate(model, [tmp_path / "x.png"], tmp_path / "x.png")
 
 
 def test_missing_and_empty_inputs_are_told(model: Path, tmp_path: Path):

@@ -47,6 +47,8 @@ class PairFormat:
         if pair.B is None:
             both, note = images.read_image(pair.A, max(nc_A, nc_B))
             width, height = both.size
+            if width <= height:
+                note = ", ".join(filter(None, [note, "no wider than tall: is B really beside A?"]))
             A, B = both.crop((0, 0, width // 2, height)), both.crop((width // 2, 0, width, height))
             A, B = (side.convert("L") if nc == 1 else side for side, nc in ((A, nc_A), (B, nc_B)))
         else:

@@ -1,5 +1,6 @@
 """One image file -> an 8-bit RGB or grey PIL image, decoded whole, with a word on what was converted."""
 
+import zipfile
 from collections.abc import Iterable
 from importlib.resources.abc import Traversable
 from io import BytesIO
@@ -35,6 +36,8 @@ def read_image(file: Traversable, channels: int) -> tuple[Image.Image, str]:
         content = file.read_bytes()
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror or error}") from error
+    except (zipfile.BadZipFile, RuntimeError) as error:  # damaged or encrypted within its archive
+        raise InputError(f"cannot be read from its .zip: {error}") from error
     if not content:
         raise InputError("the file is empty (zero bytes)")
     try:

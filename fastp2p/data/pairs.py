@@ -39,7 +39,11 @@ def open_root(data: str) -> Traversable:
     if data.startswith("builtin:"):
         raise InputError(f"data: got {data!r}, but the only built-in set is {BUILTIN}")
     path = Path(data)
-    if path.is_file() and zipfile.is_zipfile(path):
+    if path.is_file():
+        if not zipfile.is_zipfile(path):
+            raise InputError(
+                f"data: got {data!r}, a file that is no readable .zip; expected a folder or .zip with\n{LAYOUTS}"
+            )
         return _zip_root(path)
     if not path.is_dir():
         raise InputError(f"data: got {data!r}, which is no folder; expected a folder or .zip with\n{LAYOUTS}")
@@ -88,12 +92,14 @@ def _find_pairs(root: Traversable, split: str) -> tuple[list[Pair], dict[str, st
     if side_A.is_dir():
         pairs, bad = _match_by_stem(side_A, side_B, split)
         others = [f"{split}/{side.name}/{file.name}" for side in (side_A, side_B) for file in _not_images(side)]
+        others += [f"{split}/{file.name}" for file in folder.iterdir() if is_image(file)]
     else:
         images = sorted((file for file in folder.iterdir() if is_image(file)), key=lambda file: file.name)
         pairs, bad = [Pair(f"{split}/{file.name}", file) for file in images], {}
         others = [f"{split}/{file.name}" for file in _not_images(folder)]
     if not pairs and not bad:
-        raise InputError(f"data: {folder} holds no images ({', '.join(EXTENSIONS)}); expected\n{LAYOUTS}")
+        there = ", ".join(sorted(child.name + "/" * child.is_dir() for child in folder.iterdir())[:8]) or "nothing"
+        raise InputError(f"data: {folder} holds no images but {there} ({', '.join(EXTENSIONS)}); expected\n{LAYOUTS}")
     return pairs, bad, others
 
 

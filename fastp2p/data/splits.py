@@ -12,6 +12,7 @@ from fastp2p.config import ResolvedConfig
 from fastp2p.data.dataset import PairDataset, PairFormat, eval_batches, load_split
 from fastp2p.data.pairs import has_split, open_root
 from fastp2p.device import memory_bytes
+from fastp2p.errors import InputError
 
 PANEL_PAIRS = 8
 RESIDENT_SHARE = 0.25  # of a GPU's memory that the training pairs may take
@@ -44,9 +45,17 @@ def load_train_data(config: ResolvedConfig, device: torch.device, say: Callable[
     val_format = replace(train_format, load_size=config.crop_size)
 
     room = memory_bytes(torch.device("cpu")) // 2
-    train = _load(config, "train", train_format, room, say)
-    room -= 0 if train.resident is None else train.resident.nbytes
-    val = _load(config, "val", val_format, room, say) if has_split(open_root(config.data), "val") else None
+    loaded: dict[str, PairDataset] = {}
+    problems = []
+    for split, format in (("train", train_format), ("val", val_format)):
+        if split == "train" or has_split(open_root(config.data), split):
+            try:
+                loaded[split] = _load(config, split, format, room - _resident_bytes(loaded), say)
+            except InputError as error:
+                problems.append(str(error))
+    if problems:
+        raise InputError("\n".join(problems))
+    train, val = loaded["train"], loaded.get("val")
     if val is None:
         say("val: there is no folder val/, so nothing is scored and the panel shows training pairs")
 
@@ -59,6 +68,10 @@ def load_train_data(config: ResolvedConfig, device: torch.device, say: Callable[
         else:
             say("train: the pairs stay in the machine's memory, since they would take over a quarter of the GPU's")
     return TrainData(train, val, panel)
+
+
+def _resident_bytes(datasets: dict[str, PairDataset]) -> int:
+    return sum(dataset.resident.nbytes for dataset in datasets.values() if dataset.resident is not None)
 
 
 def _load(config: ResolvedConfig, split: str, format: PairFormat, room: int, say: Callable[[str], None]) -> PairDataset:
@@ -79,7 +92,7 @@ def _load(config: ResolvedConfig, split: str, format: PairFormat, room: int, say
         place += ", since train and val would take more than half of this machine's memory"
     say(f"{split}: {len(dataset)} pairs at {format.load_size}x{format.load_size} px, {place}")
     for note, pairs in dataset.notes.items():
-        say(f"{split}: converted in {pairs} pairs: {note}")
+        say(f"{split}: converted or odd in {pairs} pairs: {note}")
     if dataset.ignored:
         names = ", ".join(dataset.ignored[:5]) + (", ..." if len(dataset.ignored) > 5 else "")
         say(f"{split}: {len(dataset.ignored)} files are no images and were ignored: {names}")

@@ -1,3 +1,4 @@
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -145,6 +146,25 @@ def test_nothing_left_is_an_error_even_when_skipping(tmp_path: Path):
     (tmp_path / "train" / "x.png").touch()
     with pytest.raises(InputError, match="Nothing is left"):
         load_split(str(tmp_path), "train", FORMAT, skip_bad=True)
+
+
+def test_zip_with_a_damaged_member(aligned: Path, tmp_path: Path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for file in (aligned / "train").iterdir():
+            archive.write(file, f"train/{file.name}")
+    content = bytearray((tmp_path / "x.zip").read_bytes())
+    content[200] ^= 255  # within the first member's data
+    (tmp_path / "x.zip").write_bytes(content)
+    with pytest.raises(InputError, match=r"1 of 6 cannot be used.*\n.*cannot be read from its \.zip"):
+        load_split(str(tmp_path / "x.zip"), "train", FORMAT)
+    assert len(load_split(str(tmp_path / "x.zip"), "train", FORMAT, skip_bad=True)) == 5
+
+
+def test_single_photos_among_aligned_pairs_are_said(tmp_path: Path):
+    (tmp_path / "train").mkdir()
+    random_image(40, 40).save(tmp_path / "train" / "x.png")
+    dataset = load_split(str(tmp_path), "train", FORMAT)
+    assert dataset.notes == {"no wider than tall: is B really beside A?": 1}
 
 
 def test_conversions_are_counted(two_folders: Path):

@@ -63,7 +63,8 @@ def test_zip_with_or_without_a_top_folder(aligned: Path, tmp_path: Path):
     [
         ([], "train", "has no folder train/ (it holds nothing)"),
         (["val/x.png"], "train", "has no folder train/ (it holds val/)"),
-        (["train/notes.txt"], "train", "holds no images"),
+        (["train/notes.txt"], "train", "holds no images but notes.txt"),
+        (["train/a/x.png", "train/b/x.png"], "train", "holds no images but a/, b/"),
         (["train/A/x.png"], "train", "B/ is missing"),
     ],
 )
