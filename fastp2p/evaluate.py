@@ -40,7 +40,7 @@ def evaluate(
         device: "auto", "cpu" or "cuda".
 
     Returns:
-        {"model", "data", "split", "direction", "size", "images", "skipped", "converted", "norm_stats", "dropout",
+        {"model", "data", "split", "direction", "size", "images", "skipped", "notes", "norm_stats", "dropout",
         "metrics": {name: {"mean", "std"}}, "per_image": {pair: {name: value}}}; std is over the images.
 
     Raises:
@@ -64,7 +64,7 @@ def evaluate(
         "size": spec.crop_size,
         "images": len(dataset),
         "skipped": dataset.skipped,
-        "converted": dict(dataset.notes),
+        "notes": dict(dataset.notes),
         "norm_stats": norm_stats,
         "dropout": dropout,
         "metrics": {k: {"mean": float(np.mean(v)), "std": _std(v)} for k, v in values.items()},
@@ -91,7 +91,7 @@ def format_table(result: dict[str, Any]) -> str:
     """The result as a table for the terminal."""
     lines = [f"{result['images']} images of {result['data']} {result['split']}, {result['size']}x{result['size']} px"]
     lines += [f"skipped {name}: {reason}" for name, reason in result["skipped"].items()]
-    lines += [f"converted in {count} pairs: {note}" for note, count in result["converted"].items()]
+    lines += [f"{count} pairs {note}" for note, count in result["notes"].items()]
     lines += ["", f"{'':6} {'mean':>9} {'std':>9}"]
     better = {
         "L1": "in [-1, 1], lower is better",

@@ -132,4 +132,4 @@ def test_facades_at_small_width(fastp2p, facades: Path, tmp_path: Path):
 def test_camvid_from_its_two_folders(fastp2p, camvid: Path, tmp_path: Path):
     done = fastp2p("train", "--data", camvid, "--ngf", 8, "--ndf", 8, "--max-steps", 10, "--out", "run", timeout=400)
     assert done.returncode == 0, done.stderr
-    assert "train: converted in 367 pairs: B palette" in done.stdout
+    assert "train: 367 pairs converted: B palette" in done.stdout

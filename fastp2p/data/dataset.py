@@ -40,20 +40,20 @@ class PairFormat:
         return self.load_size, self.load_size, self.input_nc + self.output_nc
 
     def decode(self, pair: Pair) -> tuple[np.ndarray, str]:
-        """The array, and a word on what was converted. Raises InputError with the reason on a bad pair."""
+        """The array, and a word on what was converted or is odd. Raises InputError with the reason on a bad pair."""
         nc_A, nc_B = self.input_nc, self.output_nc
         if self.direction == "BtoA":
             nc_A, nc_B = nc_B, nc_A
         if pair.B is None:
             both, note = images.read_image(pair.A, max(nc_A, nc_B))
             width, height = both.size
-            if width <= height:
-                note = ", ".join(filter(None, [note, "no wider than tall: is B really beside A?"]))
+            odd = ["no wider than tall: is B really beside A?"] if width <= height else []
             A, B = both.crop((0, 0, width // 2, height)), both.crop((width // 2, 0, width, height))
             A, B = (side.convert("L") if nc == 1 else side for side, nc in ((A, nc_A), (B, nc_B)))
         else:
             (A, note_A), (B, note_B) = images.read_image(pair.A, nc_A), images.read_image(pair.B, nc_B)
             note = "; ".join(f"{side} {text}" for side, text in (("A", note_A), ("B", note_B)) if text)
+            odd = []
 
         for side, image in (("A", A), ("B", B)):
             if min(image.size) < self.min_side:
@@ -62,7 +62,9 @@ class PairFormat:
         if abs(A.width * B.height / (A.height * B.width) - 1) > MAX_ASPECT_DIFFERENCE and pair.B is not None:
             raise InputError(f"A is {A.width}x{A.height} and B {B.width}x{B.height} px: not the same frame")
         sides = (B, A) if self.direction == "BtoA" else (A, B)
-        return np.concatenate([images.to_array(images.resize(side, self.load_size)) for side in sides], axis=2), note
+        return np.concatenate(
+            [images.to_array(images.resize(side, self.load_size)) for side in sides], axis=2
+        ), ", ".join([*([f"converted: {note}"] if note else []), *odd])
 
 
 @dataclass
@@ -72,7 +74,7 @@ class PairDataset:
     pairs: list[Pair]
     format: PairFormat
     resident: Tensor | None = None  # (P, load_size, load_size, C) uint8
-    notes: Counter[str] = field(default_factory=Counter)  # what was converted -> in how many pairs
+    notes: Counter[str] = field(default_factory=Counter)  # what was converted or is odd -> in how many pairs
     skipped: dict[str, str] = field(default_factory=dict)  # bad files left out -> reason
     ignored: list[str] = field(default_factory=list)  # files that are no images
 

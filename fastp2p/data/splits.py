@@ -92,7 +92,7 @@ def _load(config: ResolvedConfig, split: str, format: PairFormat, room: int, say
         place += ", since train and val would take more than half of this machine's memory"
     say(f"{split}: {len(dataset)} pairs at {format.load_size}x{format.load_size} px, {place}")
     for note, pairs in dataset.notes.items():
-        say(f"{split}: converted or odd in {pairs} pairs: {note}")
+        say(f"{split}: {pairs} pairs {note}")
     if dataset.ignored:
         names = ", ".join(dataset.ignored[:5]) + (", ..." if len(dataset.ignored) > 5 else "")
         say(f"{split}: {len(dataset.ignored)} files are no images and were ignored: {names}")

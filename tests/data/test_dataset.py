@@ -170,7 +170,7 @@ def test_single_photos_among_aligned_pairs_are_said(tmp_path: Path):
 def test_conversions_are_counted(two_folders: Path):
     file = two_folders / "train" / "B" / "0.png"
     Image.open(file).convert("P").save(file)
-    assert load_split(str(two_folders), "train", FORMAT).notes == {"B palette": 1}
+    assert load_split(str(two_folders), "train", FORMAT).notes == {"converted: B palette": 1}
 
 
 def test_builtin_set():
@@ -197,7 +197,7 @@ def test_facades(facades: Path):
 
 def test_camvid_palettes_show_as_colours(camvid: Path):
     dataset = load_split(str(camvid), "val", PairFormat("AtoB", 256))
-    assert dataset.notes == {"B palette": 101}
+    assert dataset.notes == {"converted: B palette": 101}
     labels = dataset.resident[0, :, :, 3:].reshape(-1, 3)
     sky, road = torch.tensor([128, 128, 128]), torch.tensor([128, 64, 128])
     assert (labels == sky).all(1).sum() > 100
