@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-KERNEL_FILES = ("adam", "augment")
+KERNEL_FILES = ("adam", "augment", "patch_loss")
 
 # Compute capability -> shared memory of one block in KiB (CUDA programming guide, technical specifications)
 TARGETS = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}

@@ -3,5 +3,6 @@
 from fastp2p.ops._library import operators, served_by
 from fastp2p.ops.adam import adam, adam_ref
 from fastp2p.ops.augment import augment, augment_ref
+from fastp2p.ops.patch_loss import patch_loss, patch_loss_ref
 
-__all__ = ["adam", "adam_ref", "augment", "augment_ref", "operators", "served_by"]
+__all__ = ["adam", "adam_ref", "augment", "augment_ref", "operators", "patch_loss", "patch_loss_ref", "served_by"]

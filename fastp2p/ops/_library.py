@@ -21,7 +21,15 @@ _names: list[str] = []
 _triton_serves: set[tuple[str, str]] = set()  # (operator, device type)
 
 
-def define(name: str, schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
+def define(
+    name: str,
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., None] | None = None,
+) -> None:
     """Define the operator fastp2p::name.
 
     Args:
@@ -29,10 +37,13 @@ def define(name: str, schema: str, *, reference: Callable[..., Any], fake: Calla
         schema: its arguments and returns in PyTorch's schema language, such as "(Tensor x) -> Tensor".
         reference: plain PyTorch; serves every device that has no kernel of its own.
         fake: shapes and dtypes alone, for torch.compile and meta tensors.
+        backward, setup_context: the gradient, as torch.library.register_autograd takes it; None for no gradient.
     """
     LIBRARY.define(name + schema)
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastp2p::{name}", fake, lib=LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(f"fastp2p::{name}", backward, setup_context=setup_context, lib=LIBRARY)
     _names.append(name)
 
 

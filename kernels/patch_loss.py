@@ -1,0 +1,121 @@
+"""patch_loss in Triton.
+
+Reads x (and the target, if it is a tensor) once and writes dx once: 4 or 6 bytes an element in bfloat16, where each
+step of the chain loss, mean, backward, scale, cast would move about as much again. One program takes BLOCK elements and
+leaves one partial sum; those are added in a fixed order, so that the same input gives the same bits. Arithmetic is
+float32.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from fastp2p.kernels.compile_check import Case
+from torch import Tensor
+
+CONFIGS = [{"BLOCK": 1024, "num_warps": 4}, {"BLOCK": 256, "num_warps": 2}, {"BLOCK": 4096, "num_warps": 8}]
+BCE, SQUARE, HINGE, LINEAR, L1 = (tl.constexpr(kind) for kind in range(5))  # the order of fastp2p.ops.patch_loss.KINDS
+
+
+@triton.jit
+def _patch_loss_kernel(
+    x_ptr,  # (M,)
+    target_ptr,  # (M,); x_ptr again when the target is a number
+    dx_ptr,  # (M,)
+    partial_ptr,  # (programs,) float32
+    n_elements,
+    target_value,
+    scale,  # weight / M
+    KIND: tl.constexpr,
+    HAS_TARGET: tl.constexpr,
+    THROUGH_TANH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < n_elements
+    x = tl.load(x_ptr + i, mask=inside, other=0.0).to(tl.float32)
+    t = tl.load(target_ptr + i, mask=inside, other=0.0).to(tl.float32) if HAS_TARGET else target_value
+
+    if KIND == BCE:
+        decay = tl.exp(-tl.abs(x))  # of the larger side: never overflows
+        loss = tl.maximum(x, 0.0) - x * t + _log1p(decay)
+        sigmoid = tl.where(x >= 0, 1.0 / (1.0 + decay), decay / (1.0 + decay))
+        slope = sigmoid - t
+    elif KIND == SQUARE:
+        loss = (x - t) * (x - t)
+        slope = 2.0 * (x - t)
+    elif KIND == HINGE:
+        loss = tl.maximum(1.0 - t * x, 0.0)
+        slope = tl.where(1.0 - t * x > 0.0, -t, 0.0)
+    elif KIND == LINEAR:
+        loss = -t * x
+        slope = 0.0 * x - t
+    else:
+        loss = tl.abs(x - t)
+        slope = tl.where(x > t, 1.0, tl.where(x < t, -1.0, 0.0))
+
+    if THROUGH_TANH:
+        slope *= 1.0 - x * x
+    tl.store(dx_ptr + i, slope * scale, mask=inside)
+    tl.store(partial_ptr + tl.program_id(0), tl.sum(tl.where(inside, loss, 0.0), axis=0) * scale)
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x) for 0 <= x <= 1 to float32's precision: the correction cancels the rounding of 1 + x (Kahan)."""
+    y = 1.0 + x
+    rest = x - (y - 1.0)
+    return tl.log(y) + rest / y
+
+
+def compile_cases() -> Iterator[Case]:
+    """Each loss in float32 and bfloat16, with a number for a target; L1 with a tensor, plain and through tanh."""
+    for dtype in ("fp32", "bf16"):
+        types = dict.fromkeys(("x_ptr", "target_ptr", "dx_ptr"), f"*{dtype}")
+        types |= {"partial_ptr": "*fp32", "n_elements": "i64", "target_value": "fp32", "scale": "fp32"}
+        for kind in range(4):
+            constants = {"KIND": kind, "HAS_TARGET": 0, "THROUGH_TANH": 0}
+            yield Case(f"patch_loss {kind} {dtype}", _patch_loss_kernel, types, constants, CONFIGS)
+        for through_tanh in (0, 1):
+            constants = {"KIND": 4, "HAS_TARGET": 1, "THROUGH_TANH": through_tanh}
+            yield Case(f"patch_loss l1 tanh={through_tanh} {dtype}", _patch_loss_kernel, types, constants, CONFIGS)
+
+
+def patch_loss(
+    x: Tensor,
+    target: Tensor | None,
+    kind: int,
+    target_value: float,
+    weight: float,
+    through_tanh: bool,
+    config: dict[str, Any] = CONFIGS[0],
+) -> tuple[Tensor, Tensor]:
+    """Launch; see `fastp2p.ops.patch_loss`."""
+    dense = x.contiguous(memory_format=torch.channels_last) if _is_channels_last(x) else x.contiguous()
+    dx = torch.empty_like(dense)
+    if target is not None:
+        layout = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
+        target = target.to(x.dtype).contiguous(memory_format=layout)
+    n = x.numel()
+    programs = triton.cdiv(n, config["BLOCK"])
+    partial = torch.empty(programs, dtype=torch.float32, device=x.device)
+    _patch_loss_kernel[(programs,)](
+        dense,
+        dense if target is None else target,
+        dx,
+        partial,
+        n,
+        target_value,
+        weight / n,
+        KIND=kind,
+        HAS_TARGET=target is not None,
+        THROUGH_TANH=through_tanh,
+        **config,
+    )
+    return partial.sum(), dx
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)

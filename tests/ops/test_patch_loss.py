@@ -1,0 +1,132 @@
+import pytest
+import torch
+
+from fastp2p.errors import InputError
+from fastp2p.losses import GANLoss
+from fastp2p.ops import patch_loss, patch_loss_ref
+from fastp2p.ops._library import INTERPRETED
+from fastp2p.ops.patch_loss import KINDS
+
+TARGETS = {"bce": (1.0, 0.0), "square": (1.0, 0.0), "hinge": (1.0, -1.0), "linear": (1.0, -1.0), "l1": (0.3,)}
+CASES = [(kind, target) for kind, targets in TARGETS.items() for target in targets]
+
+
+def values(*shape: int) -> torch.Tensor:
+    """Logits from tiny to so large that a naive exp overflows."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    x = torch.randn(shape, generator=generator) * 10 ** torch.linspace(-6, 2.3, max(1, shape[-1]))
+    return x
+
+
+def assert_close(ours: tuple[torch.Tensor, torch.Tensor], exact: tuple[torch.Tensor, torch.Tensor], terms: float):
+    """The loss: a sum of float32 terms of this mean size. The gradient: some float32 roundings, then one to x's."""
+    (loss, dx), (exact_loss, exact_dx) = ours, exact
+    assert abs(loss.double() - exact_loss) <= 1e-6 * terms
+    eps = torch.finfo(dx.dtype).eps * (1 if INTERPRETED and dx.dtype != torch.float32 else 0.5)  # it truncates
+    bound = (eps + 1e-6) * exact_dx.abs() + 2e-7 * exact_dx.abs().max() + torch.finfo(dx.dtype).tiny
+    assert ((dx.double() - exact_dx).abs() <= bound).all()
+
+
+@pytest.mark.parametrize(("kind", "target"), CASES)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 1, 30, 30), (2, 1, 3, 17), (3, 3, 17, 2), (1, 3, 33, 35)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_value_and_gradient_against_float64(kind: str, target: float, shape: tuple[int, ...], dtype: torch.dtype):
+    x = values(*shape).to(dtype)
+    exact = patch_loss_ref(x.double(), None, KINDS.index(kind), target, 2.5, False)
+    loss, dx = patch_loss(x, kind, target=target, weight=2.5)
+    assert loss.dtype == torch.float32
+    assert dx.dtype == dtype
+    assert dx.shape == x.shape
+    assert_close((loss, dx), exact, terms=2.5 * (1 + x.double().abs().pow(2 if kind == "square" else 1).mean().item()))
+
+
+@pytest.mark.parametrize("through_tanh", [False, True])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_l1_of_images_in_both_layouts(through_tanh: bool, layout: torch.memory_format):
+    fake_B, real_B = torch.randn(2, 2, 3, 9, 13).tanh().unbind()
+    real_B[0, 0, :2] = fake_B[0, 0, :2]  # where they agree the gradient is 0
+    fake_B = fake_B.contiguous(memory_format=layout)
+    loss, dx = patch_loss(fake_B, "l1", target=real_B, weight=100.0, through_tanh=through_tanh)
+    exact = patch_loss_ref(fake_B.double(), real_B.double(), KINDS.index("l1"), 0.0, 100.0, through_tanh)
+    assert_close((loss, dx), exact, terms=100)
+    assert (dx[0, 0, :2] == 0).all()
+    assert dx.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("gan_mode", ["vanilla", "lsgan", "hinge"])
+@pytest.mark.parametrize(("real", "for_discriminator"), [(True, True), (False, True), (True, False)])
+def test_is_the_gan_loss(gan_mode: str, real: bool, for_discriminator: bool):
+    kinds = {"vanilla": "bce", "lsgan": "square", "hinge": "hinge" if for_discriminator else "linear"}
+    target = 1.0 if real else (-1.0 if gan_mode == "hinge" else 0.0)
+    logits = torch.randn(2, 1, 5, 7)
+    expected = GANLoss(gan_mode)(logits, real, for_discriminator=for_discriminator)
+    torch.testing.assert_close(patch_loss(logits, kinds[gan_mode], target=target)[0], expected)
+
+
+def test_autograd_takes_the_gradient_through():
+    x = torch.randn(2, 1, 4, 4, requires_grad=True)
+    loss, dx = patch_loss(x, "bce", target=1.0, weight=3.0)
+    (2 * loss).backward()
+    torch.testing.assert_close(x.grad, 2 * dx.detach())
+    torch.testing.assert_close(dx.detach(), (x.detach().sigmoid() - 1) * 3 / 32)
+
+
+def test_slices_of_larger_buffers():
+    big = torch.randn(4, 2, 10, 20)
+    x, target = big[1:3, :1, 2:7, 3:11], big[1:3, 1:, 2:7, 3:11]
+    loss, dx = patch_loss(x, "l1", target=target)
+    torch.testing.assert_close(loss, (x - target).abs().mean())
+    torch.testing.assert_close(dx, (x - target).sign() / x.numel())
+
+
+def test_twice_the_same_bits():
+    x = values(1, 3, 70, 70)
+    (loss, dx), (again, dx_again) = (patch_loss(x, "bce", target=1.0) for _ in range(2))
+    assert torch.equal(loss, again)
+    assert torch.equal(dx, dx_again)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_opcheck(layout: torch.memory_format):
+    for requires_grad in (False, True):
+        x = torch.randn(2, 3, 4, 5).contiguous(memory_format=layout).requires_grad_(requires_grad)
+        torch.library.opcheck(torch.ops.fastp2p.patch_loss.default, (x, None, 0, 1.0, 2.0, False))
+        torch.library.opcheck(torch.ops.fastp2p.patch_loss.default, (x, torch.randn(2, 3, 4, 5), 4, 0.0, 2.0, False))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("kind", range(len(KINDS)))
+def test_every_configuration(kind: int):
+    from fastp2p.kernels import patch_loss as kernel
+
+    x = values(1, 3, 41, 43)
+    exact = patch_loss_ref(x.double(), None, kind, 1.0, 1.0, False)
+    for config in kernel.CONFIGS:
+        ours = kernel.patch_loss(x, None, kind, 1.0, 1.0, False, config=config)
+        assert_close(ours, exact, terms=1 + x.double().abs().pow(2).mean().item())
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles for GPUs, which TRITON_INTERPRET=1 turns off")
+def test_compiles_for_every_target():
+    pytest.importorskip("triton")
+    from fastp2p.kernels import patch_loss as kernel
+    from fastp2p.kernels.compile_check import TARGETS, compile_case
+
+    for case in kernel.compile_cases():
+        for capability in TARGETS:
+            assert not compile_case(case, kernel.CONFIGS[0], capability).faults
+
+
+def test_bad_input_is_told():
+    x = torch.zeros(1, 1, 2, 2)
+    with pytest.raises(InputError, match="got kind 'wgan', expected one of bce, square, hinge, linear, l1"):
+        patch_loss(x, "wgan", target=1.0)
+    with pytest.raises(InputError, match=r"got x \(0,\) torch.float32"):
+        patch_loss(torch.zeros(0), "bce", target=1.0)
+    with pytest.raises(InputError, match=r"got target \(1, 1, 2, 3\) on cpu, expected \(1, 1, 2, 2\) on cpu"):
+        patch_loss(x, "l1", target=torch.zeros(1, 1, 2, 3))
+    y = torch.zeros(1, requires_grad=True)
+    loss, dx = patch_loss(y, "l1", target=1.0, through_tanh=True)
+    assert not dx.requires_grad
+    with pytest.raises(InputError, match="through_tanh changes dx alone"):
+        loss.backward()
