@@ -17,7 +17,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch: 
 LIBRARY = torch.library.Library("fastp2p", "DEF")
 
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
-_names: list[str] = []
+_references: dict[str, Callable[..., Any]] = {}
 _triton_serves: set[tuple[str, str]] = set()  # (operator, device type)
 
 
@@ -44,18 +44,21 @@ def define(
     torch.library.register_fake(f"fastp2p::{name}", fake, lib=LIBRARY)
     if backward is not None:
         torch.library.register_autograd(f"fastp2p::{name}", backward, setup_context=setup_context, lib=LIBRARY)
-    _names.append(name)
+    _references[name] = reference
 
 
 def serve_by_triton(name: str) -> None:
     """Let fastp2p.kernels.NAME.NAME serve CUDA tensors; under TRITON_INTERPRET=1, CPU tensors instead.
 
-    Triton itself is imported at the first call. Where it is not installed the reference stays in charge.
+    Triton itself is imported at the first call. Where it is not installed the reference stays in charge; so it does for
+    float64, which is there for proofs: the kernels compute in float32.
     """
     if importlib.util.find_spec("triton") is None:
         return
 
     def launch(*args: Any) -> Any:
+        if args[0].dtype == torch.float64:
+            return _references[name](*args)
         return getattr(importlib.import_module(f"fastp2p.kernels.{name}"), name)(*args)
 
     device_type = "cpu" if INTERPRETED else "cuda"
@@ -65,7 +68,7 @@ def serve_by_triton(name: str) -> None:
 
 def operators() -> list[str]:
     """The names of all operators."""
-    return sorted(_names)
+    return sorted(_references)
 
 
 def served_by(name: str, device_type: str) -> str:

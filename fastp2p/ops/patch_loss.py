@@ -50,9 +50,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.through_tanh:
-        raise InputError(
-            "patch_loss: through_tanh changes dx alone, so the loss has no gradient; take dx, or leave it out"
-        )
+        raise InputError("patch_loss: through_tanh changes dx alone; take dx instead of the loss's gradient")
     (dx,) = ctx.saved_tensors
     return (dx * grad_loss).to(dx.dtype), None, None, None, None, None
 

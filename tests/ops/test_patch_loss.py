@@ -79,6 +79,13 @@ def test_slices_of_larger_buffers():
     torch.testing.assert_close(dx, (x - target).sign() / x.numel())
 
 
+def test_float64_is_the_reference():
+    x = values(1, 1, 5, 7).double()
+    for ours, exact in zip(patch_loss(x, "bce", target=1.0), patch_loss_ref(x, None, 0, 1.0, 1.0, False), strict=True):
+        assert ours.dtype == torch.float64
+        assert torch.equal(ours, exact)
+
+
 def test_twice_the_same_bits():
     x = values(1, 3, 70, 70)
     (loss, dx), (again, dx_again) = (patch_loss(x, "bce", target=1.0) for _ in range(2))
