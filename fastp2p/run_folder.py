@@ -61,12 +61,13 @@ def reopen_folder(config: TrainConfig) -> Path:
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep other processes from training in this folder. Raises InputError when one does."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY)  # of the folder itself, so that nothing is left behind
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"out: another process is training in {folder}; stop it, or choose another") from error
         yield
-    except BlockingIOError as error:
-        raise InputError(f"out: another process is training in {folder}; stop it, or choose another --out") from error
     finally:
         os.close(descriptor)
 

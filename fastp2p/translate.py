@@ -71,6 +71,7 @@ def translate(
             bad[str(file)] = str(error)
             continue
         width, height = image.size if size is None else (size, size)
+        # What the outermost level holds at once, in float32: with less memory the system would kill the process
         least = 4 * width * height * (spec.input_nc + spec.output_nc + spec.ngf * 3 // 4)
         if least > memory_bytes(chosen):
             bad[str(file)] = f"{width}x{height} px take {least / 2**30:.0f} GiB at least; use a smaller --size"
@@ -102,10 +103,10 @@ def _image_files(inputs: Sequence[Path]) -> list[Path]:
 
 
 def _targets(files: list[Path], out: Path, overwrite: bool) -> list[Path]:
-    """OUT/STEM.png; where two inputs share a stem, or it would overwrite its input, OUT/NAME.png with the full name."""
-    stems = [file.stem for file in files]
+    """OUT/STEM.png, or OUT/NAME.png with the full name where two inputs share a stem; none of which may be in use."""
     if not files:
         raise InputError("translate: got no images; name image files, or folders of them")
+    stems = [file.stem for file in files]
     targets = [out / f"{file.stem if stems.count(file.stem) == 1 else file.name}.png" for file in files]
     inputs = {file.resolve() for file in files}
     for file, target in zip(files, targets, strict=True):

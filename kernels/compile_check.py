@@ -74,10 +74,9 @@ def compile_case(case: Case, config: dict[str, Any], capability: int) -> Compile
         options={name: config[name] for name in OPTIONS if name in config},
     )
     report = assemble(compiled.asm["ptx"], capability)
-    spilled = sum(int(count) for count in re.findall(r"(\d+) bytes spill", report))
     registers = re.search(r"Used (\d+) registers", report)
     assert registers, f"ptxas said nothing of registers:\n{report}"
-    return Compiled(case.name, config, capability, int(registers[1]), spilled, compiled.metadata.shared)
+    return Compiled(case.name, config, capability, int(registers[1]), spilled_bytes(report), compiled.metadata.shared)
 
 
 def assemble(ptx: str, capability: int) -> str:
@@ -91,6 +90,11 @@ def assemble(ptx: str, capability: int) -> str:
         path.write_text(ptx)
         command = [get_ptxas(capability).path, "-v", f"--gpu-name={target[1]}", str(path), "-o", os.devnull]
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
+def spilled_bytes(report: str) -> int:
+    """Spill stores and loads of a ptxas report, in bytes per thread; a stack frame alone is none."""
+    return sum(int(count) for count in re.findall(r"(\d+) bytes spill", report))
 
 
 def check(cases: Iterable[Case], capabilities: Iterable[int] = tuple(TARGETS)) -> list[Compiled]:
