@@ -8,6 +8,7 @@ the bias corrections come from float64 powers of the betas in device memory: 1 -
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from fastp2p.kernels.compile_check import Case
@@ -28,6 +29,8 @@ def _adam_kernel(
     n_elements,
     beta1,
     beta2,
+    one_minus_beta1,  # rounded once, from float64
+    one_minus_beta2,
     eps,
     WRITE_LOW_PRECISION: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -43,8 +46,8 @@ def _adam_kernel(
     exp_avg_sq = tl.load(exp_avg_sq_ptr + i, mask=inside)
     param = tl.load(param_ptr + i, mask=inside)
 
-    exp_avg = beta1 * exp_avg + (1.0 - beta1) * grad
-    exp_avg_sq = beta2 * exp_avg_sq + (1.0 - beta2) * grad * grad
+    exp_avg = beta1 * exp_avg + one_minus_beta1 * grad
+    exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * grad * grad
     denominator = tl.div_rn(tl.sqrt_rn(exp_avg_sq), tl.sqrt_rn(correction2)) + eps
     param -= tl.div_rn(exp_avg, denominator) * step_size
 
@@ -58,7 +61,8 @@ def _adam_kernel(
 def compile_cases() -> Iterator[Case]:
     """Without and with each low precision."""
     types = dict.fromkeys(("param_ptr", "grad_ptr", "exp_avg_ptr", "exp_avg_sq_ptr", "lr_ptr"), "*fp32")
-    types |= {"powers_ptr": "*fp64", "n_elements": "i64"} | dict.fromkeys(("beta1", "beta2", "eps"), "fp32")
+    types |= {"powers_ptr": "*fp64", "n_elements": "i32"}
+    types |= dict.fromkeys(("beta1", "beta2", "one_minus_beta1", "one_minus_beta2", "eps"), "fp32")
     for low_precision in ("fp32", "bf16", "fp16"):
         case_types = types | {"low_precision_ptr": f"*{low_precision}"}
         constants = {"WRITE_LOW_PRECISION": int(low_precision != "fp32")}
@@ -92,7 +96,11 @@ def adam(
         len(param),
         beta1,
         beta2,
+        1 - beta1,
+        1 - beta2,
         eps,
         WRITE_LOW_PRECISION=low_precision is not None,
         **config,
     )
+    changed = (param, exp_avg, exp_avg_sq, low_precision)
+    torch.autograd.graph.increment_version([tensor for tensor in changed if tensor is not None])  # autograd's guard

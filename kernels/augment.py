@@ -34,8 +34,9 @@ def _augment_kernel(
     C_PADDED: tl.constexpr,  # the next power of two
     BLOCK: tl.constexpr,  # pixels
 ):
-    sample = tl.program_id(1)
-    pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
+    blocks = tl.cdiv(crop_size * crop_size, BLOCK)  # of a sample
+    sample = tl.program_id(0) // blocks
+    pixel = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)[:, None]
     channel = tl.arange(0, C_PADDED)[None, :]
     inside = pixel < crop_size * crop_size
     y, x = pixel // crop_size, pixel % crop_size
@@ -54,10 +55,10 @@ def _augment_kernel(
 
 
 def compile_cases() -> Iterator[Case]:
-    """Colour to colour and grey to colour, in both dtypes of the result."""
+    """Colour to colour and grey to colour, in each dtype of the result."""
     types = {"pairs_ptr": "*u8", "index_ptr": "*i64", "offset_ptr": "*i64", "flip_ptr": "*i1"}
     types |= dict.fromkeys(("height", "width", "crop_size"), "i32")
-    for dtype in ("fp32", "bf16"):
+    for dtype in ("fp32", "bf16", "fp16"):
         out = {"real_A_ptr": f"*{dtype}", "real_B_ptr": f"*{dtype}"}
         for C_A, C_padded in ((3, 8), (1, 4)):
             constants = {"C_A": C_A, "C_B": 3, "C_PADDED": C_padded}
@@ -86,7 +87,7 @@ def augment(
         )
         for nc in (input_nc, channels - input_nc)
     )
-    grid = (triton.cdiv(crop_size * crop_size, config["BLOCK"]), n)
+    grid = (n * triton.cdiv(crop_size * crop_size, config["BLOCK"]),)  # one axis: the others end at 65535
     _augment_kernel[grid](
         pairs,
         index,

@@ -25,6 +25,7 @@ KERNEL_FILES = ("adam", "augment", "patch_loss")
 
 # Compute capability -> shared memory of one block in KiB (CUDA programming guide, technical specifications)
 TARGETS = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+PTXAS_FLAGS = ["--regAllocOptLevel=2"] if triton.__version__ >= "3.7" else []
 OPTIONS = ("num_warps", "num_stages")  # of a configuration, for the compiler; the rest are the kernel's constants
 
 
@@ -46,6 +47,7 @@ class Compiled:
     name: str
     config: dict[str, Any]
     capability: int
+    aligned: bool
     registers: int  # per thread
     spilled_bytes: int  # per thread
     shared_bytes: int  # per block
@@ -64,19 +66,26 @@ def all_cases() -> Iterator[Case]:
         yield from importlib.import_module(f"fastp2p.kernels.{name}").compile_cases()
 
 
-def compile_case(case: Case, config: dict[str, Any], capability: int) -> Compiled:
-    """Compile for one target and read the assembler's report."""
+def compile_case(case: Case, config: dict[str, Any], capability: int, aligned: bool) -> Compiled:
+    """Compile for one target and read the assembler's report.
+
+    A launch specialises on what it finds: `aligned` is its variant for pointers and sizes that are multiples of 16.
+    """
     constants = case.constants | {name: value for name, value in config.items() if name not in OPTIONS}
     signature = {name: case.types.get(name, "constexpr") for name in case.kernel.arg_names}
+    whole = [["tt.divisibility", 16]]  # what a launch finds of aligned pointers and of sizes that are multiples of 16
+    divisible = [i for i, name in enumerate(case.kernel.arg_names) if aligned and signature[name][0] in "*i"]
     compiled = triton.compile(
-        ASTSource(fn=case.kernel, signature=signature, constexprs=constants),
+        ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs={(i,): whole for i in divisible}),
         target=GPUTarget("cuda", capability, 32),
         options={name: config[name] for name in OPTIONS if name in config},
     )
     report = assemble(compiled.asm["ptx"], capability)
     registers = re.search(r"Used (\d+) registers", report)
     assert registers, f"ptxas said nothing of registers:\n{report}"
-    return Compiled(case.name, config, capability, int(registers[1]), spilled_bytes(report), compiled.metadata.shared)
+    return Compiled(
+        case.name, config, capability, aligned, int(registers[1]), spilled_bytes(report), compiled.metadata.shared
+    )
 
 
 def assemble(ptx: str, capability: int) -> str:
@@ -88,7 +97,8 @@ def assemble(ptx: str, capability: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
-        command = [get_ptxas(capability).path, "-v", f"--gpu-name={target[1]}", str(path), "-o", os.devnull]
+        flags = ["-v", "-lineinfo", *PTXAS_FLAGS, f"--gpu-name={target[1]}"]  # as Triton calls it
+        command = [get_ptxas(capability).path, *flags, str(path), "-o", os.devnull]
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
@@ -99,18 +109,21 @@ def spilled_bytes(report: str) -> int:
 
 def check(cases: Iterable[Case], capabilities: Iterable[int] = tuple(TARGETS)) -> list[Compiled]:
     """Compile each case in each configuration for each target, print the table, and return its rows."""
-    print(f"{'kernel':28} {'configuration':32} {'target':7} {'registers':>9} {'spilled':>8} {'shared':>8}")
+    print(
+        f"{'kernel':28} {'configuration':26} {'aligned':7} {'target':7} {'registers':>9} {'spilled':>8} {'shared':>8}"
+    )
     rows = []
     for case in cases:
         for config in case.configs:
             for capability in capabilities:
-                row = compile_case(case, config, capability)
-                settings = " ".join(f"{name}={value}" for name, value in config.items())
-                print(
-                    f"{row.name:28} {settings:32} sm_{capability:<4} {row.registers:9} {row.spilled_bytes:8} "
-                    f"{row.shared_bytes:8} {', '.join(row.faults)}"
-                )
-                rows.append(row)
+                for aligned in (True, False):
+                    row = compile_case(case, config, capability, aligned)
+                    settings = " ".join(f"{name}={value}" for name, value in config.items())
+                    print(
+                        f"{row.name:28} {settings:26} {'yes' if aligned else 'no':7} sm_{capability:<4} "
+                        f"{row.registers:9} {row.spilled_bytes:8} {row.shared_bytes:8} {', '.join(row.faults)}"
+                    )
+                    rows.append(row)
     return rows
 
 

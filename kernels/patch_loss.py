@@ -22,7 +22,7 @@ BCE, SQUARE, HINGE, LINEAR, L1 = (tl.constexpr(kind) for kind in range(5))  # th
 @triton.jit
 def _patch_loss_kernel(
     x_ptr,  # (M,)
-    target_ptr,  # (M,); x_ptr again when the target is a number
+    target_ptr,  # (M,), of its own dtype; x_ptr again when the target is a number
     dx_ptr,  # (M,)
     partial_ptr,  # (programs,) float32
     n_elements,
@@ -47,8 +47,9 @@ def _patch_loss_kernel(
         loss = (x - t) * (x - t)
         slope = 2.0 * (x - t)
     elif KIND == HINGE:
-        loss = tl.maximum(1.0 - t * x, 0.0)
-        slope = tl.where(1.0 - t * x > 0.0, -t, 0.0)
+        margin = 1.0 - t * x
+        loss = tl.where(margin <= 0.0, 0.0, margin)  # tl.maximum would swallow a NaN on a GPU
+        slope = tl.where(margin <= 0.0, 0.0, -t)
     elif KIND == LINEAR:
         loss = -t * x
         slope = 0.0 * x - t
@@ -71,16 +72,21 @@ def _log1p(x):
 
 
 def compile_cases() -> Iterator[Case]:
-    """Each loss in float32 and bfloat16, with a number for a target; L1 with a tensor, plain and through tanh."""
-    for dtype in ("fp32", "bf16"):
+    """Each loss in each precision, with a number for a target; L1 with a tensor, plain and through tanh."""
+    for dtype in ("fp32", "bf16", "fp16"):
         types = dict.fromkeys(("x_ptr", "target_ptr", "dx_ptr"), f"*{dtype}")
-        types |= {"partial_ptr": "*fp32", "n_elements": "i64", "target_value": "fp32", "scale": "fp32"}
+        types |= {"partial_ptr": "*fp32", "n_elements": "i32", "target_value": "fp32", "scale": "fp32"}
         for kind in range(4):
             constants = {"KIND": kind, "HAS_TARGET": 0, "THROUGH_TANH": 0}
             yield Case(f"patch_loss {kind} {dtype}", _patch_loss_kernel, types, constants, CONFIGS)
         for through_tanh in (0, 1):
             constants = {"KIND": 4, "HAS_TARGET": 1, "THROUGH_TANH": through_tanh}
             yield Case(f"patch_loss l1 tanh={through_tanh} {dtype}", _patch_loss_kernel, types, constants, CONFIGS)
+            if dtype != "fp32":
+                mixed = types | {"target_ptr": "*fp32"}
+                yield Case(
+                    f"patch_loss l1 tanh={through_tanh} {dtype}/fp32", _patch_loss_kernel, mixed, constants, CONFIGS
+                )
 
 
 def patch_loss(
@@ -93,11 +99,10 @@ def patch_loss(
     config: dict[str, Any] = CONFIGS[0],
 ) -> tuple[Tensor, Tensor]:
     """Launch; see `fastp2p.ops.patch_loss`."""
-    dense = x.contiguous(memory_format=torch.channels_last) if _is_channels_last(x) else x.contiguous()
-    dx = torch.empty_like(dense)
-    if target is not None:
-        layout = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
-        target = target.to(x.dtype).contiguous(memory_format=layout)
+    dx = torch.empty_like(x)  # dense, in x's own order of dimensions; the kernel runs along the memory
+    dense = x if x.stride() == dx.stride() else torch.empty_like(x).copy_(x)
+    if target is not None and target.stride() != dx.stride():
+        target = torch.empty_like(x, dtype=target.dtype).copy_(target)
     n = x.numel()
     programs = triton.cdiv(n, config["BLOCK"])
     partial = torch.empty(programs, dtype=torch.float32, device=x.device)
@@ -115,7 +120,3 @@ def patch_loss(
         **config,
     )
     return partial.sum(), dx
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)

@@ -11,7 +11,8 @@ compile_check = pytest.importorskip("fastp2p.kernels.compile_check", reason="nee
 def test_first_configurations_compile_without_fault(capability: int):
     """Every specialisation for every target; `make compile-check` does all configurations."""
     for case in compile_check.all_cases():
-        assert not compile_check.compile_case(case, case.configs[0], capability).faults
+        for aligned in (True, False):
+            assert not compile_check.compile_case(case, case.configs[0], capability, aligned).faults
 
 
 def test_every_operator_is_checked():
@@ -19,9 +20,9 @@ def test_every_operator_is_checked():
 
 
 def test_a_spill_and_too_much_shared_memory_are_faults():
-    fine = compile_check.Compiled("x", {}, 86, registers=32, spilled_bytes=0, shared_bytes=99 * 1024)
-    spilling = compile_check.Compiled("x", {}, 86, registers=255, spilled_bytes=8, shared_bytes=0)
-    large = compile_check.Compiled("x", {}, 86, registers=32, spilled_bytes=0, shared_bytes=99 * 1024 + 1)
+    fine = compile_check.Compiled("x", {}, 86, True, registers=32, spilled_bytes=0, shared_bytes=99 * 1024)
+    spilling = compile_check.Compiled("x", {}, 86, True, registers=255, spilled_bytes=8, shared_bytes=0)
+    large = compile_check.Compiled("x", {}, 86, True, registers=32, spilled_bytes=0, shared_bytes=99 * 1024 + 1)
     assert not fine.faults
     assert spilling.faults == ["spills 8 bytes"]
     assert large.faults == ["shared memory over 101376 bytes"]

@@ -5,6 +5,7 @@ it runs on every device. A faster kernel is registered on top of it for one devi
 rest: no model code asks which kernel there is.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import os
@@ -59,7 +60,9 @@ def serve_by_triton(name: str) -> None:
     def launch(*args: Any) -> Any:
         if args[0].dtype == torch.float64:
             return _references[name](*args)
-        return getattr(importlib.import_module(f"fastp2p.kernels.{name}"), name)(*args)
+        kernel = getattr(importlib.import_module(f"fastp2p.kernels.{name}"), name)
+        with contextlib.nullcontext() if INTERPRETED else torch.cuda.device(args[0].device):
+            return kernel(*args)
 
     device_type = "cpu" if INTERPRETED else "cuda"
     LIBRARY.impl(name, launch, _DISPATCH_KEYS[device_type])

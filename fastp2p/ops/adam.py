@@ -74,17 +74,17 @@ def adam(
     Raises:
         InputError: on a wrong dtype, shape, stride or device.
     """
+    m = param.numel()
     buffers = {"param": param, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     for name, tensor in buffers.items():
-        if tensor.dtype != torch.float32 or tensor.shape != (len(param),) or not tensor.is_contiguous():
-            raise InputError(f"adam: got {name} {_describe(tensor)}, expected contiguous ({len(param)},) float32")
+        if tensor.dtype != torch.float32 or tensor.shape != (m,) or not tensor.is_contiguous():
+            raise InputError(f"adam: got {name} {_describe(tensor)}, expected contiguous ({m},) float32")
     if low_precision is not None:
         buffers["low_precision"] = low_precision
         half = low_precision.dtype in (torch.bfloat16, torch.float16)
-        if not half or low_precision.shape != param.shape or not low_precision.is_contiguous():
+        if not half or low_precision.shape != (m,) or not low_precision.is_contiguous():
             raise InputError(
-                f"adam: got low_precision {_describe(low_precision)}, expected contiguous ({len(param)},) bfloat16 or "
-                "float16"
+                f"adam: got low_precision {_describe(low_precision)}, expected contiguous ({m},) bfloat16 or float16"
             )
     if lr.shape != () or lr.dtype != torch.float32 or powers.shape != (2,) or powers.dtype != torch.float64:
         raise InputError(f"adam: got lr {_describe(lr)}, powers {_describe(powers)}; expected () float32, (2,) float64")

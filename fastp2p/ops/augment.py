@@ -86,8 +86,10 @@ def augment(
         InputError: on a wrong dtype, rank or size, or a crop that leaves its image. Checking that reads index and
             offset, so on a GPU it synchronises; torch.ops.fastp2p.augment does not check.
     """
-    n, expected = index.shape[0], "pairs (P, H, W, C) uint8, index (N,) int64, offset (N, 2) int64, flip (N,) bool"
-    if pairs.dtype != torch.uint8 or pairs.ndim != 4 or offset.shape != (n, 2) or flip.shape != (n,):
+    n, expected = index.numel(), "pairs (P, H, W, C) uint8, index (N,) int64, offset (N, 2) int64, flip (N,) bool"
+    dtypes = (pairs.dtype, index.dtype, offset.dtype, flip.dtype)
+    shapes_fit = pairs.ndim == 4 and index.shape == (n,) and offset.shape == (n, 2) and flip.shape == (n,)
+    if not shapes_fit or dtypes != (torch.uint8, torch.int64, torch.int64, torch.bool):
         got = ", ".join(f"{tuple(t.shape)} {t.dtype}".replace("torch.", "") for t in (pairs, index, offset, flip))
         raise InputError(f"augment: got {got}; expected {expected}")
     height, width, channels = pairs.shape[1:]

@@ -5,6 +5,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastp2p.errors import InputError
 from fastp2p.ops import _library
@@ -25,7 +26,7 @@ def patch_loss_ref(
         case "square":
             pointwise, slope = (wide - t) ** 2, 2 * (wide - t)
         case "hinge":
-            pointwise, slope = F.relu(1 - t * wide), torch.where(t * wide < 1, -t, 0)
+            pointwise, slope = F.relu(1 - t * wide), torch.where(t * wide >= 1, 0, -t)
         case "linear":
             pointwise, slope = -t * wide, -t
         case "l1":
@@ -48,6 +49,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.mark_non_differentiable(dx)
 
 
+@once_differentiable  # dx is a constant to autograd: there is no second derivative
 def _backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.through_tanh:
         raise InputError("patch_loss: through_tanh changes dx alone; take dx instead of the loss's gradient")
@@ -82,13 +84,14 @@ def patch_loss(
         linear   -t x                                                   t = 1: hinge, for G
         l1       |x - t|                                                t = real_B, weight = lambda_L1
 
-    Differentiable in x through autograd; a schedule written by hand takes dx instead.
+    Differentiable in x through autograd, once; a schedule written by hand takes dx instead. In float16 a gradient below
+    6e-8 is lost before a loss scale can reach it: put the scale into `weight`.
 
     Args:
         x: logits (N, 1, H, W) or an image (N, C, H, W), any shape; floating. Arithmetic is in float32 (float64 for
             float64).
         kind: the pointwise loss.
-        target: a number, or a tensor of x's shape; detached.
+        target: a number, or a tensor of x's shape and any floating dtype; detached.
         weight: of the mean.
         through_tanh: multiply dx by 1 - x², for an x that came out of tanh: the gradient before the tanh. For schedules
             written by hand; autograd refuses it.

@@ -80,6 +80,16 @@ def test_twice_the_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+def test_autograd_notices_the_update():
+    param, *rest = (torch.ones(4) for _ in range(4))
+    param.requires_grad_()
+    y = (param * param).sum()
+    with torch.no_grad():
+        adam(param, *rest, lr=torch.tensor(1e-3), powers=BETAS.clone())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
 def test_opcheck():
     args = (*buffers(40), torch.tensor(1e-3), BETAS.clone(), 0.5, 0.999, 1e-8)
     torch.library.opcheck(torch.ops.fastp2p.adam.default, args)
@@ -103,6 +113,7 @@ def test_every_configuration():
         ("param", torch.zeros(10, dtype=torch.float64), r"got param \(10,\) float64"),
         ("grad", torch.zeros(9), r"got grad \(9,\) float32 of strides \(1,\), expected contiguous \(10,\) float32"),
         ("exp_avg", torch.zeros(20)[::2], r"strides \(2,\)"),
+        ("param", torch.zeros(()), r"got param \(\) float32"),
         ("lr", torch.zeros(1), r"got lr \(1,\) float32"),
         ("powers", torch.zeros(2), r"powers \(2,\) float32"),
         ("low_precision", torch.zeros(10), "expected contiguous .* bfloat16 or float16"),

@@ -99,6 +99,9 @@ def test_opcheck():
     [
         (lambda p, i, o, f: (p.float(), i, o, f), r"float32.*expected pairs \(P, H, W, C\) uint8"),
         (lambda p, i, o, f: (p, i, o[:1], f), r"\(1, 2\) int64"),
+        (lambda p, i, o, f: (p, i.int(), o, f), r"\(3,\) int32.*expected"),
+        (lambda p, i, o, f: (p, i[:, None], o, f), r"\(3, 1\) int64.*expected"),
+        (lambda p, i, o, f: (p, i, o, f.long()), r"\(3,\) int64; expected"),
         (lambda p, i, o, f: (p[:, :5], i, o, f), "a crop no larger than the images"),
         (lambda p, i, o, f: (p, i[:0], o[:0], f[:0]), "got 0 indices"),
         (lambda p, i, o, f: (p, i + 4, o, f), "index"),

@@ -71,6 +71,38 @@ def test_autograd_takes_the_gradient_through():
     torch.testing.assert_close(dx.detach(), (x.detach().sigmoid() - 1) * 3 / 32)
 
 
+def test_target_keeps_its_own_precision():
+    """Under autocast fake_B is bfloat16 and real_B float32: rounding real_B would flip signs."""
+    x = torch.tensor([1.0], dtype=torch.bfloat16)
+    loss, dx = patch_loss(x, "l1", target=torch.tensor([1.003]))
+    assert loss.item() == pytest.approx(0.003, rel=1e-3)
+    assert dx.item() == -1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nan_is_not_swallowed(kind: str):
+    loss, _ = patch_loss(torch.tensor([0.5, torch.nan, 3.0]), kind, target=1.0)
+    assert loss.isnan()
+
+
+def test_dx_has_x_s_strides_whatever_they_are():
+    for x in (torch.randn(6, 8).t(), torch.randn(2, 3, 4, 5).permute(3, 1, 0, 2), torch.randn(2, 4, 6, 8)[:, ::2]):
+        loss, dx = patch_loss(x, "square", target=0.3)
+        assert dx.stride() == torch.empty_like(x).stride()
+        torch.testing.assert_close(loss, ((x - 0.3) ** 2).mean())
+        torch.testing.assert_close(dx, 2 * (x - 0.3) / x.numel())
+        target = torch.randn(x.shape)
+        torch.testing.assert_close(patch_loss(x, "l1", target=target)[1], (x - target).sign() / x.numel())
+
+
+def test_the_gradient_is_a_constant():
+    """There is no second derivative, and none is pretended."""
+    x = torch.randn(5, requires_grad=True)
+    loss, _ = patch_loss(x, "bce", target=1.0)
+    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    assert not gradient.requires_grad
+
+
 def test_slices_of_larger_buffers():
     big = torch.randn(4, 2, 10, 20)
     x, target = big[1:3, :1, 2:7, 3:11], big[1:3, 1:, 2:7, 3:11]
