@@ -28,8 +28,9 @@ def estimate_step_memory(
 ) -> MemoryEstimate:
     """Count a step's bytes by running the nets' shapes alone; nothing is allocated.
 
-    The convolution library's scratch space, on a GPU the temporaries of multi-tensor Adam, and PyTorch itself (about
-    0.3 GB) come on top.
+    A lower bound: the convolution library's scratch space, on a GPU the temporaries of multi-tensor Adam, and PyTorch
+    itself come on top. (unet_256 at batch 1 on two Zen 5 cores, torch 2.13.0, one run: 965 MiB counted, and the process
+    grew by 1,278 from the 224 that it had after its imports.)
 
     Args:
         netG, netD: the networks, on any device.

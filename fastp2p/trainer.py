@@ -124,8 +124,9 @@ def describe(config: ResolvedConfig, state: TrainState, pairs: int, say: Say) ->
     )
     mib = 2**20
     say(
-        f"{describe_device(state.device)}; a step of batch {batch_size} takes about {need.total / mib:,.0f} MiB: "
-        f"{need.state / mib:,.0f} for weights, gradients and Adam, {need.activations / mib:,.0f} for activations"
+        f"{describe_device(state.device)}; a step of batch {batch_size} holds {need.total / mib:,.0f} MiB: "
+        f"{need.state / mib:,.0f} for weights, gradients and Adam, {need.activations / mib:,.0f} for activations; "
+        "scratch space comes on top"
     )
     if need.total > (there := memory_bytes(state.device)):
         say(f"warning: there are only {there / mib:,.0f} MiB; lower --batch-size, --crop-size or --ngf")

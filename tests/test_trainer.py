@@ -182,7 +182,7 @@ def test_a_batch_larger_than_the_set_and_a_padded_crop_are_said(aligned: Path, t
     train(config(aligned, tmp_path / "run", *options), say=said.append)
     assert "warning: --batch-size 100, but there are only 6 pairs, so batches are of 6" in said
     assert "netG pads 33 px to 40, the next multiple of 8, and works at that size" in said
-    assert any("a step of batch 6 takes" in line for line in said)
+    assert any("a step of batch 6 holds" in line for line in said)
 
 
 def test_a_run_is_resumed_from_any_folder(aligned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

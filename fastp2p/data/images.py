@@ -1,7 +1,6 @@
 """One image file -> an 8-bit RGB or grey PIL image, decoded whole, with a word on what was converted."""
 
 import zipfile
-from collections.abc import Iterable
 from importlib.resources.abc import Traversable
 from io import BytesIO
 
@@ -109,5 +108,5 @@ def to_array(image: Image.Image) -> np.ndarray:
 
 def bad_files_message(bad: dict[str, str], *, of: int, remedy: str) -> str:
     """The one error that names every file that cannot be used, and says what to do."""
-    lines: Iterable[str] = (f"  {name}: {reason}" for name, reason in bad.items())
-    return f"{len(bad)} of {of} cannot be used:\n" + "\n".join(lines) + f"\n{remedy}"
+    lines = [f"  {name}: {reason}" for name, reason in bad.items()]
+    return "\n".join([f"{len(bad)} of {of} cannot be used:", *lines, remedy])

@@ -16,14 +16,18 @@ def buffers(m: int, seed: int = 0) -> list[torch.Tensor]:
     return [param, grad * scale, exp_avg * scale, (exp_avg_sq * scale) ** 2]
 
 
-def assert_close(ours: list[torch.Tensor], expected: list[torch.Tensor], before: list[torch.Tensor]) -> None:
-    """Within 4 float32 roundings, each relative to the larger of the terms that are added, since terms may cancel."""
-    param, grad, exp_avg, exp_avg_sq = before
-    moment = grad.abs() + exp_avg.abs()
-    step = 2e-2 * (moment / (exp_avg_sq.sqrt() + 0.03 * grad.abs() + 1e-8)).clamp(max=1e6)  # lr / correction1, widely
-    terms = [param.abs() + step, grad.abs(), moment, grad**2 + exp_avg_sq]
-    for one, other, size in zip(ours, expected, terms, strict=True):
-        assert ((one - other).abs() <= 4 * torch.finfo(torch.float32).eps * size + 1e-37).all()
+def assert_close(
+    ours: list[torch.Tensor], expected: list[torch.Tensor], before: list[torch.Tensor], lr: float, powers: torch.Tensor
+) -> None:
+    """Within 4 float32 roundings, each relative to the size of the terms that are added: they may cancel."""
+    param, grad, exp_avg, exp_avg_sq = (tensor.double() for tensor in before)
+    moment = 0.5 * (grad.abs() + exp_avg.abs())
+    variance = 0.001 * grad**2 + 0.999 * exp_avg_sq
+    correction1, correction2 = 1 - powers
+    step = lr / correction1 * moment / ((variance / correction2).sqrt() + 1e-8)
+    for one, other, size in zip(ours, expected, (param.abs() + step, grad.abs(), moment, variance), strict=True):
+        bound = 4 * torch.finfo(torch.float32).eps * size + 1e-37  # denormals are flushed, or not
+        assert ((one.double() - other.double()).abs() <= bound).all()
 
 
 def test_repeats_torch_adam():
@@ -51,7 +55,7 @@ def test_equals_the_reference(m: int, low_precision: torch.dtype | None):
     powers = BETAS**3
     adam(*ours, lr=torch.tensor(2e-4), powers=powers, low_precision=copies[0])
     adam_ref(*expected, torch.tensor(2e-4), powers, 0.5, 0.999, 1e-8, copies[1])
-    assert_close(ours, expected, buffers(m))
+    assert_close(ours, expected, buffers(m), 2e-4, powers)
     if low_precision is not None:
         ulps = 2 if INTERPRETED else 1  # the interpreter truncates where hardware rounds
         torch.testing.assert_close(copies[0], copies[1], rtol=ulps * torch.finfo(low_precision).eps, atol=1e-7)
@@ -104,7 +108,7 @@ def test_every_configuration():
         ours, expected = buffers(2500), buffers(2500)
         kernel.adam(*ours, torch.tensor(1e-3), BETAS.clone(), 0.5, 0.999, 1e-8, config=config)
         adam_ref(*expected, torch.tensor(1e-3), BETAS.clone(), 0.5, 0.999, 1e-8)
-        assert_close(ours, expected, buffers(2500))
+        assert_close(ours, expected, buffers(2500), 1e-3, BETAS)
 
 
 @pytest.mark.parametrize(

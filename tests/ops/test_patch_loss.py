@@ -19,7 +19,9 @@ def values(*shape: int) -> torch.Tensor:
 
 
 def assert_close(ours: tuple[torch.Tensor, torch.Tensor], exact: tuple[torch.Tensor, torch.Tensor], terms: float):
-    """The loss: a sum of float32 terms of this mean size. The gradient: some float32 roundings, then one to x's."""
+    """The loss: a sum of float32 terms of this mean size. The gradient: some float32 roundings, one to x's dtype, and
+    3 roundings of the largest slope, since sigmoid(x) - t cancels.
+    """
     (loss, dx), (exact_loss, exact_dx) = ours, exact
     assert abs(loss.double() - exact_loss) <= 1e-6 * terms
     eps = torch.finfo(dx.dtype).eps * (1 if INTERPRETED and dx.dtype != torch.float32 else 0.5)  # it truncates
@@ -77,6 +79,13 @@ def test_target_keeps_its_own_precision():
     loss, dx = patch_loss(x, "l1", target=torch.tensor([1.003]))
     assert loss.item() == pytest.approx(0.003, rel=1e-3)
     assert dx.item() == -1
+
+
+@pytest.mark.parametrize("logit", [2.0, 8.0, 16.0, 40.0])
+def test_the_loss_of_a_won_game_keeps_its_digits(logit: float):
+    """log(1 + exp(-16)) is 1.1e-7, and 0 or 1.2e-7 when 1 + exp(-16) is rounded to float32."""
+    exact = torch.tensor(-logit, dtype=torch.float64).exp().log1p().item()
+    assert patch_loss(torch.tensor([logit]), "bce", target=1.0)[0].item() == pytest.approx(exact, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
