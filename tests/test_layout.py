@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastp2p import ops
+from fastp2p.ops._library import file_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -19,6 +20,7 @@ LAYERS = [
     "device",
     "kernels",
     "ops",
+    "nn",
     "networks",
     "losses",
     "data",
@@ -71,9 +73,9 @@ def test_imports_point_up(path: Path):
 @pytest.mark.parametrize("op", ops.operators())
 def test_each_operator_has_its_files(op: str):
     folders = ("fastp2p/ops/", "kernels/", "tests/ops/test_", "benchmarks/ops/bench_")
-    for path in (f"{folder}{op}.py" for folder in folders):
+    for path in (f"{folder}{file_of(op)}.py" for folder in folders):
         assert (ROOT / path).is_file(), f"operator {op} lacks {path}"
-    assert hasattr(ops, op)
+    assert hasattr(ops, file_of(op))
     assert hasattr(ops, f"{op}_ref")
 
 

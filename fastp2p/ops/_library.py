@@ -13,6 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from fastp2p.errors import InputError
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch: kernels run on the CPU, for tests
 LIBRARY = torch.library.Library("fastp2p", "DEF")
@@ -38,11 +41,17 @@ def define(
         schema: its arguments and returns in PyTorch's schema language, such as "(Tensor x) -> Tensor".
         reference: plain PyTorch; serves every device that has no kernel of its own.
         fake: shapes and dtypes alone, for torch.compile and meta tensors.
-        backward, setup_context: the gradient, as torch.library.register_autograd takes it; None for no gradient.
+        backward, setup_context: the gradient, as torch.library.register_autograd takes it. Without one, an operator
+            that returns tensors raises when a gradient is asked of it.
     """
     LIBRARY.define(name + schema)
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastp2p::{name}", fake, lib=LIBRARY)
+    if backward is None and not schema.endswith("()"):
+
+        def backward(ctx: Any, *grads: Tensor) -> None:
+            raise InputError(f"{name}: has no gradient; give it tensors that are detached, or torch.no_grad()")
+
     if backward is not None:
         torch.library.register_autograd(f"fastp2p::{name}", backward, setup_context=setup_context, lib=LIBRARY)
     _references[name] = reference
@@ -50,6 +59,8 @@ def define(
 
 def serve_by_triton(name: str) -> None:
     """Let fastp2p.kernels.NAME.NAME serve CUDA tensors; under TRITON_INTERPRET=1, CPU tensors instead.
+
+    A backward operator's launcher lies beside its forward's: X_backward in fastp2p.kernels.X.
 
     Triton itself is imported at the first call. Where it is not installed the reference stays in charge; so it does for
     float64, which is there for proofs: the kernels compute in float32.
@@ -60,13 +71,18 @@ def serve_by_triton(name: str) -> None:
     def launch(*args: Any) -> Any:
         if args[0].dtype == torch.float64:
             return _references[name](*args)
-        kernel = getattr(importlib.import_module(f"fastp2p.kernels.{name}"), name)
+        kernel = getattr(importlib.import_module(f"fastp2p.kernels.{file_of(name)}"), name)
         with contextlib.nullcontext() if INTERPRETED else torch.cuda.device(args[0].device):
             return kernel(*args)
 
     device_type = "cpu" if INTERPRETED else "cuda"
     LIBRARY.impl(name, launch, _DISPATCH_KEYS[device_type])
     _triton_serves.add((name, device_type))
+
+
+def file_of(name: str) -> str:
+    """The name of the files in which an operator lives: its own, and for X_backward X's."""
+    return name.removesuffix("_backward")
 
 
 def operators() -> list[str]:
@@ -80,3 +96,17 @@ def served_by(name: str, device_type: str) -> str:
     if (name, device_type) in _triton_serves:
         return "Triton, interpreted" if INTERPRETED else "Triton"
     return "a kernel of its own" if own else "reference (PyTorch)"
+
+
+def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """The floating tensors in autocast's dtype, where it is on for x's device and they are not float64."""
+    device_type = x.device.type
+    if not torch.is_autocast_enabled(device_type):
+        return x, *others
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(None if t is None else t if t.dtype == torch.float64 else t.to(dtype) for t in (x, *others))
+
+
+def describe(tensor: Tensor) -> str:
+    """A tensor for an error message: shape, dtype, strides."""
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} of strides {tensor.stride()}"

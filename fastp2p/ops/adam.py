@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fastp2p.errors import InputError
 from fastp2p.ops import _library
+from fastp2p.ops._library import describe
 
 
 def adam_ref(
@@ -78,21 +79,17 @@ def adam(
     buffers = {"param": param, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     for name, tensor in buffers.items():
         if tensor.dtype != torch.float32 or tensor.shape != (m,) or not tensor.is_contiguous():
-            raise InputError(f"adam: got {name} {_describe(tensor)}, expected contiguous ({m},) float32")
+            raise InputError(f"adam: got {name} {describe(tensor)}, expected contiguous ({m},) float32")
     if low_precision is not None:
         buffers["low_precision"] = low_precision
         half = low_precision.dtype in (torch.bfloat16, torch.float16)
         if not half or low_precision.shape != (m,) or not low_precision.is_contiguous():
             raise InputError(
-                f"adam: got low_precision {_describe(low_precision)}, expected contiguous ({m},) bfloat16 or float16"
+                f"adam: got low_precision {describe(low_precision)}, expected contiguous ({m},) bfloat16 or float16"
             )
     if lr.shape != () or lr.dtype != torch.float32 or powers.shape != (2,) or powers.dtype != torch.float64:
-        raise InputError(f"adam: got lr {_describe(lr)}, powers {_describe(powers)}; expected () float32, (2,) float64")
+        raise InputError(f"adam: got lr {describe(lr)}, powers {describe(powers)}; expected () float32, (2,) float64")
     devices = {str(tensor.device) for tensor in (*buffers.values(), lr, powers)}
     if len(devices) > 1:
         raise InputError(f"adam: got tensors on {', '.join(sorted(devices))}; expected one device")
     torch.ops.fastp2p.adam(param, grad, exp_avg, exp_avg_sq, lr, powers, beta1, beta2, eps, low_precision)
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} of strides {tensor.stride()}"

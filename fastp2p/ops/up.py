@@ -1,0 +1,167 @@
+"""up: transposed convolution of one or two inputs with its epilogue, and the data gradient of a convolution."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastp2p.errors import InputError
+from fastp2p.ops import _library
+from fastp2p.ops._library import describe
+from fastp2p.ops._activation import Activation, activate, activation_index, derivative
+from fastp2p.ops.down import check_extras, check_window
+from fastp2p.ops.norm_stats import check_stat_groups, fake_stats, norm_stats_ref
+
+
+def up_ref(
+    x: Tensor,
+    x2: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    stride: int,
+    padding: int,
+    height: int,
+    width: int,
+    activation: int,
+    slope: float,
+    stat_groups: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The specification of `up`."""
+    both = x if x2 is None else torch.cat([x, x2], dim=1)
+    smallest = [up_size(both.shape[d], weight.shape[d], stride, padding) for d in (2, 3)]
+    output_padding = (height - smallest[0], width - smallest[1])
+    bias = None if bias is None else bias.to(x.dtype)
+    out = F.conv_transpose2d(both, weight, bias, stride, padding, output_padding)
+    out = activate(out, activation, slope) if gate is None else out * derivative(gate, activation, slope)
+    out = out.contiguous(memory_format=torch.channels_last)
+    return out, *norm_stats_ref(out, stat_groups)
+
+
+def _fake(
+    x: Tensor,
+    x2: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    stride: int,
+    padding: int,
+    height: int,
+    width: int,
+    activation: int,
+    slope: float,
+    stat_groups: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (x.shape[0], weight.shape[1], height, width)
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return out, *fake_stats(out, stat_groups)
+
+
+def up_size(size: int, kernel_size: int, stride: int, padding: int) -> int:
+    """The smallest side that a convolution of this window takes to `size` pixels."""
+    return (size - 1) * stride - 2 * padding + kernel_size
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, x2, weight, bias, gate, ctx.stride, ctx.padding, _, _, ctx.activation, ctx.slope, _ = inputs
+    out, mean, var = output
+    ctx.gated, ctx.bias_dtype = gate is not None, None if bias is None else bias.dtype
+    ctx.mark_non_differentiable(mean, var)
+    ctx.save_for_backward(x, x2, weight, out if ctx.activation else None)
+
+
+@once_differentiable
+def _backward(ctx: Any, dout: Tensor, _mean: Tensor, _var: Tensor) -> tuple[Tensor | None, ...]:
+    if ctx.gated:
+        raise InputError("up: a gate is for gradients; there is no second derivative")
+    x, x2, weight, out = ctx.saved_tensors
+    dz = dout if out is None else dout * derivative(out, ctx.activation, ctx.slope)
+    dx = dx2 = dweight = dbias = None
+    if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+        args = (None, None, ctx.stride, ctx.padding, 0, 0.0, 0)
+        parts = weight.split([x.shape[1], 0 if x2 is None else x2.shape[1]])  # rows of weight, none of them copied
+        if ctx.needs_input_grad[0]:
+            dx, _, _ = torch.ops.fastp2p.down(dz, parts[0], *args)
+        if ctx.needs_input_grad[1]:
+            dx2, _, _ = torch.ops.fastp2p.down(dz, parts[1], *args)
+    if ctx.needs_input_grad[2]:
+        kernel_size = weight.shape[2:]
+        dweight = torch.ops.fastp2p.wgrad(x, x2, dz, *kernel_size, ctx.stride, ctx.padding, weight.dtype)
+    if ctx.needs_input_grad[3]:
+        dbias = dz.sum((0, 2, 3), dtype=ctx.bias_dtype)
+    return dx, dx2, dweight, dbias, *[None] * 8
+
+
+_library.define(
+    "up",
+    "(Tensor x, Tensor? x2, Tensor weight, Tensor? bias, Tensor? gate, int stride, int padding, SymInt height, "
+    "SymInt width, int activation, float slope, int stat_groups) -> (Tensor, Tensor, Tensor)",
+    reference=up_ref,
+    fake=_fake,
+    backward=_backward,
+    setup_context=_setup_context,
+)
+
+
+def up(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    x2: Tensor | None = None,
+    stride: int = 2,
+    padding: int = 1,
+    output_padding: int = 0,
+    activation: Activation = "none",
+    slope: float = 0.2,
+    gate: Tensor | None = None,
+    stat_groups: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Transposed convolution of x, or of cat([x, x2], 1) that is never written, with bias, activation and statistics.
+
+        out[n, o, i * stride - padding + k, ...] = act(bias[o] + sum over i, c, k of x[n, c, i, ...] * weight[c, o, k, ...])
+
+    It is also the data gradient of a convolution, on that one's own weight. Differentiable once in x, x2, weight and
+    bias. Under autocast it computes in autocast's dtype.
+
+    Args:
+        x, x2: (N, C, H, W) and (N, C2, H, W), floating; channels_last is read as it is, also a slice of channels of a
+            larger tensor; any other layout is copied first.
+        weight: (C + C2, O, KH, KW), x's dtype, best channels_last.
+        bias: (O,).
+        stride, padding: of both dimensions, in pixels.
+        output_padding: pixels that the output has more, at the bottom and on the right; below stride.
+        activation, slope, gate, stat_groups: as for `down`.
+
+    Returns:
+        out: (N, O, H', W') of x's dtype, channels_last, H' = (H - 1) stride - 2 padding + KH + output_padding.
+        mean, var: (stat_groups, O) float32 (float64 for float64), of out as stored; constants to autograd.
+
+    Raises:
+        InputError: on shapes or dtypes that do not fit.
+    """
+    x, x2, weight, gate = _library.autocast(x, x2, weight, gate)
+    index = activation_index("up", activation, slope)
+    channels = x.shape[1] + (0 if x2 is None else x2.shape[1])
+    dtypes = {tensor.dtype for tensor in (x, x2, weight) if tensor is not None}
+    sizes_fit = x2 is None or (x.shape[0] == x2.shape[0] and x.shape[2:] == x2.shape[2:])
+    if x.ndim != 4 or weight.ndim != 4 or weight.shape[0] != channels or len(dtypes) > 1 or not sizes_fit:
+        got = ", ".join(describe(tensor) for tensor in (x, x2, weight) if tensor is not None)
+        raise InputError(
+            f"up: got {got}; expected x (N, C, H, W), x2 (N, C2, H, W), weight (C + C2, O, KH, KW) of one dtype"
+        )
+    check_window("up", stride, padding)
+    if not 0 <= output_padding < stride:
+        raise InputError(f"up: got output_padding {output_padding}, expected 0 to {stride - 1}, below the stride")
+    height, width = (up_size(x.shape[d], weight.shape[d], stride, padding) + output_padding for d in (2, 3))
+    shape = (x.shape[0], weight.shape[1], height, width)
+    if 0 in x.shape or min(shape) <= 0:
+        raise InputError(f"up: got x {tuple(x.shape)}, weight {tuple(weight.shape)}: nothing is left of the image")
+    check_extras("up", x, shape, bias, gate)
+    check_stat_groups("up", stat_groups, len(x))
+    out, mean, var = torch.ops.fastp2p.up(
+        x, x2, weight, bias, gate, stride, padding, height, width, index, slope, stat_groups
+    )
+    return out, mean, var

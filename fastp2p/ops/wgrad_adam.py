@@ -1,0 +1,99 @@
+"""wgrad_adam: the weight gradient and the Adam step that uses it in one operator; the gradient is never written."""
+
+import torch
+from torch import Tensor
+
+from fastp2p.errors import InputError
+from fastp2p.ops import _library
+from fastp2p.ops._library import describe
+from fastp2p.ops.adam import adam_ref
+from fastp2p.ops.wgrad import check_outer_inner, wgrad_ref
+
+
+def wgrad_adam_ref(
+    outer: Tensor,
+    outer2: Tensor | None,
+    inner: Tensor,
+    param: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    lr: Tensor,
+    powers: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    stride: int,
+    padding: int,
+    low_precision: Tensor | None = None,
+) -> None:
+    """The specification of `wgrad_adam`."""
+    grad = wgrad_ref(outer, outer2, inner, param.shape[2], param.shape[3], stride, padding, param.dtype)
+    adam_ref(param, grad, exp_avg, exp_avg_sq, lr, powers, beta1, beta2, eps, low_precision)
+
+
+def _fake(*args: object) -> None:
+    return None
+
+
+_library.define(
+    "wgrad_adam",
+    "(Tensor outer, Tensor? outer2, Tensor inner, Tensor(a!) param, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
+    "Tensor lr, Tensor powers, float beta1, float beta2, float eps, int stride, int padding, "
+    "Tensor(d!)? low_precision=None) -> ()",
+    reference=wgrad_adam_ref,
+    fake=_fake,
+)
+
+
+def wgrad_adam(
+    outer: Tensor,
+    inner: Tensor,
+    param: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    lr: Tensor,
+    powers: Tensor,
+    beta1: float = 0.5,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    stride: int = 2,
+    padding: int = 1,
+    outer2: Tensor | None = None,
+    low_precision: Tensor | None = None,
+) -> None:
+    """`adam` of a convolution's weight, in place, with the gradient that `wgrad` would give.
+
+    For layers of few pixels: with up to a few hundred the gradient's outer product is cheaper to compute than to write
+    and read back. Whatever still needs the old weight must have read it before.
+
+    Args:
+        outer, outer2, inner, stride, padding: as for `wgrad`.
+        param, exp_avg, exp_avg_sq: (O + O2, C, KH, KW) float32, channels_last; updated.
+        lr, powers, beta1, beta2, eps: as for `adam`.
+        low_precision: param's shape, bfloat16 or float16, channels_last; gets the new param, rounded.
+
+    Raises:
+        InputError: on shapes, dtypes, layouts or devices that do not fit; nothing is changed then.
+    """
+    check_outer_inner("wgrad_adam", outer, outer2, inner, (param.shape[-2], param.shape[-1]), stride, padding)
+    rows = outer.shape[1] + (0 if outer2 is None else outer2.shape[1])
+    buffers = [param, exp_avg, exp_avg_sq] + ([] if low_precision is None else [low_precision])
+    shape = (rows, inner.shape[1], *param.shape[2:])
+    fits = all(t.shape == shape and t.is_contiguous(memory_format=torch.channels_last) for t in buffers)
+    fits = fits and all(t.dtype == torch.float32 for t in buffers[:3])
+    if not fits or any(t.dtype not in (torch.bfloat16, torch.float16) for t in buffers[3:]):
+        got = ", ".join(map(describe, buffers))
+        raise InputError(
+            f"wgrad_adam: got param, exp_avg, exp_avg_sq, low_precision {got}; expected {shape} channels_last, "
+            "the first three float32, low_precision bfloat16 or float16"
+        )
+    if lr.shape != () or lr.dtype != torch.float32 or powers.shape != (2,) or powers.dtype != torch.float64:
+        got = f"lr {describe(lr)}, powers {describe(powers)}"
+        raise InputError(f"wgrad_adam: got {got}; expected () float32, (2,) float64")
+    devices = {str(tensor.device) for tensor in (outer, inner, *buffers, lr, powers)}
+    if len(devices) > 1:
+        raise InputError(f"wgrad_adam: got tensors on {', '.join(sorted(devices))}; expected one device")
+    torch.ops.fastp2p.wgrad_adam(
+        outer, outer2, inner, param, exp_avg, exp_avg_sq, lr, powers, beta1, beta2, eps, stride, padding, low_precision
+    )
