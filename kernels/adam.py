@@ -35,27 +35,38 @@ def _adam_kernel(
     WRITE_LOW_PRECISION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    correction1 = (1.0 - tl.load(powers_ptr)).to(tl.float32)
-    correction2 = (1.0 - tl.load(powers_ptr + 1)).to(tl.float32)
-    step_size = tl.div_rn(tl.load(lr_ptr), correction1)
-
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n_elements
     grad = tl.load(grad_ptr + i, mask=inside)
-    exp_avg = tl.load(exp_avg_ptr + i, mask=inside)
-    exp_avg_sq = tl.load(exp_avg_sq_ptr + i, mask=inside)
-    param = tl.load(param_ptr + i, mask=inside)
+    adam_update(
+        grad, i, inside, param_ptr, exp_avg_ptr, exp_avg_sq_ptr, low_precision_ptr, lr_ptr, powers_ptr,
+        beta1, beta2, one_minus_beta1, one_minus_beta2, eps, WRITE_LOW_PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit
+def adam_update(
+    grad, offset, inside, param_ptr, exp_avg_ptr, exp_avg_sq_ptr, low_precision_ptr, lr_ptr, powers_ptr,
+    beta1, beta2, one_minus_beta1, one_minus_beta2, eps, WRITE_LOW_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Update the elements at these offsets with their gradient, a float32 block of any shape."""
+    correction1 = (1.0 - tl.load(powers_ptr)).to(tl.float32)
+    correction2 = (1.0 - tl.load(powers_ptr + 1)).to(tl.float32)
+    step_size = tl.div_rn(tl.load(lr_ptr), correction1)
+    exp_avg = tl.load(exp_avg_ptr + offset, mask=inside)
+    exp_avg_sq = tl.load(exp_avg_sq_ptr + offset, mask=inside)
+    param = tl.load(param_ptr + offset, mask=inside)
 
     exp_avg = beta1 * exp_avg + one_minus_beta1 * grad
     exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * grad * grad
     denominator = tl.div_rn(tl.sqrt_rn(exp_avg_sq), tl.sqrt_rn(correction2)) + eps
     param -= tl.div_rn(exp_avg, denominator) * step_size
 
-    tl.store(exp_avg_ptr + i, exp_avg, mask=inside)
-    tl.store(exp_avg_sq_ptr + i, exp_avg_sq, mask=inside)
-    tl.store(param_ptr + i, param, mask=inside)
+    tl.store(exp_avg_ptr + offset, exp_avg, mask=inside)
+    tl.store(exp_avg_sq_ptr + offset, exp_avg_sq, mask=inside)
+    tl.store(param_ptr + offset, param, mask=inside)
     if WRITE_LOW_PRECISION:
-        tl.store(low_precision_ptr + i, param, mask=inside)
+        tl.store(low_precision_ptr + offset, param, mask=inside)
 
 
 def compile_cases() -> Iterator[Case]:

@@ -2,18 +2,20 @@
 
     python -m fastp2p.kernels.compile_check        # make compile-check
 
-Prints a table (kernel, configuration, target, registers, spilled bytes, shared memory) and exits with 1 when a kernel
-spills registers or needs more shared memory than its target has. Triton brings the assembler, ptxas, along.
+Prints a table (kernel, configuration, target, registers, spilled bytes, shared memory, tensor-core instructions) and
+exits with 1 when a kernel spills registers, needs more shared memory than its target has, multiplies 16-bit matrices
+without tensor cores, or on sm_90 tiles of 64 rows or more without wgmma. Triton brings the assembler, ptxas, along.
 """
 
 import importlib
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-KERNEL_FILES = ("adam", "augment", "patch_loss")
+KERNEL_FILES = (
+    "adam",
+    "augment",
+    "down",
+    "gemm",
+    "norm_act",
+    "norm_stats",
+    "patch_loss",
+    "running_stats",
+    "up",
+    "wgrad",
+)
+KERNEL_FILES += ("wgrad_adam",)
 
 # Compute capability -> shared memory of one block in KiB (CUDA programming guide, technical specifications)
 TARGETS = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -31,13 +45,37 @@ OPTIONS = ("num_warps", "num_stages")  # of a configuration, for the compiler; t
 
 @dataclass(frozen=True)
 class Case:
-    """One specialisation of a kernel: argument name -> Triton type, constants, and the configurations to try."""
+    """One specialisation of a kernel: argument name -> Triton type, constants, and the configurations to try.
+
+    With `sizes` its integer arguments are those of a real layer, and it is compiled as a launch with them would be.
+    """
 
     name: str
     kernel: Any  # a triton.jit function
     types: dict[str, str]
-    constants: dict[str, int]
+    constants: dict[str, Any]
     configs: list[dict[str, Any]]
+    sizes: dict[str, int] = field(default_factory=dict)
+    itemsize: int = 0  # of the matrices that it multiplies, in bytes; 0 for none
+
+    def fits(self, config: dict[str, Any], capability: int) -> bool:
+        """Whether a target has the shared memory for a configuration, by the estimate that launchers go by."""
+        return not self.itemsize or shared_bytes(config, self.itemsize) <= TARGETS[capability] * 1024
+
+    def specialisation(self, aligned: bool) -> tuple[dict[str, int], list[int]]:
+        """What a launch finds: arguments that are 1, and the positions of those that are multiples of 16.
+
+        Of sizes it finds what they are. Without, `aligned` is the launch with pointers and sizes that are multiples.
+        """
+        found = [p for p in self.kernel.params if self.types.get(p.name, "-")[0] in "*i" and not p.do_not_specialize]
+        if not self.sizes:
+            return {}, [p.num for p in found] if aligned else []
+        ones = {p.name: 1 for p in found if self.sizes.get(p.name) == 1}
+        return ones, [p.num for p in found if self.types[p.name][0] == "*" or self.sizes.get(p.name, 1) % 16 == 0]
+
+    def program(self, config: dict[str, Any], capability: int, aligned: bool) -> str:
+        """Equal for what compiles to the same program."""
+        return repr((self.kernel, self.types, self.constants, self.specialisation(aligned), config, capability))
 
 
 @dataclass(frozen=True)
@@ -51,40 +89,64 @@ class Compiled:
     registers: int  # per thread
     spilled_bytes: int  # per thread
     shared_bytes: int  # per block
+    itemsize: int = 0  # of the matrices that it multiplies, in bytes; 0 for none
+    tensor_core: int = 0  # instructions: mma, wgmma and tcgen05.mma
+    wgmma: int = 0  # of these
 
     @property
     def faults(self) -> list[str]:
         """Why it may not be used; empty when it may."""
         limit = TARGETS[self.capability] * 1024
-        spills = [f"spills {self.spilled_bytes} bytes"] if self.spilled_bytes else []
-        return spills + ([f"shared memory over {limit} bytes"] if self.shared_bytes > limit else [])
+        faults = [f"spills {self.spilled_bytes} bytes"] if self.spilled_bytes else []
+        faults += [f"shared memory over {limit} bytes"] if self.shared_bytes > limit else []
+        if self.itemsize == 2:
+            faults += [] if self.tensor_core else ["no tensor-core instruction"]
+            large = self.capability == 90 and self.config["BLOCK_M"] >= 64
+            faults += ["no wgmma in a tile of 64 rows or more"] if large and not self.wgmma else []
+        return faults
 
 
-def all_cases() -> Iterator[Case]:
+def shared_bytes(config: dict[str, int], itemsize: int) -> int:
+    """Shared memory that a GEMM's pipeline takes: a tile's operands times its stages, and a little for barriers."""
+    operands = config["BLOCK_K"] * (config["BLOCK_M"] + config["BLOCK_N"]) * itemsize
+    return config["num_stages"] * operands + 256
+
+
+def all_cases() -> list[Case]:
     """The cases of every kernel file: what its `compile_cases` yields."""
-    for name in KERNEL_FILES:
-        yield from importlib.import_module(f"fastp2p.kernels.{name}").compile_cases()
+    files = (importlib.import_module(f"fastp2p.kernels.{name}") for name in KERNEL_FILES)
+    return [case for file in files for case in file.compile_cases()]
 
 
 def compile_case(case: Case, config: dict[str, Any], capability: int, aligned: bool) -> Compiled:
-    """Compile for one target and read the assembler's report.
-
-    A launch specialises on what it finds: `aligned` is its variant for pointers and sizes that are multiples of 16.
-    """
+    """Compile for one target and read the assembler's report."""
     constants = case.constants | {name: value for name, value in config.items() if name not in OPTIONS}
-    signature = {name: case.types.get(name, "constexpr") for name in case.kernel.arg_names}
-    whole = [["tt.divisibility", 16]]  # what a launch finds of aligned pointers and of sizes that are multiples of 16
-    divisible = [i for i, name in enumerate(case.kernel.arg_names) if aligned and signature[name][0] in "*i"]
+    ones, multiples_of_16 = case.specialisation(aligned)
+    constants |= ones
+    signature = {name: "constexpr" if name in constants else case.types[name] for name in case.kernel.arg_names}
+    whole = [["tt.divisibility", 16]]
     compiled = triton.compile(
-        ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs={(i,): whole for i in divisible}),
+        ASTSource(
+            fn=case.kernel, signature=signature, constexprs=constants, attrs={(i,): whole for i in multiples_of_16}
+        ),
         target=GPUTarget("cuda", capability, 32),
         options={name: config[name] for name in OPTIONS if name in config},
     )
-    report = assemble(compiled.asm["ptx"], capability)
+    ptx = compiled.asm["ptx"]
+    report = assemble(ptx, capability)
     registers = re.search(r"Used (\d+) registers", report)
     assert registers, f"ptxas said nothing of registers:\n{report}"
     return Compiled(
-        case.name, config, capability, aligned, int(registers[1]), spilled_bytes(report), compiled.metadata.shared
+        case.name,
+        config,
+        capability,
+        aligned,
+        registers=int(registers[1]),
+        spilled_bytes=spilled_bytes(report),
+        shared_bytes=compiled.metadata.shared,
+        itemsize=case.itemsize,
+        tensor_core=len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", ptx)),
+        wgmma=ptx.count("wgmma.mma_async"),
     )
 
 
@@ -107,24 +169,57 @@ def spilled_bytes(report: str) -> int:
     return sum(int(count) for count in re.findall(r"(\d+) bytes spill", report))
 
 
-def check(cases: Iterable[Case], capabilities: Iterable[int] = tuple(TARGETS)) -> list[Compiled]:
-    """Compile each case in each configuration for each target, print the table, and return its rows."""
+def programs(
+    cases: list[Case], capabilities: Iterable[int] = tuple(TARGETS)
+) -> Iterator[tuple[Case, dict[str, Any], int, bool]]:
+    """What to compile: (case, configuration, capability, aligned), of those that give the same program the first."""
+    seen = set()
+    for case in cases:
+        for capability in capabilities:
+            fitting = [config for config in case.configs if case.fits(config, capability)]
+            assert fitting, f"{case.name} has no configuration for sm_{capability}"
+            for config in fitting:
+                for aligned in (True,) if case.sizes else (True, False):
+                    program = case.program(config, capability, aligned)
+                    if program not in seen:
+                        yield case, config, capability, aligned
+                    seen.add(program)
+
+
+_ROW = "{:34} {:88} {:7} {:7} {:>9} {:>7} {:>7} {:>4} {:>5} {}"
+
+
+def check(cases: list[Case], capabilities: Iterable[int] = tuple(TARGETS)) -> list[Compiled]:
+    """Compile each case in each configuration that fits each target, print the table, and return its rows.
+
+    A configuration that asks for more shared memory than a target has is left out there, as launchers leave it out.
+    """
+    jobs = list(programs(cases, capabilities))
     print(
-        f"{'kernel':28} {'configuration':26} {'aligned':7} {'target':7} {'registers':>9} {'spilled':>8} {'shared':>8}"
+        _ROW.format(
+            "kernel", "configuration", "aligned", "target", "registers", "spilled", "shared", "mma", "wgmma", ""
+        )
     )
     rows = []
-    for case in cases:
-        for config in case.configs:
-            for capability in capabilities:
-                for aligned in (True, False):
-                    row = compile_case(case, config, capability, aligned)
-                    settings = " ".join(f"{name}={value}" for name, value in config.items())
-                    print(
-                        f"{row.name:28} {settings:26} {'yes' if aligned else 'no':7} sm_{capability:<4} "
-                        f"{row.registers:9} {row.spilled_bytes:8} {row.shared_bytes:8} {', '.join(row.faults)}"
-                    )
-                    rows.append(row)
+    with multiprocessing.get_context("fork").Pool(initializer=_set_jobs, initargs=(jobs,)) as pool:
+        for row in pool.imap(_run_job, range(len(jobs))):
+            settings = " ".join(f"{name}={value}" for name, value in row.config.items())
+            aligned, faults = "yes" if row.aligned else "no", ", ".join(row.faults)
+            numbers = (row.registers, row.spilled_bytes, row.shared_bytes, row.tensor_core, row.wgmma)
+            print(_ROW.format(row.name, settings, aligned, f"sm_{row.capability}", *numbers, faults))
+            rows.append(row)
     return rows
+
+
+_jobs: list[tuple[Case, dict[str, Any], int, bool]] = []  # in a worker process: kernels cannot be pickled, numbers can
+
+
+def _set_jobs(jobs: list[tuple[Case, dict[str, Any], int, bool]]) -> None:
+    _jobs[:] = jobs
+
+
+def _run_job(number: int) -> Compiled:
+    return compile_case(*_jobs[number])
 
 
 if __name__ == "__main__":

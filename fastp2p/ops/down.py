@@ -90,6 +90,7 @@ _library.define(
     backward=_backward,
     setup_context=_setup_context,
 )
+_library.serve_by_triton("down")
 
 
 def down(

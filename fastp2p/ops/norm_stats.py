@@ -29,6 +29,7 @@ _library.define(
     reference=norm_stats_ref,
     fake=fake_stats,
 )
+_library.serve_by_triton("norm_stats")
 
 
 def norm_stats(x: Tensor, *, stat_groups: int) -> tuple[Tensor, Tensor]:

@@ -103,6 +103,7 @@ _library.define(
     backward=_backward,
     setup_context=_setup_context,
 )
+_library.serve_by_triton("up")
 
 
 def up(
@@ -121,9 +122,9 @@ def up(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Transposed convolution of x, or of cat([x, x2], 1) that is never written, with bias, activation and statistics.
 
-        out[n, o, i * stride - padding + k, ...] = act(bias[o] + sum over i, c, k of x[n, c, i, ...] * weight[c, o, k, ...])
+        out[n, o, q] = act(bias[o] + sum over c and all i * stride - padding + k = q of x[n, c, i] * weight[c, o, k])
 
-    It is also the data gradient of a convolution, on that one's own weight. Differentiable once in x, x2, weight and
+    where i, k and q are (row, column). It is also the data gradient of a convolution, on that one's own weight. Differentiable once in x, x2, weight and
     bias. Under autocast it computes in autocast's dtype.
 
     Args:

@@ -50,6 +50,7 @@ _library.define(
     reference=wgrad_ref,
     fake=_fake,
 )
+_library.serve_by_triton("wgrad")
 
 
 def wgrad(

@@ -43,6 +43,7 @@ _library.define(
     reference=wgrad_adam_ref,
     fake=_fake,
 )
+_library.serve_by_triton("wgrad_adam")
 
 
 def wgrad_adam(

@@ -1,0 +1,223 @@
+"""What the three GEMMs share: the epilogue, the reduction of split sums, tile sizes and the choice among them."""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from fastp2p.kernels.activation import activate, derivative
+from fastp2p.kernels.compile_check import Case, shared_bytes
+from fastp2p.kernels.layer_shapes import EPILOGUES, GEOMETRY
+from fastp2p.kernels.norm_stats import store_partial
+from torch import Tensor
+
+# Triton's interpreter computes bfloat16 dots wrongly; it gets float32, of the same values.
+WIDEN = tl.constexpr(triton.knobs.runtime.interpret)
+SHARED_BYTES_WHEN_INTERPRETED, PROCESSORS_WHEN_INTERPRETED = 227 * 1024, 8
+
+
+def _tile(m: int, n: int, k: int, num_warps: int, num_stages: int) -> dict[str, int]:
+    return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": num_warps, "num_stages": num_stages}
+
+
+# From the large to the skinny. Where a block of the sum has several taps, or pixels come one by one, the gathered tile
+# goes through registers, and BLOCK_K is small. So it is for float32, which multiplies in the plain units.
+CONFIGS = [
+    _tile(128, 128, 64, 8, 3),
+    _tile(128, 64, 64, 4, 3),
+    _tile(64, 64, 64, 4, 4),
+    _tile(128, 16, 64, 4, 4),
+    _tile(32, 64, 64, 4, 3),
+    _tile(16, 64, 64, 4, 4),
+    _tile(16, 16, 64, 2, 3),
+]
+GATHERED_CONFIGS = [
+    _tile(128, 128, 32, 8, 3),
+    _tile(128, 64, 32, 8, 3),
+    _tile(64, 64, 32, 4, 3),
+    _tile(128, 16, 32, 8, 3),
+    _tile(32, 64, 32, 4, 3),
+    _tile(16, 64, 32, 4, 3),
+    _tile(16, 16, 32, 2, 3),
+]
+FLOAT32_CONFIGS = [_tile(64, 64, 16, 4, 3), _tile(64, 16, 16, 4, 3), _tile(16, 64, 16, 4, 3), _tile(16, 16, 32, 2, 3)]
+REDUCE_CONFIG = {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4}
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b, accumulated in float32."""
+    if WIDEN:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def within(position, size):
+    """0 <= position < size by one comparison: as unsigned numbers the negative ones are large."""
+    return position.to(tl.uint32) < size
+
+
+@triton.jit
+def epilogue(
+    acc,  # (BLOCK_M, BLOCK_N) float32
+    pixel,  # (BLOCK_M,) int64, rows of out
+    row_inside,  # (BLOCK_M,)
+    channel,  # (BLOCK_N,)
+    n_out,
+    out_ptr,  # (pixels, n_out)
+    bias_ptr,  # (n_out,)
+    gate_ptr,  # (pixels, n_out)
+    partial_ptr,  # (3, n_out) float32, this tile's
+    slope,
+    ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    HAS_STATS: tl.constexpr,
+):
+    """Bias, activation or its derivative at the gate, the rounded store, and the statistics of what was stored."""
+    inside = row_inside[:, None] & (channel < n_out)[None, :]
+    offset = pixel[:, None] * n_out + channel[None, :]
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + channel, mask=channel < n_out, other=0.0).to(tl.float32)[None, :]
+    if HAS_GATE:
+        acc *= derivative(tl.load(gate_ptr + offset, mask=inside, other=0.0).to(tl.float32), slope, ACTIVATION)
+    else:
+        acc = activate(acc, slope, ACTIVATION)
+    stored = acc.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + offset, stored, mask=inside)
+    if HAS_STATS:
+        store_partial(partial_ptr, stored.to(tl.float32), row_inside, channel, n_out)
+
+
+@triton.jit(do_not_specialize=GEOMETRY)
+def _reduce_kernel(
+    workspace_ptr,  # (splits, pixels, n_out) float32
+    out_ptr,  # (pixels, n_out)
+    bias_ptr,
+    gate_ptr,
+    partial_ptr,  # (G, tiles, 3, n_out) float32
+    pixels,
+    rows,  # of a group
+    tiles,  # of a group
+    n_out,
+    splits,
+    slope,
+    ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    HAS_STATS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The sums of a split GEMM in a fixed order, then its epilogue. Reads 4 bytes a partial sum, once."""
+    channel_blocks = tl.cdiv(n_out, BLOCK_N)
+    tile = tl.program_id(0) // channel_blocks  # over all groups
+    channel = tl.program_id(0) % channel_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tile % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_inside = row < rows
+    pixel = (tile // tiles).to(tl.int64) * rows + row
+    offset = pixel[:, None] * n_out + channel[None, :]
+    inside = row_inside[:, None] & (channel < n_out)[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for split in range(splits):  # of few tiles, so that int32 holds every offset
+        acc += tl.load(workspace_ptr + split * pixels * n_out + offset, mask=inside, other=0.0)
+    partial_ptr += tile.to(tl.int64) * 3 * n_out
+    epilogue(
+        acc, pixel, row_inside, channel, n_out, out_ptr, bias_ptr, gate_ptr, partial_ptr, slope,
+        ACTIVATION, HAS_BIAS, HAS_GATE, HAS_STATS,
+    )  # fmt: skip
+
+
+def reduce_splits(
+    workspace: Tensor,
+    out: Tensor,
+    *,
+    bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    slope: float = 0.0,
+    activation: int = 0,
+    stat_groups: int = 0,
+) -> Tensor:
+    """Launch the reduction of (splits, pixels, n_out) into out; returns the tiles' statistics (or none)."""
+    splits, pixels, n_out = workspace.shape
+    rows = pixels // max(1, stat_groups)
+    tiles = triton.cdiv(rows, REDUCE_CONFIG["BLOCK_M"])
+    partial = torch.empty(stat_groups, tiles, 3, n_out, dtype=torch.float32, device=out.device)
+    _reduce_kernel[(max(1, stat_groups) * tiles * triton.cdiv(n_out, REDUCE_CONFIG["BLOCK_N"]),)](
+        workspace,
+        out,
+        out if bias is None else bias,
+        out if gate is None else gate,
+        partial,
+        pixels,
+        rows,
+        tiles,
+        n_out,
+        splits,
+        slope,
+        ACTIVATION=activation,
+        HAS_BIAS=bias is not None,
+        HAS_GATE=gate is not None,
+        HAS_STATS=stat_groups > 0,
+        **REDUCE_CONFIG,
+    )
+    return partial
+
+
+def candidates(
+    m: int, n: int, itemsize: int, *, whole: bool, largest: int = 128 * 128, shared_limit: int = 1 << 30
+) -> list[dict[str, int]]:
+    """The tiles for an (m, n) result of matrices of this itemsize in bytes, under a limit of shared memory in bytes.
+
+    None is twice as large as the result in either direction, or has more than `largest` elements. `whole`: a block of
+    64 gathered elements has one tap.
+    """
+    configs = FLOAT32_CONFIGS if itemsize == 4 else CONFIGS if whole else GATHERED_CONFIGS
+    useful = [c for c in configs if c["BLOCK_M"] < 2 * max(m, 16) and c["BLOCK_N"] < 2 * max(n, 16)]
+    useful = [c for c in useful if c["BLOCK_M"] * c["BLOCK_N"] <= largest]
+    return [config for config in useful if shared_bytes(config, itemsize) <= shared_limit]
+
+
+def choose_config(
+    m: int, n: int, k: int, like: Tensor, *, whole: bool, products: int = 1, largest: int = 128 * 128
+) -> dict[str, int]:
+    """A tile for so many (m, k) x (k, n) products, and SPLIT, over how many programs a sum is split; by rule, untimed.
+
+    The least padded work first, then the largest tile; sums are split until every processor has a program.
+    """
+    shared_limit, processors = SHARED_BYTES_WHEN_INTERPRETED, PROCESSORS_WHEN_INTERPRETED
+    if like.is_cuda:
+        properties = torch.cuda.get_device_properties(like.device)
+        shared_limit, processors = properties.shared_memory_per_block_optin, properties.multi_processor_count
+
+    def programs(config: dict[str, int]) -> int:
+        return products * triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"])
+
+    def cost(config: dict[str, int]) -> tuple[int, int]:
+        padded = programs(config) * config["BLOCK_M"] * config["BLOCK_N"]
+        waves = triton.cdiv(programs(config), processors) * config["BLOCK_M"] * config["BLOCK_N"]
+        return max(padded, waves * processors // 4), -config["BLOCK_M"] * config["BLOCK_N"]
+
+    config = min(
+        candidates(m, n, like.dtype.itemsize, whole=whole, largest=largest, shared_limit=shared_limit), key=cost
+    )
+    k_blocks = triton.cdiv(k, config["BLOCK_K"])
+    split = min(triton.cdiv(processors, programs(config)), max(1, k_blocks // 4))
+    return config | {"SPLIT": split}
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How tl.dot treats float32: in full, unless PyTorch's convolutions may round it to TF32 as well."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
+
+
+def compile_cases() -> Iterator[Case]:
+    """The reduction, plain for weight gradients and with the epilogues of the networks' layers."""
+    for dtype in ("fp32", "bf16", "fp16"):
+        types = {"workspace_ptr": "*fp32", "partial_ptr": "*fp32", "slope": "fp32"}
+        types |= dict.fromkeys(("out_ptr", "bias_ptr", "gate_ptr"), f"*{dtype}")
+        types |= dict.fromkeys((*GEOMETRY[:3], "n_out", "splits"), "i32")
+        for name, flags in EPILOGUES.items():
+            yield Case(f"reduce {name} {dtype}", _reduce_kernel, types, flags, [REDUCE_CONFIG])

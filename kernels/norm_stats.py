@@ -1,0 +1,151 @@
+"""norm_stats in Triton: per-channel mean and M2 of tiles of pixels, then their merge.
+
+Reads x once: 2 bytes an element in bfloat16. The GEMMs make the same tile statistics in their epilogues, from values
+that are still in registers, and share the merge: then x is not read at all. One program takes a tile of pixels by
+channels of one statistics group; the merge (Chan, Golub and LeVeque 1979) takes the tiles in a fixed order, so the same
+input gives the same bits. Everything is float32 around means: no sum of squares of raw values, which would cancel.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from fastp2p.kernels.compile_check import Case
+from torch import Tensor
+
+CONFIGS = [
+    {"BLOCK_M": 64, "BLOCK_C": 64, "num_warps": 4},
+    {"BLOCK_M": 256, "BLOCK_C": 16, "num_warps": 4},
+    {"BLOCK_M": 32, "BLOCK_C": 128, "num_warps": 4},
+]
+MERGE_CONFIG = {"BLOCK_T": 32, "BLOCK_C": 32, "num_warps": 4}
+
+
+@triton.jit
+def store_partial(
+    partial_ptr,  # (3, C) float32, this tile's: mean, M2, count
+    values,  # (BLOCK_M, BLOCK_C) float32, as stored
+    row_inside,  # (BLOCK_M,)
+    channel,  # (BLOCK_C,)
+    n_channels,
+):
+    """Mean, M2 and number of a tile's rows; a tile without any leaves zeros."""
+    count = tl.sum(row_inside.to(tl.float32), axis=0)
+    at_least_one = tl.maximum(count, 1.0)
+    mean = tl.sum(tl.where(row_inside[:, None], values, 0.0), axis=0) / at_least_one
+    deviation = tl.where(row_inside[:, None], values - mean[None, :], 0.0)
+    inside = channel < n_channels
+    tl.store(partial_ptr + channel, mean, mask=inside)
+    tl.store(partial_ptr + n_channels + channel, tl.sum(deviation * deviation, axis=0), mask=inside)
+    tl.store(partial_ptr + 2 * n_channels + channel, count + tl.zeros_like(mean), mask=inside)
+
+
+@triton.jit
+def _norm_stats_kernel(
+    x_ptr,  # (G * rows, C), rows pixel_stride apart
+    partial_ptr,  # (G, tiles, 3, C) float32
+    rows,  # of a group
+    tiles,  # of a group
+    n_channels,
+    pixel_stride,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    channel_blocks = tl.cdiv(n_channels, BLOCK_C)
+    tile = tl.program_id(0) // channel_blocks  # over all groups
+    channel = tl.program_id(0) % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    group = tile // tiles
+    row = tile % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_inside = row < rows
+    offset = (group.to(tl.int64) * rows + row)[:, None] * pixel_stride + channel[None, :]
+    x = tl.load(x_ptr + offset, mask=row_inside[:, None] & (channel < n_channels)[None, :], other=0.0).to(tl.float32)
+    store_partial(partial_ptr + tile.to(tl.int64) * 3 * n_channels, x, row_inside, channel, n_channels)
+
+
+@triton.jit
+def _merge_kernel(
+    partial_ptr,  # (G, tiles, 3, C) float32
+    mean_ptr,  # (G, C) float32
+    var_ptr,  # (G, C) float32, biased
+    tiles,
+    n_channels,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    channel_blocks = tl.cdiv(n_channels, BLOCK_C)
+    group = tl.program_id(0) // channel_blocks
+    channel = tl.program_id(0) % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = channel < n_channels
+    count = tl.zeros((BLOCK_C,), tl.float32)
+    mean = tl.zeros((BLOCK_C,), tl.float32)
+    m2 = tl.zeros((BLOCK_C,), tl.float32)
+    for first in range(0, tiles, BLOCK_T):
+        tile = first + tl.arange(0, BLOCK_T)
+        at = partial_ptr + (group.to(tl.int64) * tiles + tile)[:, None] * 3 * n_channels + channel[None, :]
+        mask = (tile < tiles)[:, None] & inside[None, :]
+        tile_mean = tl.load(at, mask=mask, other=0.0)
+        tile_m2 = tl.load(at + n_channels, mask=mask, other=0.0)
+        tile_count = tl.load(at + 2 * n_channels, mask=mask, other=0.0)
+
+        block_count = tl.sum(tile_count, axis=0)
+        block_mean = tl.sum(tile_count * tile_mean, axis=0) / tl.maximum(block_count, 1.0)
+        spread = tile_mean - block_mean[None, :]
+        block_m2 = tl.sum(tile_m2 + tile_count * spread * spread, axis=0)
+
+        total = tl.maximum(count + block_count, 1.0)
+        delta = block_mean - mean
+        mean += delta * (block_count / total)
+        m2 += block_m2 + delta * delta * (count * block_count / total)
+        count += block_count
+    tl.store(mean_ptr + group * n_channels + channel, mean, mask=inside)
+    tl.store(var_ptr + group * n_channels + channel, m2 / tl.maximum(count, 1.0), mask=inside)
+
+
+def compile_cases() -> Iterator[Case]:
+    """The tile statistics in each precision, and the merge."""
+    for dtype in ("fp32", "bf16", "fp16"):
+        types = {"x_ptr": f"*{dtype}", "partial_ptr": "*fp32"}
+        types |= dict.fromkeys(("rows", "tiles", "n_channels", "pixel_stride"), "i32")
+        yield Case(f"norm_stats {dtype}", _norm_stats_kernel, types, {}, CONFIGS)
+    types = dict.fromkeys(("partial_ptr", "mean_ptr", "var_ptr"), "*fp32")
+    types |= dict.fromkeys(("tiles", "n_channels"), "i32")
+    yield Case("norm_stats merge", _merge_kernel, types, {}, [MERGE_CONFIG])
+
+
+def norm_stats(x: Tensor, stat_groups: int, config: dict[str, Any] = CONFIGS[0]) -> tuple[Tensor, Tensor]:
+    """Launch; see `fastp2p.ops.norm_stats`."""
+    x, pixel_stride = pixel_rows(x)
+    channels = x.shape[1]
+    rows = x.numel() // channels // max(1, stat_groups)  # of a group
+    tiles = triton.cdiv(rows, config["BLOCK_M"])
+    partial = torch.empty(stat_groups, tiles, 3, channels, dtype=torch.float32, device=x.device)
+    if stat_groups:
+        grid = (stat_groups * tiles * triton.cdiv(channels, config["BLOCK_C"]),)
+        _norm_stats_kernel[grid](x, partial, rows, tiles, channels, pixel_stride, **config)
+    return merge_partials(partial)
+
+
+def merge_partials(partial: Tensor) -> tuple[Tensor, Tensor]:
+    """(stat_groups, tiles, 3, C) of tile means, M2 and counts -> mean and biased variance, (stat_groups, C)."""
+    stat_groups, tiles, _, channels = partial.shape
+    mean, var = (torch.empty(stat_groups, channels, dtype=torch.float32, device=partial.device) for _ in range(2))
+    if stat_groups:
+        grid = (stat_groups * triton.cdiv(channels, MERGE_CONFIG["BLOCK_C"]),)
+        _merge_kernel[grid](partial, mean, var, tiles, channels, **MERGE_CONFIG)
+    return mean, var
+
+
+def pixel_rows(x: Tensor) -> tuple[Tensor, int]:
+    """An image batch (N, C, H, W) as rows of pixels: the tensor, and how many elements lie between two rows.
+
+    channels_last is taken as it is, and so is a slice of its channels; any other layout is copied.
+    """
+    _, c, h, w = x.shape
+    stride = next((x.stride(dim) for dim in (3, 2, 0) if x.shape[dim] > 1), c)
+    steps = {3: stride, 2: w * stride, 0: h * w * stride}
+    regular = all(x.shape[dim] == 1 or x.stride(dim) == step for dim, step in steps.items())
+    if regular and stride >= c and (c == 1 or x.stride(1) == 1):
+        return x, stride
+    return x.contiguous(memory_format=torch.channels_last), c
