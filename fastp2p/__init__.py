@@ -7,9 +7,11 @@ try:
 except PackageNotFoundError as error:
     raise ImportError("this checkout of fastp2p is not installed; in its folder run: pip install -e .") from error
 
+from fastp2p import nn
 from fastp2p.config import TrainConfig
 from fastp2p.losses import GANLoss
 from fastp2p.networks import PatchDiscriminator, PixelDiscriminator, UnetGenerator, generate, init_weights
+from fastp2p.nn import fuse
 
 __all__ = [
     "GANLoss",
@@ -18,6 +20,8 @@ __all__ = [
     "TrainConfig",
     "UnetGenerator",
     "__version__",
+    "fuse",
     "generate",
     "init_weights",
+    "nn",
 ]

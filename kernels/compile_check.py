@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-KERNEL_FILES = (
+KERNEL_FILES = [
     "adam",
     "augment",
     "down",
@@ -34,8 +34,8 @@ KERNEL_FILES = (
     "running_stats",
     "up",
     "wgrad",
-)
-KERNEL_FILES += ("wgrad_adam",)
+]
+KERNEL_FILES += ["wgrad_adam"]
 
 # Compute capability -> shared memory of one block in KiB (CUDA programming guide, technical specifications)
 TARGETS = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}

@@ -1,5 +1,6 @@
 """What the three GEMMs share: the epilogue, the reduction of split sums, tile sizes and the choice among them."""
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -183,28 +184,35 @@ def candidates(
 def choose_config(
     m: int, n: int, k: int, like: Tensor, *, whole: bool, products: int = 1, largest: int = 128 * 128
 ) -> dict[str, int]:
-    """A tile for so many (m, k) x (k, n) products, and SPLIT, over how many programs a sum is split; by rule, untimed.
+    """A tile for so many (m, k) x (k, n) products of like's dtype, and SPLIT, over how many programs a sum is split.
 
-    The least padded work first, then the largest tile; sums are split until every processor has a program.
+    By rule, not timed: the least padded work first, then the largest tile; sums are split until every processor has a
+    program.
     """
+    device = like.device.index if like.is_cuda else None
+    return {**_choose_config(m, n, k, like.dtype.itemsize, device, whole, products, largest)}
+
+
+@functools.cache
+def _choose_config(
+    m: int, n: int, k: int, itemsize: int, device: int | None, whole: bool, products: int, largest: int
+) -> dict[str, int]:
     shared_limit, processors = SHARED_BYTES_WHEN_INTERPRETED, PROCESSORS_WHEN_INTERPRETED
-    if like.is_cuda:
-        properties = torch.cuda.get_device_properties(like.device)
-        shared_limit, processors = properties.shared_memory_per_block_optin, properties.multi_processor_count
+    if device is not None:
+        properties = triton.runtime.driver.active.utils.get_device_properties(device)
+        shared_limit, processors = properties["max_shared_mem"], properties["multiprocessor_count"]
 
     def programs(config: dict[str, int]) -> int:
-        return products * triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"])
+        tiles: int = triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"])
+        return products * tiles
 
     def cost(config: dict[str, int]) -> tuple[int, int]:
-        padded = programs(config) * config["BLOCK_M"] * config["BLOCK_N"]
-        waves = triton.cdiv(programs(config), processors) * config["BLOCK_M"] * config["BLOCK_N"]
-        return max(padded, waves * processors // 4), -config["BLOCK_M"] * config["BLOCK_N"]
+        tile = config["BLOCK_M"] * config["BLOCK_N"]
+        padded, waves = programs(config), -(-programs(config) // processors)
+        return max(padded * tile, waves * processors * tile // 4), -tile
 
-    config = min(
-        candidates(m, n, like.dtype.itemsize, whole=whole, largest=largest, shared_limit=shared_limit), key=cost
-    )
-    k_blocks = triton.cdiv(k, config["BLOCK_K"])
-    split = min(triton.cdiv(processors, programs(config)), max(1, k_blocks // 4))
+    config = min(candidates(m, n, itemsize, whole=whole, largest=largest, shared_limit=shared_limit), key=cost)
+    split = min(-(-processors // programs(config)), max(1, k // config["BLOCK_K"] // 4))
     return config | {"SPLIT": split}
 
 

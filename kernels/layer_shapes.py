@@ -8,8 +8,8 @@ from fastp2p.kernels.compile_check import Case
 
 # A kernel's integer arguments that say where pixels lie. Launches do not specialise on them: whether a side is 1 or a
 # multiple of 16 helps no program, and every layer would be compiled anew.
-GEOMETRY = ("pixels", "rows", "tiles", "images", "height", "width", "out_height", "out_width")
-GEOMETRY += ("outer_height", "outer_width", "slope")
+GEOMETRY = ["pixels", "rows", "tiles", "images", "height", "width", "out_height", "out_width"]
+GEOMETRY += ["outer_height", "outer_width", "slope"]
 
 # What follows a GEMM in pix2pix: nothing (data gradients), a bias, statistics (before a norm), an activation, or the
 # derivative of the activation before. The numbers are those of fastp2p.kernels.activation.

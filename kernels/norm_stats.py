@@ -31,14 +31,19 @@ def store_partial(
     channel,  # (BLOCK_C,)
     n_channels,
 ):
-    """Mean, M2 and number of a tile's rows; a tile without any leaves zeros."""
+    """Mean, M2 and number of a tile's rows; a tile without any leaves zeros.
+
+    The mean is corrected by the mean of the deviations from it, so that a spread far below the mean keeps its digits.
+    """
     count = tl.sum(row_inside.to(tl.float32), axis=0)
     at_least_one = tl.maximum(count, 1.0)
     mean = tl.sum(tl.where(row_inside[:, None], values, 0.0), axis=0) / at_least_one
     deviation = tl.where(row_inside[:, None], values - mean[None, :], 0.0)
+    left_over = tl.sum(deviation, axis=0) / at_least_one  # what rounding kept from the mean
+    m2 = tl.sum(deviation * deviation, axis=0) - left_over * left_over * count
     inside = channel < n_channels
-    tl.store(partial_ptr + channel, mean, mask=inside)
-    tl.store(partial_ptr + n_channels + channel, tl.sum(deviation * deviation, axis=0), mask=inside)
+    tl.store(partial_ptr + channel, mean + left_over, mask=inside)
+    tl.store(partial_ptr + n_channels + channel, tl.where(m2 < 0.0, 0.0, m2), mask=inside)
     tl.store(partial_ptr + 2 * n_channels + channel, count + tl.zeros_like(mean), mask=inside)
 
 
@@ -92,7 +97,10 @@ def _merge_kernel(
         block_count = tl.sum(tile_count, axis=0)
         block_mean = tl.sum(tile_count * tile_mean, axis=0) / tl.maximum(block_count, 1.0)
         spread = tile_mean - block_mean[None, :]
-        block_m2 = tl.sum(tile_m2 + tile_count * spread * spread, axis=0)
+        left_over = tl.sum(tile_count * spread, axis=0) / tl.maximum(block_count, 1.0)
+        block_m2 = tl.sum(tile_m2 + tile_count * spread * spread, axis=0) - left_over * left_over * block_count
+        block_m2 = tl.where(block_m2 < 0.0, 0.0, block_m2)  # by rounding
+        block_mean += left_over
 
         total = tl.maximum(count + block_count, 1.0)
         delta = block_mean - mean

@@ -171,8 +171,9 @@ def launch_arguments(
 
 def tiles(n_outer: int, n_outer2: int, columns: int, config: dict[str, int]) -> int:
     """How many tiles of BLOCK_M x BLOCK_N the weight takes; none holds rows of both outer tensors."""
-    row_blocks = triton.cdiv(n_outer, config["BLOCK_M"]) + triton.cdiv(n_outer2, config["BLOCK_M"])
-    return row_blocks * triton.cdiv(columns, config["BLOCK_N"])
+    row_blocks: int = triton.cdiv(n_outer, config["BLOCK_M"]) + triton.cdiv(n_outer2, config["BLOCK_M"])
+    column_blocks: int = triton.cdiv(columns, config["BLOCK_N"])
+    return row_blocks * column_blocks
 
 
 def wgrad(

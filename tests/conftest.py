@@ -2,18 +2,42 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import on_device
 import pytest
 from PIL import Image
 
+TESTS = Path(__file__).resolve().parent
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 # The smallest run that does everything: 6 pairs of 32 px, a 3-level U-Net, 3 steps an epoch.
 TINY = ["--netG", "unet_8", "--ngf", "4", "--netD", "pixel", "--ndf", "4", "--load-size", "36", "--crop-size", "32"]
 TINY += ["--batch-size", "2", "--n-epochs", "3", "--n-epochs-decay", "3", "--device", "cpu"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    on_device.add_option(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    on_device.check_options(config)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    on_device.select(config, items)
+
+
+@pytest.fixture(autouse=True)
+def _device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The device of --device, for the folders of tests that run on either."""
+    folder = request.path.relative_to(TESTS).parts[0]
+    if request.config.getoption("device") == "cuda" and folder in on_device.FOLDERS:
+        yield from on_device.run_on_gpu()
+    else:
+        yield
 
 
 def _shared(*parts: str) -> Path:

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from on_device import generator
 from torch import Tensor
 
 from fastp2p.ops._library import INTERPRETED
@@ -50,14 +51,14 @@ SHAPES = [
     Shape(1, 3, 9, 9, 4, 2, 3, 0),
 ]
 
-# For every configuration: blocks of one tap at every BLOCK_K, and blocks of several; results larger than the small tiles
+# For every configuration: blocks of one tap at every BLOCK_K, and of several; results larger than the small tiles
 CONFIG_SHAPES = [Shape(2, 128, 4, 5, 19, 2, 2, 1), Shape(3, 5, 3, 8, 33, 4, 2, 1)]
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0, channels_last: bool = True) -> Tensor:
     """Normal values, the same for the same shape."""
-    generator = torch.Generator().manual_seed(sum(i * side for i, side in enumerate(shape, 1)))
-    x = (torch.randn(shape, generator=generator) * scale).to(dtype)
+    seed = sum(i * side for i, side in enumerate(shape, 1))
+    x = (torch.randn(shape, generator=generator(seed)) * scale).to(dtype)
     return x.contiguous(memory_format=torch.channels_last) if channels_last and x.ndim == 4 else x
 
 

@@ -1,31 +1,66 @@
 """The Triton kernels compiled ahead of time, which needs no GPU."""
 
+from dataclasses import replace
+
 import pytest
 
 from fastp2p import ops
+from fastp2p.ops._library import file_of
 
 compile_check = pytest.importorskip("fastp2p.kernels.compile_check", reason="needs triton")
+LAYERS = pytest.importorskip("fastp2p.kernels.layer_shapes", reason="needs triton").LAYERS
 
 
 @pytest.mark.parametrize("capability", compile_check.TARGETS)
-def test_first_configurations_compile_without_fault(capability: int):
-    """Every specialisation for every target; `make compile-check` does all configurations."""
-    for case in compile_check.all_cases():
-        for aligned in (True, False):
-            assert not compile_check.compile_case(case, case.configs[0], capability, aligned).faults
+def test_each_kernel_compiles_without_fault(capability: int):
+    """One case of each kernel in its first configuration; `make compile-check` does all of both."""
+    first = {case.kernel: replace(case, configs=case.configs[:1]) for case in reversed(compile_check.all_cases())}
+    assert len(first) > len(ops.operators())
+    for program in compile_check.programs(list(first.values()), [capability]):
+        assert not compile_check.compile_case(*program).faults
 
 
 def test_every_operator_is_checked():
-    assert list(compile_check.KERNEL_FILES) == ops.operators()
+    assert {file_of(op) for op in ops.operators()} <= set(compile_check.KERNEL_FILES)
 
 
-def test_a_spill_and_too_much_shared_memory_are_faults():
-    fine = compile_check.Compiled("x", {}, 86, True, registers=32, spilled_bytes=0, shared_bytes=99 * 1024)
-    spilling = compile_check.Compiled("x", {}, 86, True, registers=255, spilled_bytes=8, shared_bytes=0)
-    large = compile_check.Compiled("x", {}, 86, True, registers=32, spilled_bytes=0, shared_bytes=99 * 1024 + 1)
-    assert not fine.faults
-    assert spilling.faults == ["spills 8 bytes"]
-    assert large.faults == ["shared memory over 101376 bytes"]
+def test_every_layer_has_its_programs_on_every_target():
+    """A tile that needs more shared memory than a target has is left out there, and never the last one."""
+    cases = [case for case in compile_check.all_cases() if case.itemsize]
+    layers = {case.name.split()[1] for case in cases}
+    assert layers == {layer.name for layer in LAYERS}
+    for capability in compile_check.TARGETS:
+        assert all(any(case.fits(config, capability) for config in case.configs) for case in cases)
+    large = max((case for case in cases), key=lambda case: compile_check.shared_bytes(case.configs[0], case.itemsize))
+    assert large.fits(large.configs[0], 90)
+    assert not replace(large, itemsize=4).fits(large.configs[0], 86)
+
+
+def test_a_launch_s_specialisation():
+    """Sizes as a launch sees them: 1 is a constant, a multiple of 16 is known, geometry is neither."""
+    (case,) = (case for case in compile_check.all_cases() if case.name == "up D5 bf16")  # 1 channel in, 512 out
+    ones, multiples = case.specialisation(True)
+    assert ones == {"n_in": 1, "pixel_stride": 1, "pixel_stride2": 1}
+    names = {case.kernel.arg_names[position] for position in multiples}
+    assert {"x_ptr", "weight_ptr", "n_out"} <= names
+    assert not names & {"height", "pixels", "n_in"}
+
+
+def compiled(**changes: object) -> compile_check.Compiled:
+    fine = compile_check.Compiled("x", {"BLOCK_M": 64}, 86, True, registers=32, spilled_bytes=0, shared_bytes=99 * 1024)
+    return replace(fine, **changes)
+
+
+def test_faults():
+    assert not compiled().faults
+    assert compiled(spilled_bytes=8).faults == ["spills 8 bytes"]
+    assert compiled(shared_bytes=99 * 1024 + 1).faults == ["shared memory over 101376 bytes"]
+    assert compiled(itemsize=2).faults == ["no tensor-core instruction"]
+    assert not compiled(itemsize=4).faults
+    assert not compiled(itemsize=2, tensor_core=1).faults
+    assert compiled(itemsize=2, tensor_core=1, capability=90).faults == ["no wgmma in a tile of 64 rows or more"]
+    assert not compiled(itemsize=2, tensor_core=1, wgmma=1, capability=90).faults
+    assert not compiled(itemsize=2, tensor_core=1, capability=90, config={"BLOCK_M": 32}).faults
 
 
 def test_the_report_of_the_assembler_is_read():

@@ -6,6 +6,7 @@ rest: no model code asks which kernel there is.
 """
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import os
@@ -98,6 +99,25 @@ def served_by(name: str, device_type: str) -> str:
     return "a kernel of its own" if own else "reference (PyTorch)"
 
 
+def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """For a backward that autograd cannot differentiate: asking for its derivative raises.
+
+    PyTorch's once_differentiable does so only where the incoming gradient itself requires one. That of a sum does not,
+    and a gradient penalty on it would silently count as a constant.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *grads: Tensor | None) -> Any:
+        with torch.no_grad():
+            outputs = backward(ctx, *grads)
+        if not torch.is_grad_enabled():  # nobody can ask
+            return outputs
+        refuse = torch._C._functions.DelayedError(b"fastp2p: there is no second derivative", len(outputs))
+        return refuse(*(None if output is None else output.detach().requires_grad_() for output in outputs))
+
+    return wrapper
+
+
 def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """The floating tensors in autocast's dtype, where it is on for x's device and they are not float64."""
     device_type = x.device.type
@@ -105,6 +125,13 @@ def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
         return x, *others
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(None if t is None else t if t.dtype == torch.float64 else t.to(dtype) for t in (x, *others))
+
+
+def check_devices(operator: str, *tensors: Tensor | None) -> None:
+    """Raise InputError unless all are on one device."""
+    devices = {str(tensor.device) for tensor in tensors if tensor is not None}
+    if len(devices) > 1:
+        raise InputError(f"{operator}: got tensors on {', '.join(sorted(devices))}; expected one device")
 
 
 def describe(tensor: Tensor) -> str:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fastp2p.errors import InputError
 from fastp2p.ops import _library
-from fastp2p.ops._library import describe
+from fastp2p.ops._library import check_devices, describe
 
 
 def adam_ref(
@@ -89,7 +89,5 @@ def adam(
             )
     if lr.shape != () or lr.dtype != torch.float32 or powers.shape != (2,) or powers.dtype != torch.float64:
         raise InputError(f"adam: got lr {describe(lr)}, powers {describe(powers)}; expected () float32, (2,) float64")
-    devices = {str(tensor.device) for tensor in (*buffers.values(), lr, powers)}
-    if len(devices) > 1:
-        raise InputError(f"adam: got tensors on {', '.join(sorted(devices))}; expected one device")
+    check_devices("adam", *buffers.values(), lr, powers)
     torch.ops.fastp2p.adam(param, grad, exp_avg, exp_avg_sq, lr, powers, beta1, beta2, eps, low_precision)

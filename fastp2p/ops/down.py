@@ -5,12 +5,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastp2p.errors import InputError
 from fastp2p.ops import _library
-from fastp2p.ops._library import describe
 from fastp2p.ops._activation import Activation, activate, activation_index, derivative
+from fastp2p.ops._library import check_devices, describe
 from fastp2p.ops.norm_stats import check_stat_groups, fake_stats, norm_stats_ref
 
 
@@ -62,7 +61,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(x, weight, out if ctx.activation else None)
 
 
-@once_differentiable
+@_library.first_derivative_only
 def _backward(ctx: Any, dout: Tensor, _mean: Tensor, _var: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.gated:
         raise InputError("down: a gate is for gradients; there is no second derivative")
@@ -107,10 +106,10 @@ def down(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Convolution, bias and activation, and the statistics that a normalisation after it needs, in one operator.
 
-        out[n, o, i, j] = act(bias[o] + sum over c, k of x[n, c, i * stride - padding + k, ...] * weight[o, c, k, ...])
+        out[n, o, i] = act(bias[o] + sum over c, k of x[n, c, i * stride - padding + k] * weight[o, c, k])
 
-    It is also the data gradient of a transposed convolution, on that one's own weight. Differentiable once in x, weight
-    and bias. Under autocast it computes in autocast's dtype.
+    where i, k are (row, column). It is also the data gradient of a transposed convolution, on that one's own weight.
+    Differentiable once in x, weight and bias. Under autocast it computes in autocast's dtype.
 
     Args:
         x: (N, C, H, W), floating; channels_last is read as it is, also a slice of channels of a larger tensor; any
@@ -141,6 +140,7 @@ def down(
     if 0 in x.shape or min(shape) <= 0:
         raise InputError(f"down: got x {tuple(x.shape)}, weight {tuple(weight.shape)}: nothing is left of the image")
     check_extras("down", x, shape, bias, gate)
+    check_devices("down", x, weight, bias, gate)
     check_stat_groups("down", stat_groups, len(x))
     out, mean, var = torch.ops.fastp2p.down(x, weight, bias, gate, stride, padding, index, slope, stat_groups)
     return out, mean, var

@@ -4,12 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastp2p.errors import InputError
 from fastp2p.ops import _library
-from fastp2p.ops._library import describe
 from fastp2p.ops._activation import Activation, activate, activation_index, derivative
+from fastp2p.ops._library import check_devices, describe
 from fastp2p.ops._philox import keep_mask
 
 
@@ -58,6 +57,7 @@ def norm_act_backward_ref(
     z = _affine(xhat, weight, bias)
     dz = dy * derivative(activate(z, activation, slope), activation, slope)
     if dy2 is not None:
+        assert second >= 0, "a gradient of a second result that there is not"
         dz = dz + dy2 * derivative(activate(z, second, slope), second, slope)
     dz = dz * _dropout_factor(x, rng, layer, dropout)
 
@@ -113,7 +113,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(x, mean, var, weight, bias, rng)
 
 
-@once_differentiable
+@_library.first_derivative_only
 def _backward(ctx: Any, dy: Tensor | None, dy2: Tensor | None) -> tuple[Tensor | None, ...]:
     x, mean, var, weight, bias, rng = ctx.saved_tensors
     dy2 = dy2 if ctx.has_second else None
@@ -141,6 +141,8 @@ _library.define(
     reference=norm_act_backward_ref,
     fake=_fake_backward,
 )
+_library.serve_by_triton("norm_act")
+_library.serve_by_triton("norm_act_backward")
 
 
 def norm_act(
@@ -205,7 +207,8 @@ def check_norm_act(
 ) -> None:
     """Raise InputError unless the statistics and parameters fit x."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    fits = x.ndim == 4 and x.numel() > 0 and mean.shape == var.shape == (len(mean), x.shape[1])
+    fits = x.is_floating_point() and x.ndim == 4 and x.numel() > 0
+    fits = fits and mean.shape == var.shape == (len(mean), x.shape[1])
     fits = fits and len(mean) > 0 and len(x) % len(mean) == 0
     tensors = [tensor for tensor in (mean, var, weight, bias) if tensor is not None]
     fits = fits and all(tensor.dtype == wide for tensor in tensors)
@@ -213,5 +216,6 @@ def check_norm_act(
         got = ", ".join(map(describe, (x, *tensors)))
         raise InputError(
             f"{operator}: got {got}; expected x (N, C, H, W), mean and var (G, C) with G a divisor of N, weight and "
-            f"bias (C,), all but x {wide}"
+            f"bias (C,), all but x {str(wide).removeprefix('torch.')}"
         )
+    check_devices(operator, x, *tensors)

@@ -5,7 +5,6 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastp2p.errors import InputError
 from fastp2p.ops import _library
@@ -49,7 +48,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.mark_non_differentiable(dx)
 
 
-@once_differentiable  # dx is a constant to autograd: there is no second derivative
+@_library.first_derivative_only  # dx is a constant to autograd: there is no second derivative
 def _backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.through_tanh:
         raise InputError("patch_loss: through_tanh changes dx alone; take dx instead of the loss's gradient")

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fastp2p.errors import InputError
 from fastp2p.ops import _library
-from fastp2p.ops._library import describe
+from fastp2p.ops._library import check_devices, describe
 
 
 def running_stats_ref(
@@ -27,6 +27,7 @@ _library.define(
     reference=running_stats_ref,
     fake=_fake,
 )
+_library.serve_by_triton("running_stats")
 
 
 def running_stats(
@@ -49,6 +50,7 @@ def running_stats(
     if not fits or len(dtypes) > 1 or not (running_mean.is_contiguous() and running_var.is_contiguous()):
         got = ", ".join(describe(tensor) for tensor in (running_mean, running_var, mean, var))
         raise InputError(f"running_stats: got {got}; expected contiguous (C,), (C,) and (G, C), (G, C) of one dtype")
+    check_devices("running_stats", running_mean, running_var, mean, var)
     if n_values < 2:
         raise InputError(f"running_stats: got {n_values} values per channel, expected 2 or more: one has no variance")
     torch.ops.fastp2p.running_stats(running_mean, running_var, mean, var, n_values, momentum)

@@ -5,12 +5,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastp2p.errors import InputError
 from fastp2p.ops import _library
-from fastp2p.ops._library import describe
 from fastp2p.ops._activation import Activation, activate, activation_index, derivative
+from fastp2p.ops._library import check_devices, describe
 from fastp2p.ops.down import check_extras, check_window
 from fastp2p.ops.norm_stats import check_stat_groups, fake_stats, norm_stats_ref
 
@@ -72,7 +71,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(x, x2, weight, out if ctx.activation else None)
 
 
-@once_differentiable
+@_library.first_derivative_only
 def _backward(ctx: Any, dout: Tensor, _mean: Tensor, _var: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.gated:
         raise InputError("up: a gate is for gradients; there is no second derivative")
@@ -124,8 +123,8 @@ def up(
 
         out[n, o, q] = act(bias[o] + sum over c and all i * stride - padding + k = q of x[n, c, i] * weight[c, o, k])
 
-    where i, k and q are (row, column). It is also the data gradient of a convolution, on that one's own weight. Differentiable once in x, x2, weight and
-    bias. Under autocast it computes in autocast's dtype.
+    where i, k, q are (row, column). It is also the data gradient of a convolution, on that one's own weight.
+    Differentiable once in x, x2, weight and bias. Under autocast it computes in autocast's dtype.
 
     Args:
         x, x2: (N, C, H, W) and (N, C2, H, W), floating; channels_last is read as it is, also a slice of channels of a
@@ -161,6 +160,7 @@ def up(
     if 0 in x.shape or min(shape) <= 0:
         raise InputError(f"up: got x {tuple(x.shape)}, weight {tuple(weight.shape)}: nothing is left of the image")
     check_extras("up", x, shape, bias, gate)
+    check_devices("up", x, x2, weight, bias, gate)
     check_stat_groups("up", stat_groups, len(x))
     out, mean, var = torch.ops.fastp2p.up(
         x, x2, weight, bias, gate, stride, padding, height, width, index, slope, stat_groups

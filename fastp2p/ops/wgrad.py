@@ -6,7 +6,7 @@ from torch.nn.grad import conv2d_weight
 
 from fastp2p.errors import InputError
 from fastp2p.ops import _library
-from fastp2p.ops._library import describe
+from fastp2p.ops._library import check_devices, describe
 from fastp2p.ops.down import check_window, down_size
 
 
@@ -65,10 +65,11 @@ def wgrad(
 ) -> Tensor:
     """The gradient with respect to the weight of `down` or `up`.
 
-        dweight[o, c, k, ...] = sum over n, i, j of outer[n, o, i, j] * inner[n, c, i * stride - padding + k, ...]
+        dweight[o, c, k] = sum over n, i of outer[n, o, i] * inner[n, c, i * stride - padding + k]
 
-    For `down` outer is the gradient of its result and inner its x; for `up` outer is its x (and outer2 its x2) and
-    inner the gradient of its result. Accumulates in float32 (float64 for float64). No gradient of its own.
+    where i, k are (row, column). For `down` outer is the gradient of its result and inner its x; for `up` outer is its
+    x (and outer2 its x2) and inner the gradient of its result. Accumulates in float32 (float64 for float64). No
+    gradient of its own.
 
     Args:
         outer, outer2: (N, O, H', W') and (N, O2, H', W'), floating.
@@ -112,3 +113,4 @@ def check_outer_inner(
             f"{operator}: got {got}; expected outer (N, O, H', W'), inner (N, C, H, W) of one floating dtype, with "
             f"(H + 2 * {padding} - KH) // {stride} + 1 = H' for the kernel {tuple(kernel_size)}, and W likewise"
         )
+    check_devices(operator, *tensors)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fastp2p.errors import InputError
 from fastp2p.ops import _library
-from fastp2p.ops._library import describe
+from fastp2p.ops._library import check_devices, describe
 from fastp2p.ops.adam import adam_ref
 from fastp2p.ops.wgrad import check_outer_inner, wgrad_ref
 
@@ -92,9 +92,7 @@ def wgrad_adam(
     if lr.shape != () or lr.dtype != torch.float32 or powers.shape != (2,) or powers.dtype != torch.float64:
         got = f"lr {describe(lr)}, powers {describe(powers)}"
         raise InputError(f"wgrad_adam: got {got}; expected () float32, (2,) float64")
-    devices = {str(tensor.device) for tensor in (outer, inner, *buffers, lr, powers)}
-    if len(devices) > 1:
-        raise InputError(f"wgrad_adam: got tensors on {', '.join(sorted(devices))}; expected one device")
+    check_devices("wgrad_adam", outer, *buffers, lr, powers)
     torch.ops.fastp2p.wgrad_adam(
         outer, outer2, inner, param, exp_avg, exp_avg_sq, lr, powers, beta1, beta2, eps, stride, padding, low_precision
     )

@@ -1,4 +1,4 @@
-"""Operators are tested twice: as they are, and with TRITON_INTERPRET=1, where Triton's kernels serve the CPU."""
+"""Operators are tested as they are, with TRITON_INTERPRET=1, where Triton's kernels serve the CPU, and on a GPU."""
 
 from typing import Any
 
@@ -8,12 +8,13 @@ import torch
 from fastp2p import ops
 
 
-def pytest_report_header() -> list[str]:
-    return [f"operator {name}: {ops.served_by(name, 'cpu')} on the CPU" for name in ops.operators()]
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    device = config.getoption("device")
+    return [f"operator {name}: {ops.served_by(name, device)} on {device}" for name in ops.operators()]
 
 
 @pytest.fixture(autouse=True)
-def _poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+def _poisoned_empty(_device: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.empty gives NaN (or an integer's largest value), so that an element which a kernel forgets shows."""
     empty = torch.empty
 

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from on_device import generator
 from PIL import Image
 
 from fastp2p.errors import InputError
@@ -9,9 +10,8 @@ from fastp2p.ops._library import INTERPRETED
 
 
 def arguments(n: int = 3, height: int = 9, width: int = 11, channels: int = 6, crop_size: int = 8):
-    generator = torch.Generator().manual_seed(n)
-    pairs = torch.randint(0, 256, (4, height, width, channels), dtype=torch.uint8, generator=generator)
-    index = torch.randint(0, 4, (n,), generator=generator)
+    pairs = torch.randint(0, 256, (4, height, width, channels), dtype=torch.uint8, generator=generator(n))
+    index = torch.randint(0, 4, (n,), generator=generator(n + 1))
     offset = torch.stack([torch.arange(n) % (height - crop_size + 1), torch.arange(n) % (width - crop_size + 1)], 1)
     return pairs, index, offset, torch.arange(n) % 2 == 1
 
@@ -22,13 +22,13 @@ def test_equals_pil_and_torchvision_s_formula_bit_for_bit():
     real_A, real_B = augment(pairs, index, offset, flip, crop_size=8, input_nc=3)
     for i in range(3):
         for images, channels in ((real_A, slice(0, 3)), (real_B, slice(3, 6))):
-            image = Image.fromarray(pairs[index[i], :, :, channels].contiguous().numpy())
+            image = Image.fromarray(pairs[index[i], :, :, channels].contiguous().cpu().numpy())
             top, left = offset[i].tolist()
             image = image.crop((left, top, left + 8, top + 8))
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip[i] else image
             x = np.asarray(image).astype(np.float32) / np.float32(255)
             expected = (x - np.float32(0.5)) / np.float32(0.5)
-            assert np.array_equal(images[i].permute(1, 2, 0).numpy(), expected)
+            assert np.array_equal(images[i].permute(1, 2, 0).cpu().numpy(), expected)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
@@ -68,7 +68,7 @@ def test_views_of_larger_buffers():
         assert torch.equal(x, expected)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.kernels
 def test_every_configuration():
     from fastp2p.kernels import augment as kernel
 
@@ -83,7 +83,7 @@ def test_all_256_values():
     A, B = augment(pairs, torch.tensor([0]), torch.zeros(1, 2, dtype=torch.int64), torch.tensor([False]),
                    crop_size=16, input_nc=1)  # fmt: skip
     expected = np.arange(256, dtype=np.float32) / np.float32(255) * 2 - 1
-    assert np.array_equal(A.flatten().numpy(), expected)
+    assert np.array_equal(A.flatten().cpu().numpy(), expected)
     assert torch.equal(A, B)
     assert A.min() == -1
     assert A.max() == 1

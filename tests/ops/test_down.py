@@ -2,11 +2,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gemm_shapes import CONFIG_SHAPES, DTYPES, SHAPES, Shape, assert_product, assert_stats, random
+from on_device import kernels_serve
 
 from fastp2p.errors import InputError
 from fastp2p.ops import down, down_ref
 from fastp2p.ops._activation import ACTIVATIONS, derivative
-from fastp2p.ops._library import INTERPRETED
 
 
 def operands(shape: Shape, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -29,7 +29,7 @@ def test_against_float64(shape: Shape, dtype: torch.dtype):
     out, mean, var = down(x, weight, bias, stride=shape.stride, padding=shape.padding, stat_groups=shape.n)
     assert out.dtype == dtype
     assert out.is_contiguous(memory_format=torch.channels_last)
-    if INTERPRETED or dtype == torch.float32:  # PyTorch's own convolution adds the bias after rounding
+    if kernels_serve() or dtype == torch.float32:  # PyTorch's own convolution adds the bias after rounding
         assert_product(out, *exact(x, weight, bias, shape), terms=shape.c * shape.k**2)
     assert_stats(mean, var, out, shape.n)
 
@@ -101,9 +101,10 @@ def test_expanded_gradient():
 def test_no_second_derivative_is_pretended():
     x = random(1, 3, 4, 4).requires_grad_()
     out, _, _ = down(x, random(2, 3, 4, 4))
-    (gradient,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    for score in (out.sum(), out.square().sum()):  # a gradient that requires none, and one that does
+        (gradient,) = torch.autograd.grad(score, x, create_graph=True, retain_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            gradient.sum().backward()
 
 
 def test_slices_of_larger_buffers_and_other_layouts():
@@ -164,7 +165,7 @@ def test_opcheck(layout: torch.memory_format, requires_grad: bool):
         )
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", CONFIG_SHAPES, ids=str)
 def test_every_configuration(dtype: torch.dtype, shape: Shape):
@@ -200,3 +201,9 @@ def test_bad_input_is_told():
         down(x, weight, activation="leaky_relu", slope=-0.1)
     with pytest.raises(InputError, match="got stride 0, padding 1"):
         down(x, weight, stride=0)
+
+
+def test_two_devices_are_told():
+    x, weight, bias = operands(SHAPES[1])
+    with pytest.raises(InputError, match=r"down: got tensors on .*meta.*; expected one device"):
+        down(x, weight.to("meta"), bias)

@@ -2,11 +2,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gemm_shapes import CONFIG_SHAPES, DTYPES, SHAPES, Shape, assert_product, assert_stats, random
+from on_device import kernels_serve
 
 from fastp2p.errors import InputError
 from fastp2p.ops import up, up_ref
 from fastp2p.ops._activation import ACTIVATIONS, derivative
-from fastp2p.ops._library import INTERPRETED
 
 # The shapes' smaller map goes in; of its o channels the first are the skip connection's.
 
@@ -47,7 +47,7 @@ def test_against_float64(shape: Shape, dtype: torch.dtype, two_inputs: bool):
         assert out.is_contiguous(memory_format=torch.channels_last)
         product, absolute = exact(tensors, window)
         assert out.shape == product.shape
-        if INTERPRETED or dtype == torch.float32:  # PyTorch's own convolution adds the bias after rounding
+        if kernels_serve() or dtype == torch.float32:  # PyTorch's own convolution adds the bias after rounding
             assert_product(out, product, absolute, terms=shape.o * shape.k**2)
         assert_stats(mean, var, out, shape.n)
 
@@ -144,7 +144,7 @@ def test_opcheck(layout: torch.memory_format, requires_grad: bool):
     torch.library.opcheck(torch.ops.fastp2p.up.default, (x, None, weight[:2], None, None, 2, 1, 5, 7, 0, 0.2, 0))
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("whole_blocks", [True, False])
 def test_every_configuration(dtype: torch.dtype, whole_blocks: bool):

@@ -5,7 +5,6 @@ from torch.nn.grad import conv2d_weight
 
 from fastp2p.errors import InputError
 from fastp2p.ops import wgrad, wgrad_ref
-from fastp2p.ops._library import INTERPRETED
 
 
 def operands(shape: Shape, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,7 +82,7 @@ def test_opcheck(layout: torch.memory_format):
     torch.library.opcheck(torch.ops.fastp2p.wgrad.default, (outer, None, inner, 4, 4, 2, 1, torch.bfloat16))
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("whole_blocks", [True, False])
 def test_every_configuration(dtype: torch.dtype, whole_blocks: bool):

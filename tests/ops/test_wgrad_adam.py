@@ -97,7 +97,7 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.fastp2p.wgrad_adam.default, args)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_configuration(dtype: torch.dtype):
     from fastp2p.kernels import gemm

@@ -1,0 +1,285 @@
+"""fuse(model): find chains of convolution, normalisation, activation and dropout in any model, and fuse them."""
+
+import operator
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx, nn
+from torch.nn.utils import parametrize
+
+from fastp2p.nn.block import Convolution
+from fastp2p.nn.fused import ACTIVATION_NAMES, Chain, is_fused, join, name_of
+from fastp2p.nn.tracing import LAYERS, STAGES, Region, trace
+
+_IN_PLACE_OPERATORS = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Fused(NamedTuple):
+    """One chain that became one block."""
+
+    modules: tuple[str, ...]  # paths in the model, the convolution's first
+    kind: str  # "Conv2d + BatchNorm2d + ReLU"
+    note: str  # why it ends where it ends, when more might have been expected
+
+
+class Left(NamedTuple):
+    """A convolution that stays as it is, or a module whose forward could not be followed."""
+
+    module: str  # path in the model, "" for the model itself
+    kind: str  # its class
+    reason: str
+
+
+@dataclass(frozen=True)
+class FuseReport:
+    """What `fuse` did: print it for a table."""
+
+    fused: tuple[Fused, ...]
+    left: tuple[Left, ...]
+
+    def __str__(self) -> str:
+        rows = [(", ".join(_shorten(chain.modules)), chain.kind, chain.note) for chain in self.fused]
+        rest = [(row.module or "(the model)", row.kind, row.reason) for row in self.left]
+        widths = [max((len(row[i]) for row in rows + rest), default=0) for i in (0, 1)]
+
+        def table(title: str, rows: list[tuple[str, str, str]]) -> list[str]:
+            lines = [f"  {row[0]:{widths[0]}}  {row[1]:{widths[1]}}  {row[2]}".rstrip() for row in rows]
+            return [f"{title}: {len(rows) or 'none'}", *lines]
+
+        return "\n".join(table("fused", rows) + table("left as they are", rest))
+
+
+def fuse(model: nn.Module, *, channels_last: bool = True) -> FuseReport:
+    """Let each convolution of a model do the normalisation, activation and dropout that follow it, in place.
+
+    Chains of Conv2d or ConvTranspose2d -> BatchNorm2d or InstanceNorm2d -> ReLU, LeakyReLU or Tanh -> Dropout, of which
+    norm, activation and dropout may be missing (but not both of the first two), are found by following the model's
+    forward with torch.fx. The convolution then computes the whole chain (see `fastp2p.nn.ConvNormAct`) and the other
+    modules pass on what they get. Outputs, gradients and running statistics are as before, up to rounding; dropout
+    draws another mask.
+
+    All modules stay the objects they were, with their parameters, buffers, names, modes and settings, which are read
+    at every call: optimizers go on, state_dicts load both ways, train(), eval(), requires_grad_(), .to(), deepcopy,
+    pickle, DistributedDataParallel and torch.compile work. Calling it again does nothing.
+
+    What it cannot see:
+
+    - Where a forward cannot be followed (it branches on values), the parts that it calls are followed instead, each as
+      a whole. If that forward also takes such a part to pieces, for instance collects what each layer of a Sequential
+      gives, it gets a convolution's result with norm and activation done. So do forward hooks added later. A module
+      called outside of its chain raises.
+    - A path chosen at random, or by attributes that change afterwards, is followed as it is taken now, in training and
+      in eval mode.
+    - Results are channels_last, as after model.to(memory_format=torch.channels_last): where a forward calls view() on
+      one, PyTorch asks for reshape().
+    - In eval mode folded weights are kept from call to call. Edits in place, load_state_dict and optimizers are seen;
+      an edit through `.data` only after the next eval() or train().
+    - There is no second derivative (gradient penalties, torch.func's transforms) and no nn.DataParallel.
+
+    Fuse last, but before DistributedDataParallel: after convert_sync_batchnorm, spectral_norm and all else that
+    replaces modules, since what is put in the place of a module that was taken in works on top of it.
+
+    Args:
+        model: any module, in training or eval mode.
+        channels_last: also lay out the weights of fused convolutions as the kernels want them, by setting their
+            `.data`; False leaves them, and kernels copy them at every call.
+
+    Returns:
+        The report; print it.
+    """
+    traced = trace(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    names = Counter(map(id, modules.values()))
+    fused: dict[nn.Module, Fused] = {}
+    reasons: dict[nn.Module, str] = {}
+    for region in traced.regions:
+        for path, calls in region.calls.items():
+            conv = modules[path]
+            if isinstance(conv, Convolution) and not is_fused(conv):
+                note = _refusal(conv, names) or _convolution_call_refusal(calls) or _box_around(path, region)
+                paths, note = ([path], note) if note else _follow(path, region, modules, names)
+                if any(STAGES[type(modules[p])] < 3 for p in paths[1:]):
+                    fused[conv] = Fused(tuple(paths), " + ".join(name_of(modules[p]) for p in paths), note)
+                else:
+                    reasons[conv] = note or "nothing to fuse follows it"
+    left = [Left(path, name_of(modules[path]), reason) for path, reason in traced.untraced.items()]
+    left += _left_convolutions(model, fused, reasons)
+    for chain in fused.values():
+        members = [modules[path] for path in chain.modules]
+        join(members[0], _chain_of(members[1:]), channels_last=channels_last)
+    in_order = [fused[module] for module in model.modules() if module in fused]
+    return FuseReport(tuple(in_order), tuple(left))
+
+
+def _follow(start: str, region: Region, modules: dict[str, nn.Module], names: Counter[int]) -> tuple[list[str], str]:
+    """The chain that begins at a convolution, as paths, and why it ends where it does when that is worth a word."""
+    paths, stage = [start], 0
+    while True:
+        path, note = _only_reader(paths[-1], region)
+        if path is None:
+            break
+        module = modules[path]
+        if type(module) in STAGES and STAGES[type(module)] <= stage:
+            break
+        if type(module) in STAGES or _is_alike(module):
+            note = _call_count_refusal(paths[-1], path, region) or _refusal(module, names) or _box_around(path, region)
+            note = note or _mismatch(modules[start], module) or _crossing(start, path, region, modules)
+            note = note and f"{path} ({name_of(module)}) {note}"
+        if note or type(module) not in STAGES:
+            break
+        paths, stage = [*paths, path], STAGES[type(module)]
+    chain = [type(modules[path]) for path in paths]
+    if nn.LeakyReLU in chain and _written_to(region.calls[paths[-1]]):
+        # Its gradient is told from the result here, where PyTorch tells it from the input.
+        end = chain.index(nn.LeakyReLU)
+        return paths[:end], f"{paths[end]} (LeakyReLU) has a result that is changed in place afterwards"
+    return paths, note
+
+
+def _only_reader(path: str, region: Region) -> tuple[str | None, str]:
+    """The one module that reads each result of a module and nothing else, or None and why there is none."""
+    targets = set()
+    for node in region.calls[path]:
+        users = list(node.users)
+        if len(users) > 1:
+            return None, f"its result is read at {len(users)} places"
+        if not users or users[0].op != "call_module" or users[0].args != (node,):
+            return None, ""
+        targets.add(region.full_path(users[0]))
+    if len(targets) > 1:
+        return None, f"its result goes to {' or '.join(sorted(targets))}"
+    return targets.pop(), ""
+
+
+def _is_alike(module: nn.Module) -> bool:
+    """A normalisation, activation or dropout of another kind than the fused ones."""
+    own = type(module).__module__.removeprefix("torch.nn.modules.")
+    others = ("activation", "batchnorm", "instancenorm", "normalization", "dropout")
+    return isinstance(module, tuple(STAGES)) or own in others
+
+
+def _call_count_refusal(path: str, reader: str, region: Region) -> str:
+    n_calls = len(region.calls[reader])
+    return "" if n_calls == len(region.calls[path]) else f"is called at {-(-n_calls // region.n_graphs)} places"
+
+
+def _box_around(path: str, region: Region) -> str:
+    """Why a module within another that could not be followed is left: that one may call it in other ways."""
+    boxes = [box for box in region.boxes if path.startswith(f"{box}.")]
+    return f"is part of {boxes[0]}, which cannot be followed" if boxes else ""
+
+
+def _refusal(module: nn.Module, names: Counter[int]) -> str:
+    """Why a module cannot be fused, whatever is around it; "" if it can."""
+    if parametrize.is_parametrized(module):
+        return "has a parametrization"
+    if isinstance(module, Convolution) and module._parameters.get("weight") is None:
+        return "has a weight that is computed, as by spectral_norm or weight_norm"
+    if type(module) not in (*STAGES, nn.Conv2d, nn.ConvTranspose2d):
+        return "is of a class that is not fused"
+    if _has_hooks(module):
+        return "has hooks"
+    if "forward" in module.__dict__:
+        return "has a forward that was replaced"
+    if names[id(module)] > 1:
+        return f"is registered under {names[id(module)]} names"
+    match module:
+        case nn.Conv2d() | nn.ConvTranspose2d():
+            return _conv_refusal(module)
+        case nn.BatchNorm2d() if module.momentum is None:
+            return "has momentum None, a cumulative average"
+        case nn.InstanceNorm2d() if module.track_running_stats or module.running_mean is not None:
+            return "has running statistics"
+        case nn.LeakyReLU() if not module.negative_slope >= 0:
+            return "has a slope below 0"
+        case nn.Dropout() if not 0 <= module.p < 1:
+            return f"drops with probability {module.p}"
+    return ""
+
+
+def _conv_refusal(conv: Convolution) -> str:
+    output_padding = set(conv.output_padding)
+    refusals: list[tuple[Any, str]] = [
+        (conv.groups != 1, f"has {conv.groups} groups"),
+        (any(d != 1 for d in conv.dilation), f"has dilation {conv.dilation}"),
+        (conv.padding_mode != "zeros", f"pads by {conv.padding_mode!r}"),
+        (isinstance(conv.padding, str), f"has padding {conv.padding!r}"),
+        (len(set(conv.padding)) > 1, f"has padding {conv.padding}, not alike in both dimensions"),
+        (len(set(conv.stride)) > 1, f"has stride {conv.stride}, not alike in both dimensions"),
+        (len(output_padding) > 1, f"has output_padding {conv.output_padding}, not alike in both dimensions"),
+        (conv.weight.dtype not in _DTYPES, f"is of {conv.weight.dtype}"),
+    ]
+    return next((reason for refused, reason in refusals if refused), "")
+
+
+def _convolution_call_refusal(calls: Iterable[fx.Node]) -> str:
+    if any(len(call.args) != 1 or call.kwargs for call in calls):
+        return "is called with more than its input, such as an output_size"
+    return ""
+
+
+def _mismatch(conv: nn.Module, module: nn.Module) -> str:
+    if isinstance(module, nn.BatchNorm2d | nn.InstanceNorm2d) and module.num_features != conv.out_channels:
+        return f"is for {module.num_features} channels, not {conv.out_channels}"
+    return ""
+
+
+def _crossing(start: str, path: str, region: Region, modules: dict[str, nn.Module]) -> str:
+    """Why a chain cannot reach from one place to the other."""
+    modes = {node.meta["modes"] for p in (start, path) for node in region.calls[p]}
+    if len(modes) > 1:
+        return "runs in another grad or autocast mode"
+    for ancestor in _ancestors(start) ^ _ancestors(path):
+        if _has_hooks(modules[ancestor]):
+            return f"is on the other side of {ancestor}, which has hooks"
+    return ""
+
+
+def _written_to(calls: Iterable[fx.Node]) -> bool:
+    """Whether a reader of these results changes them in place."""
+    return any(_writes(user) for node in calls for user in node.users)
+
+
+def _writes(node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return bool(node.meta.get("inplace"))
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    by_name = name.endswith("_") and not name.endswith("__")  # relu_
+    return by_name or bool(node.kwargs.get("inplace")) or node.target in _IN_PLACE_OPERATORS
+
+
+def _left_convolutions(model: nn.Module, fused: dict[nn.Module, Fused], reasons: dict[nn.Module, str]) -> list[Left]:
+    left, seen = [], {part for module in model.modules() if isinstance(module, LAYERS) for part in module.modules()}
+    for path, module in model.named_modules():
+        if isinstance(module, Convolution) and module not in fused and module not in seen:
+            default = "is fused already" if is_fused(module) else "is not called by a forward that could be followed"
+            left.append(Left(path, name_of(module), reasons.get(module, default)))
+    return left
+
+
+def _chain_of(modules: list[nn.Module]) -> Chain:
+    chain: dict[str, Any] = {}
+    for module in modules:
+        stage = STAGES[type(module)]
+        chain["dropout" if stage == 3 else "activation" if type(module) in ACTIVATION_NAMES else "norm"] = module
+    return Chain(**chain)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, name, None) for name in hooks)
+
+
+def _ancestors(path: str) -> set[str]:
+    parts = path.split(".")
+    return {".".join(parts[:i]) for i in range(1, len(parts))}
+
+
+def _shorten(paths: tuple[str, ...]) -> list[str]:
+    """Paths after the first without what they share with it: down.0, .1, .2."""
+    parent = paths[0].rpartition(".")[0]
+    return [paths[0], *(p.removeprefix(parent) if parent and p.startswith(f"{parent}.") else p for p in paths[1:])]

@@ -1,0 +1,321 @@
+"""What a fused model goes on doing: modes, copies, files, optimizers, autocast."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from nn.comparing import (
+    assert_same_eval,
+    assert_same_training,
+    fuse_it,
+    fused_copy,
+    grads,
+    images,
+    small,
+    total,
+)
+from nn.plain_models import DCGANGenerator
+from torch import Tensor, nn
+
+from fastp2p.errors import InputError
+from fastp2p.nn import block, fuse
+
+DOUBLE = torch.float64
+
+
+@pytest.fixture
+def folds(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """One entry for each time that a norm is folded into a weight."""
+    counted: list[None] = []
+    fold = block.fold
+
+    def counting(*args: object) -> tuple[Tensor, Tensor]:
+        counted.append(None)
+        return fold(*args)
+
+    monkeypatch.setattr(block, "fold", counting)
+    return counted
+
+
+def test_settings_are_read_at_every_call():
+    model = small()
+    fused, _ = fused_copy(model)
+    for m in (model, fused):
+        m[1].eps, m[1].momentum, m[2].negative_slope = 0.5, 0.7, 0.05
+    assert_same_training(model, fused, images())
+    for m in (model, fused):
+        m.eval()
+        m[5].eps = 1.0
+    assert_same_eval(model, fused, images())
+    for m in (model, fused):
+        m[1].track_running_stats = False  # statistics of the batch, not recorded, as fastp2p.generate has it
+    assert_same_training(model, fused, images())
+
+
+def test_frozen_norms():
+    model = small()
+    fused, _ = fused_copy(model)
+    for m in (model, fused):
+        for norm in (m[1], m[5]):
+            norm.eval()
+        m[1].requires_grad_(False)
+    x = images()
+    for m in (model, fused):
+        total(m(x)).backward()
+    assert fused[1].weight.grad is None
+    assert fused[5].weight.grad is not None
+    torch.testing.assert_close(grads(fused), grads(model))
+    torch.testing.assert_close(dict(fused.named_buffers()), dict(model.named_buffers()), rtol=0, atol=0)
+
+
+def test_gradient_through_frozen_model_to_its_input(folds: list[None]):
+    model = small().requires_grad_(False).eval()
+    fused, _ = fused_copy(model)
+    x = images()
+    with torch.inference_mode():  # what was kept then must serve autograd afterwards
+        fused(x)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    for m, i in zip((model, fused), inputs, strict=True):
+        total(m(i)).backward()
+    torch.testing.assert_close(inputs[1].grad, inputs[0].grad)
+    assert len(folds) == 2
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda m: torch.optim.SGD(m.parameters(), lr=0.1).step(),
+        lambda m: m.load_state_dict({key: value * 0.9 for key, value in m.state_dict().items()}),
+        lambda m: m.load_state_dict({key: value * 0.9 for key, value in m.state_dict().items()}, assign=True),
+        lambda m: m.to(torch.float32).to(DOUBLE),
+        lambda m: m[1].to(torch.float16).to(DOUBLE),
+        lambda m: m[1].running_mean.add_(1),
+        lambda m: m[1].running_var.mul_(2),
+        lambda m: (m[5].bias.data.add_(1), m.eval()),
+        lambda m: setattr(m[1].bias, "data", m[1].bias.data + 1),
+        lambda m: setattr(m[0].weight, "data", m[0].weight.data.transpose(2, 3)),
+        lambda m: setattr(m[1], "eps", 1.0),
+        lambda m: (m.train()(images()), m.eval()),
+        lambda m: (m[1].train(), m(images()), m[1].eval()),
+        lambda m: nn.init.normal_(m[4].bias),
+    ],
+)
+def test_what_was_folded_is_never_stale(edit: Callable[[nn.Module], object], folds: list[None]):
+    model = small()
+    fused, _ = fused_copy(model)
+    x = images()
+    for m in (model, fused):
+        total(m(x)).backward()  # gradients for the optimizer step
+        m.eval()
+    with torch.no_grad():
+        fused(x)
+        fused(x)
+        assert len(folds) == 2  # one per batch norm, and kept
+        before = fused(x)
+        for m in (model, fused):
+            torch.manual_seed(3)
+            edit(m)
+        torch.testing.assert_close(fused(x), model(x), rtol=1e-6, atol=1e-6)
+        assert not torch.equal(fused(x), before)
+
+
+def test_folding_where_there_is_no_version_or_address(folds: list[None]):
+    with torch.inference_mode():
+        model = small().eval()
+        fused, _ = fused_copy(model)
+        torch.testing.assert_close(fused(images()), model(images()))
+        fused[1].weight.mul_(2)
+        model[1].weight.mul_(2)
+        torch.testing.assert_close(fused(images()), model(images()))
+    assert len(folds) == 4
+    model = small().eval()
+    fused, _ = fused_copy(model)
+    for scale in (1, 2, 3):  # each time other tensors, perhaps at the same addresses
+        weights = {name: p.detach() * scale for name, p in model.named_parameters()}
+        outputs = [torch.func.functional_call(m, weights, images()) for m in (model, fused)]
+        torch.testing.assert_close(*outputs)
+
+
+def test_parametrized_afterwards():
+    model = small().eval()
+    fused, _ = fused_copy(model)
+    for m in (model, fused):
+        nn.utils.parametrizations.weight_norm(m[0])
+    with torch.no_grad():
+        for scale in (1, 2, 3):
+            for m in (model, fused):
+                m[0].parametrizations.weight.original0.mul_(scale)
+            torch.testing.assert_close(fused(images()), model(images()))
+
+
+def test_copies_are_independent():
+    model = small()
+    fused, _ = fused_copy(model)
+    fused.eval()
+    with torch.no_grad():
+        fused(images())
+    for twin in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        assert twin[0]._chain.norm is twin[1] is not fused[1]
+        assert twin[2]._chain is twin[0]._chain
+        assert twin[0]._cache._kept is None
+        before = {key: value.clone() for key, value in fused.state_dict().items()}
+        assert_same_training(copy.deepcopy(model), twin.train(), images())
+        assert all(torch.equal(value, before[key]) for key, value in fused.state_dict().items())
+    assert_same_training(model, fused.train(), images())
+
+
+def test_saved_whole(tmp_path: Path):
+    fused, _ = fused_copy(small())
+    torch.save(fused, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert_same_training(fused, loaded, images())
+
+
+def test_state_dict_goes_both_ways():
+    model = small()
+    fused, _ = fused_copy(small())
+    for m in (model, fused):
+        with torch.no_grad():
+            m(images())
+    fresh = [small(), fuse_it(small())]
+    fresh[0].load_state_dict(fused.state_dict())
+    fresh[1].load_state_dict(model.state_dict())
+    for m in fresh:
+        torch.testing.assert_close(m.eval()(images()), model.eval()(images()))
+
+
+def test_weights_are_channels_last_unless_told_otherwise():
+    def layouts(model: nn.Module) -> set[bool]:
+        return {p.is_contiguous(memory_format=torch.channels_last) for p in model.parameters() if p.ndim == 4}
+
+    model = small()
+    assert layouts(model) == {False}
+    fuse(model, channels_last=False)
+    assert layouts(model) == {False}
+    assert layouts(fuse_it(small())) == {True}
+    assert layouts(fuse_it(small()).float()) == {True}
+
+
+def test_dropout_is_seeded_and_scaled():
+    fused = fuse_it(nn.Sequential(nn.Conv2d(3, 64, 1), nn.InstanceNorm2d(64), nn.Dropout(0.25)))
+    x = torch.randn(4, 3, 16, 16)
+    outputs = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        outputs.append(fused(x))
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
+    dropped = outputs[0] == 0
+    assert dropped.double().mean().item() == pytest.approx(0.25, abs=0.01)  # 65,536 draws: 6 standard deviations
+    kept = fused.eval()(x)
+    torch.testing.assert_close(outputs[0][~dropped], kept[~dropped] / 0.75)
+    fused[2].train()  # dropout alone, as in Monte Carlo dropout
+    assert not torch.equal(fused(x), kept)
+    fused[2].p = 0.0
+    torch.testing.assert_close(fused(x), kept)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(4), nn.Identity()])
+def test_dropout_of_one_operator_is_torchs(norm: nn.Module):
+    layers = [nn.Conv2d(3, 4, 3), norm, nn.ReLU(), nn.Dropout(0.5)]
+    model = nn.Sequential(*(layer for layer in layers if not isinstance(layer, nn.Identity))).double()
+    model.to(memory_format=torch.channels_last)  # torch draws the mask in the order of memory
+    model.eval()
+    model[-1].train()
+    fused, report = fused_copy(model)
+    assert report.fused[0].modules[-1] == str(len(model) - 1)
+    outputs = []
+    for m in (model, fused):
+        torch.manual_seed(0)
+        outputs.append(m(images().to(memory_format=torch.channels_last)))
+    torch.testing.assert_close(*outputs)
+
+
+def test_absorbed_module_called_elsewhere_raises():
+    fused = fuse_it(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()))
+    with pytest.raises(InputError, match="AbsorbedReLU: got a tensor that does not come straight from"):
+        fused[2](torch.randn(1, 4, 3, 3))
+    handle = fused[0].register_forward_hook(lambda module, args, output: output * 2)
+    with pytest.raises(InputError, match="AbsorbedBatchNorm2d"):
+        fused(images(dtype=torch.float32))
+    handle.remove()
+    fused(images(dtype=torch.float32))
+
+
+def test_one_value_per_channel_raises():
+    generator = fuse_it(DCGANGenerator())
+    with pytest.raises(InputError, match=r"InstanceNorm2d: got one value per channel, \(2, 4, 1, 1\)"):
+        fuse_it(nn.Sequential(nn.Conv2d(3, 4, 8), nn.InstanceNorm2d(4)))(images(dtype=torch.float32))
+    squeezed = fuse_it(nn.Sequential(nn.Conv2d(3, 4, 8), nn.BatchNorm2d(4)))
+    with pytest.raises(InputError, match=r"BatchNorm2d: got one value per channel, \(1, 4, 1, 1\)"):
+        squeezed(images(1, torch.float32))
+    assert squeezed.eval()(images(1, torch.float32)).shape == (1, 4, 1, 1)
+    assert generator(torch.randn(1, 10, 1, 1)).shape == (1, 3, 16, 16)
+
+
+def test_what_is_not_supported_raises():
+    fused = fuse_it(nn.Sequential(nn.ConvTranspose2d(3, 4, 4, 2, 1), nn.Tanh()))
+    x = images(dtype=torch.float32)
+    with pytest.raises(InputError, match="got an output_size in the call"):
+        fused[0](x, [17, 17])
+    with pytest.raises(InputError, match=r"nn.DataParallel: got a fused model"):
+        fused[0]._replicate_for_data_parallel()
+    norm = fuse_it(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    norm[1].momentum = None
+    with pytest.raises(InputError, match="momentum None"):
+        norm(x)
+
+
+def test_gradient_penalty_raises():
+    fused = fuse_it(nn.Sequential(nn.Conv2d(3, 4, 4, 2, 1), nn.LeakyReLU(0.2)))
+    x = images(dtype=torch.float32).requires_grad_()
+    score = fused(x).sum()
+    (grad,) = torch.autograd.grad(score, x, create_graph=True)
+    with pytest.raises((RuntimeError, InputError), match=r"twice|second derivative"):
+        (score + grad.square().sum()).backward()
+
+
+def test_one_image_without_a_batch():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Tanh()).double()
+    fused, _ = fused_copy(model)
+    torch.testing.assert_close(fused(images()[0]), model(images()[0]))
+
+
+def test_autocast():
+    """In bfloat16 the fused model is no further from float32 than twice the unfused one; gradients stay float32."""
+    model = small(torch.float32)
+    fused, _ = fused_copy(model)
+    x = images(4, torch.float32)
+    exact = copy.deepcopy(model)
+    total(exact(x)).backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = [m(x) for m in (model, fused)]
+    assert outputs[1].dtype == outputs[0].dtype == torch.bfloat16
+    for output in outputs:
+        total(output.float()).backward()
+    for name, p in fused.named_parameters():
+        assert p.grad.dtype == torch.float32
+        truth, other = exact.get_parameter(name).grad, model.get_parameter(name).grad
+        # 0.02 of the largest gradient besides: two roundings of bfloat16 (0.4 %) for each of three layers
+        assert (p.grad - truth).norm() <= 2 * (other - truth).norm() + 0.02 * max(truth.norm(), 1), name
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        outputs = [m.eval()(x).float() for m in (model, fused)]
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=0.05, atol=0.05)  # some roundings of bfloat16, 0.4 % each
+    with torch.no_grad():  # what was folded for bfloat16 does not serve float32
+        torch.testing.assert_close(fused(x), model(x), rtol=1e-2, atol=1e-2)
+        assert fused(x).dtype == torch.float32
+
+
+def test_half_precision_model():
+    model = small(torch.bfloat16)
+    fused, _ = fused_copy(model)
+    x = images(dtype=torch.bfloat16)
+    for m in (model, fused):
+        total(m(x).float()).backward()
+    assert {p.grad.dtype for p in fused.parameters()} == {torch.bfloat16}
+    for key, value in fused.state_dict().items():
+        torch.testing.assert_close(value, model.state_dict()[key], rtol=0.02, atol=0.02)  # bfloat16 has 8 bits
+    torch.testing.assert_close(fused.eval()(x), model.eval()(x), rtol=0.1, atol=0.1)

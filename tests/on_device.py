@@ -1,0 +1,76 @@
+"""Tests of operators run on either device: pytest --device cpu (plain or interpreted kernels) or --device cuda."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fastp2p.ops._library import INTERPRETED
+
+FOLDERS = ("ops", "nn")  # of tests, that --device moves to the GPU
+
+
+def add_option(parser: pytest.Parser) -> None:
+    """--device, and --shard, by which benchmarks/gpu_check.py shares out the compiling of kernels."""
+    group = parser.getgroup("fastp2p")
+    folders = " and ".join(f"tests/{folder}" for folder in FOLDERS)
+    group.addoption("--device", choices=["cpu", "cuda"], default="cpu", help=f"the default device of {folders}")
+    group.addoption("--shard", default="1/1", metavar="I/N", help="run every N-th test, from the I-th")
+
+
+def check_options(config: pytest.Config) -> None:
+    """Raise pytest.UsageError for a device that is not there: nobody who asks for a GPU wants a green run without."""
+    if config.getoption("device") != "cuda":
+        return
+    if INTERPRETED:
+        raise pytest.UsageError("--device cuda: TRITON_INTERPRET=1 takes the kernels to the CPU; unset it")
+    if not torch.cuda.is_available():
+        reason = "this PyTorch is a CPU build" if torch.version.cuda is None else "PyTorch finds no usable GPU"
+        raise pytest.UsageError(f"--device cuda: {reason}")
+
+
+def select(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what cannot run here, with the reason, and deselect what is another shard's."""
+    on_gpu = config.getoption("device") == "cuda"
+    lacking = {} if on_gpu else {"gpu": "needs a CUDA GPU"}
+    if torch.cuda.is_available() and not on_gpu:
+        lacking["gpu"] = "needs --device cuda"
+    if not on_gpu and not INTERPRETED:
+        lacking["kernels"] = "needs TRITON_INTERPRET=1 or a GPU"
+    for item in items:
+        for marker, reason in lacking.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+    first, every = (int(number) for number in config.getoption("shard").split("/"))
+    config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % every != first - 1])
+    items[:] = items[first - 1 :: every]
+
+
+def run_on_gpu() -> Iterator[None]:
+    """A fixture's body: tensors on the GPU by default, float32 in full and the same bits each time, until it ends."""
+    switches = [(torch.backends.cudnn, "allow_tf32", False), (torch.backends.cuda.matmul, "allow_tf32", False)]
+    switches.append((torch.backends.cudnn, "deterministic", True))
+    before = [getattr(owner, name) for owner, name, _ in switches]
+    torch.set_default_device("cuda")
+    torch.ones(())  # PyTorch lists its factory functions at the first use: before a test replaces torch.empty
+    for owner, name, value in switches:
+        setattr(owner, name, value)
+    try:
+        yield
+        torch.cuda.synchronize()  # a kernel's fault belongs to the test that launched it
+    except torch.AcceleratorError as error:
+        pytest.exit(f"the GPU is lost to this process after a kernel's fault: {error}", returncode=3)
+    finally:
+        torch.set_default_device(None)
+        for (owner, name, _), value in zip(switches, before, strict=True):
+            setattr(owner, name, value)
+
+
+def kernels_serve() -> bool:
+    """Whether operators reach Triton's kernels: on the GPU, and interpreted on the CPU."""
+    return INTERPRETED or torch.get_default_device().type == "cuda"
+
+
+def generator(seed: int) -> torch.Generator:
+    """A seeded generator on the default device."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)

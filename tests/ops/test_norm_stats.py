@@ -1,0 +1,149 @@
+import pytest
+import torch
+from torch import Tensor
+
+from fastp2p.errors import InputError
+from fastp2p.ops import norm_stats, norm_stats_ref
+from fastp2p.ops._library import INTERPRETED
+
+UNIT = torch.finfo(torch.float32).eps / 2  # one rounding
+SHAPES = [(1, 1, 1, 1), (1, 3, 1, 2), (2, 5, 3, 17), (3, 33, 2, 3), (4, 64, 2, 1), (4, 1, 3, 3), (2, 3, 17, 17)]
+
+
+def values(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Channels of different mean and spread, one of them constant."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+    x = x * torch.linspace(3, 0, shape[1]).view(-1, 1, 1) + torch.linspace(5, -2, shape[1]).view(-1, 1, 1)
+    return x.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def assert_close(ours: tuple[Tensor, Tensor], x: Tensor, stat_groups: int) -> None:
+    """16 float32 roundings, a tree of additions, of the values for the mean and of the spread for the variance.
+
+    And the error of a mean around which deviations are taken enters the variance: as itself times the spread, squared.
+    """
+    x = x.double()
+    mean, var = norm_stats_ref(x, stat_groups)
+    size = x.abs().unflatten(0, (stat_groups, -1)).amax((1, 3, 4))
+    mean_error = 16 * UNIT * size
+    assert [t.dtype for t in ours] == [torch.float32] * 2
+    assert [t.shape for t in ours] == [mean.shape, var.shape]
+    assert ((ours[0].double() - mean).abs() <= mean_error).all()
+    assert ((ours[1].double() - var).abs() <= 16 * UNIT * var + mean_error * (var.sqrt() + mean_error)).all()
+    assert (ours[1] >= 0).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_equals_float64(shape: tuple[int, ...], dtype: torch.dtype):
+    x = values(*shape, dtype=dtype)
+    for stat_groups in {1, shape[0], 2 if shape[0] % 2 == 0 else 1}:
+        assert_close(norm_stats(x, stat_groups=stat_groups), x, stat_groups)
+
+
+def test_groups_are_consecutive_images():
+    x = values(4, 5, 3, 3)
+    mean, var = norm_stats(x, stat_groups=2)
+    for group, half in enumerate(x.chunk(2)):
+        half_mean, half_var = norm_stats(half, stat_groups=1)
+        assert torch.equal(mean[group], half_mean[0])
+        assert torch.equal(var[group], half_var[0])
+
+
+def test_no_groups_no_statistics():
+    mean, var = norm_stats(values(4, 5, 3, 3).bfloat16(), stat_groups=0)
+    assert mean.shape == var.shape == (0, 5)
+    assert mean.dtype == var.dtype == torch.float32
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -1000.0, 65504.0])
+def test_a_constant_has_no_variance(value: float):
+    """Whatever the rounding of its mean: the variance is that of the deviations from it."""
+    x = torch.full((2, 5, 11, 13), value)
+    mean, var = norm_stats(x, stat_groups=1)
+    torch.testing.assert_close(mean, torch.full((1, 5), value), rtol=16 * UNIT, atol=0)
+    assert (var <= (16 * UNIT * value) ** 2).all()
+
+
+@pytest.mark.parametrize("spread", [1.0, 0.1])
+def test_a_small_spread_around_a_large_mean(spread: float):
+    """A difference of squares would be off by 1000² roundings: 0.06, more than the smaller variance has."""
+    x = 1000 + spread * torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    mean, var = norm_stats(x, stat_groups=1)
+    exact_mean, exact_var = norm_stats_ref(x.double(), 1)
+    torch.testing.assert_close(mean.double(), exact_mean, rtol=4 * UNIT, atol=0)
+    torch.testing.assert_close(var.double(), exact_var, rtol=1e-4, atol=0)
+
+
+def test_any_strides():
+    x = values(2, 5, 3, 7)
+    wider = torch.full((2, 3, 7, 12), torch.nan).permute(0, 3, 1, 2)[:, 4:9]
+    taller = torch.full((2, 5, 7, 5), torch.nan).permute(0, 3, 1, 2)[:, :, 1:4]
+    strided = torch.full((2, 5, 3, 14), torch.nan)[..., ::2]
+    for view in (x.contiguous(), wider.copy_(x), taller.copy_(x), strided.copy_(x), x[:1].expand(2, 5, 3, 7)):
+        assert_close(norm_stats(view, stat_groups=2), view, 2)
+
+
+def test_nan_stays_in_its_channel_and_group():
+    x = values(2, 5, 3, 7)
+    x[1, 2, 0, 3] = torch.nan
+    for stats in norm_stats(x, stat_groups=2):
+        assert stats.isnan().nonzero().tolist() == [[1, 2]]
+
+
+def test_twice_the_same_bits():
+    x = values(2, 65, 19, 11)
+    for one, other in zip(norm_stats(x, stat_groups=1), norm_stats(x, stat_groups=1), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_float64_is_the_reference():
+    x = values(2, 5, 3, 7).double()
+    for ours, exact in zip(norm_stats(x, stat_groups=2), norm_stats_ref(x, 2), strict=True):
+        assert ours.dtype == torch.float64
+        assert torch.equal(ours, exact)
+
+
+def test_has_no_gradient_of_its_own():
+    x = values(2, 5, 3, 7).requires_grad_()
+    assert not any(stats.requires_grad for stats in norm_stats(x, stat_groups=1))
+    mean, _ = torch.ops.fastp2p.norm_stats(x, 1)
+    with pytest.raises(InputError, match="norm_stats: has no gradient"):
+        mean.sum().backward()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_opcheck(layout: torch.memory_format):
+    x = torch.randn(2, 3, 4, 5).contiguous(memory_format=layout)
+    torch.library.opcheck(torch.ops.fastp2p.norm_stats.default, (x, 0))
+    torch.library.opcheck(torch.ops.fastp2p.norm_stats.default, (x.bfloat16(), 2))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+def test_every_configuration():
+    from fastp2p.kernels import norm_stats as kernel
+
+    x = values(2, 65, 7, 13)
+    for config in kernel.CONFIGS:
+        assert_close(kernel.norm_stats(x, 2, config=config), x, 2)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+def test_more_tiles_than_one_step_of_the_merge_takes(monkeypatch: pytest.MonkeyPatch):
+    from fastp2p.kernels import norm_stats as kernel
+
+    monkeypatch.setitem(kernel.MERGE_CONFIG, "BLOCK_T", 4)
+    config = next(config for config in kernel.CONFIGS if config["BLOCK_M"] == 32)
+    x = values(2, 3, 15, 13)  # 7 tiles a group
+    for stat_groups in (1, 2):
+        assert_close(kernel.norm_stats(x, stat_groups, config=config), x, stat_groups)
+
+
+def test_bad_input_is_told():
+    x = torch.zeros(4, 3, 2, 2)
+    for bad in (x[0], x[:0], x.int()):
+        with pytest.raises(InputError, match=r"norm_stats: got x .*, expected \(N, C, H, W\) floating, with elements"):
+            norm_stats(bad, stat_groups=1)
+    for stat_groups in (3, 8, -1):
+        with pytest.raises(InputError, match=f"got stat_groups {stat_groups}, expected 0 or a divisor of 4 images"):
+            norm_stats(x, stat_groups=stat_groups)

@@ -1,0 +1,184 @@
+"""What only a GPU shows: CUDA graphs, streams, offsets over 2^31 and inductor around the operators."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from on_device import generator
+from torch import Tensor
+
+from fastp2p import ops
+
+P = torch.ops.fastp2p
+Outputs = tuple[Tensor, ...]
+BYTES = 1 << 30
+
+
+def normal(seed: int, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    x = torch.randn(shape, generator=generator(seed)).to(dtype)
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+
+def adam_state(seed: int, *shape: int) -> list[Tensor]:
+    """param, exp_avg, exp_avg_sq, lr, powers."""
+    param, exp_avg, exp_avg_sq = (normal(seed + i, *shape, dtype=torch.float32) for i in range(3))
+    powers = torch.tensor([0.5, 0.999], dtype=torch.float64)
+    return [param, exp_avg, exp_avg_sq.square(), torch.tensor(1e-3 * (1 + seed)), powers ** (1 + seed)]
+
+
+def norm_inputs(seed: int) -> list[Tensor]:
+    """x, mean, var, weight, bias, rng."""
+    affine = (normal(seed + i, 24, dtype=torch.float32) for i in (1, 2))
+    x = normal(seed, 4, 24, 9, 7)
+    return [x, *ops.norm_stats_ref(x, 2), *affine, torch.tensor([5, seed])]
+
+
+def image_batch(seed: int) -> list[Tensor]:
+    pairs = torch.randint(0, 256, (4, 20, 22, 6), dtype=torch.uint8, generator=generator(seed))
+    index = torch.randint(0, 4, (3,), generator=generator(seed))
+    return [pairs, index, torch.randint(0, 5, (3, 2), generator=generator(seed)), index % 2 == 0]
+
+
+def adam_in_order(param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, lr: Tensor, powers: Tensor, grad: Tensor) -> None:
+    P.adam(param, grad, exp_avg, exp_avg_sq, lr, powers, 0.5, 0.999, 1e-8)
+
+
+def norm_act_backward(dy: Tensor, dy2: Tensor, *inputs: Tensor) -> Outputs:
+    return P.norm_act_backward(dy, dy2, *inputs, 1e-5, 2, 0.2, 1, 0.5, 3, False)
+
+
+# Of each operator: its tensors by seed, and a call that takes them. What a call changes in place is a result as well.
+CALLS: dict[str, tuple[Callable[[int], list[Tensor]], Callable[..., Any]]] = {
+    "adam": (lambda s: [*adam_state(s, 5000), normal(s, 5000, dtype=torch.float32)], adam_in_order),
+    "augment": (image_batch, lambda *t: P.augment(*t, 16, 3, torch.bfloat16)),
+    "down": (
+        lambda s: [normal(s, 2, 64, 18, 14), normal(s + 1, 40, 64, 4, 4)],
+        lambda x, w: P.down(x, w, None, None, 2, 1, 2, 0.2, 1),
+    ),
+    "norm_act": (norm_inputs, lambda *t: P.norm_act(*t, 1e-5, 2, 0.2, 1, 0.5, 3, False)),
+    "norm_act_backward": (
+        lambda s: [normal(s + 5, 4, 24, 9, 7), normal(s + 6, 4, 24, 9, 7), *norm_inputs(s)],
+        norm_act_backward,
+    ),
+    "norm_stats": (lambda s: [normal(s, 4, 65, 19, 11)], lambda x: P.norm_stats(x, 2)),
+    "patch_loss": (lambda s: [normal(s, 2, 3, 40, 40)], lambda x: P.patch_loss(x, None, 0, 1.0, 1.0, False)),
+    "running_stats": (
+        lambda s: [
+            normal(s + i, *shape, dtype=torch.float32) for i, shape in enumerate([(65,), (65,), (2, 65), (2, 65)])
+        ],
+        lambda *t: P.running_stats(*t, 7, 0.1),
+    ),
+    "up": (
+        lambda s: [normal(s, 2, 32, 5, 6), normal(s + 1, 2, 32, 5, 6), normal(s + 2, 64, 40, 4, 4)],
+        lambda x, x2, w: P.up(x, x2, w, None, None, 2, 1, 10, 12, 1, 0.2, 1),
+    ),
+    "wgrad": (
+        lambda s: [normal(s, 2, 40, 9, 7), normal(s + 1, 2, 64, 18, 14)],
+        lambda outer, inner: (P.wgrad(outer, None, inner, 4, 4, 2, 1, torch.float32),),
+    ),
+    "wgrad_adam": (
+        lambda s: [normal(s, 1, 40, 2, 3), normal(s + 1, 1, 64, 4, 6), *adam_state(s, 40, 64, 4, 4)],
+        lambda outer, inner, *state: P.wgrad_adam(outer, None, inner, *state, 0.5, 0.999, 1e-8, 2, 1),
+    ),
+}
+
+
+def results(call: Callable[..., Any], tensors: list[Tensor]) -> list[Tensor]:
+    return [*(call(*tensors) or ()), *tensors]
+
+
+def eager(name: str, seed: int) -> list[Tensor]:
+    make, call = CALLS[name]
+    return results(call, make(seed))
+
+
+def assert_same_bits(ours: list[Tensor], expected: list[Tensor]) -> None:
+    for one, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def fill(tensors: list[Tensor], values: list[Tensor]) -> None:
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)
+
+
+def test_every_operator_is_here():
+    """And its call is right, whatever the device."""
+    assert sorted(CALLS) == ops.operators()
+    for name in CALLS:
+        assert_same_bits(eager(name, 1), eager(name, 1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CALLS)
+def test_a_replayed_graph_gives_the_bits_of_the_eager_call(name: str):
+    """Captured on one set of values, replayed on another: nothing of the first is baked in."""
+    make, call = CALLS[name]
+    expected = {seed: eager(name, seed) for seed in (1, 2)}
+    tensors = make(1)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = results(call, tensors)
+    for seed in (2, 1):
+        fill(tensors, make(seed))
+        graph.replay()
+        assert_same_bits(captured, expected[seed])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CALLS)
+def test_it_runs_on_the_current_stream(name: str):
+    """Its tensors get their values there, late: whoever reads them on another stream reads the old ones."""
+    make, call = CALLS[name]
+    expected, tensors, values = eager(name, 1), make(2), make(1)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)  # cycles, some 50 ms
+        fill(tensors, values)
+        ours = results(call, tensors)
+    stream.synchronize()
+    assert_same_bits(ours, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["adam", "down", "norm_act"])
+def test_inductor(name: str):
+    """One graph without a break; the update in place survives functionalisation."""
+    make, call = CALLS[name]
+    compiled = torch.compile(call, fullgraph=True)
+    assert_same_bits(results(compiled, make(1)), eager(name, 1))
+
+
+def need_memory(gigabytes: int) -> None:
+    free, _ = torch.cuda.mem_get_info()
+    if free < gigabytes * BYTES:
+        pytest.skip(f"needs {gigabytes} GB of free GPU memory")
+
+
+@pytest.mark.gpu
+def test_patch_loss_beyond_2_to_the_31():
+    """The gradient of the last elements is that of a batch of them alone, but for the size of the mean."""
+    need_memory(12)
+    x = torch.randn(2**31 + 2**20, dtype=torch.bfloat16)
+    loss, dx = P.patch_loss(x, None, 1, 0.5, float(x.numel()), False)
+    last = 2**20 + 4096
+    alone, dx_alone = P.patch_loss(x[-last:].clone(), None, 1, 0.5, float(last), False)
+    assert torch.equal(dx[-last:], dx_alone)
+    assert torch.equal(dx[:4096], P.patch_loss(x[:4096].clone(), None, 1, 0.5, 4096.0, False)[1])
+    assert (loss / x.numel()).item() == pytest.approx((alone / last).item(), rel=0.01)  # both are 1.25 of all normal x
+
+
+@pytest.mark.gpu
+def test_down_beyond_2_to_the_31():
+    """The lower half of the last image, in which element 2^31 lies, against PyTorch's convolution of that half alone."""
+    need_memory(16)
+    x = torch.randn(3, 2400, 2400, 128, dtype=torch.bfloat16).permute(0, 3, 1, 2)
+    weight = normal(1, 16, 128, 4, 4) / 64
+    out, *_ = P.down(x, weight, None, None, 2, 1, 0, 0.2, 0)
+    assert x[:-1].numel() < 2**31 < x.numel()
+    expected = torch.nn.functional.conv2d(x[2:, :, 1200:].float(), weight.float(), None, 2, 1)
+    bound = torch.finfo(torch.bfloat16).eps
+    torch.testing.assert_close(out[2:, :, 602:].float(), expected[:, :, 2:], rtol=bound, atol=1e-5)
