@@ -25,8 +25,8 @@ def info() -> str:
         f"CUDA         {torch.version.cuda or 'not in this PyTorch'}",
         "engine       reference: plain PyTorch autograd",
         "",
-        f"{'operator':<13}served on {device.type} by",
-        *(f"{name:<13}{ops.served_by(name, device.type)}" for name in ops.operators()),
+        f"{'operator':<19}served on {device.type} by",
+        *(f"{name:<19}{ops.served_by(name, device.type)}" for name in ops.operators()),
     ]
     return "\n".join(lines)
 

@@ -40,7 +40,11 @@ KERNEL_FILES += ["wgrad_adam"]
 # Compute capability -> shared memory of one block in KiB (CUDA programming guide, technical specifications)
 TARGETS = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 PTXAS_FLAGS = ["--regAllocOptLevel=2"] if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else []
-OPTIONS = ("num_warps", "num_stages")  # of a configuration, for the compiler; the rest are the kernel's constants
+OPTIONS = (
+    "num_warps",
+    "num_stages",
+    "maxnreg",
+)  # of a configuration, for the compiler; the rest are the kernel's constants
 
 
 @dataclass(frozen=True)

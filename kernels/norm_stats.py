@@ -16,7 +16,7 @@ from fastp2p.kernels.compile_check import Case
 from torch import Tensor
 
 CONFIGS = [
-    {"BLOCK_M": 64, "BLOCK_C": 64, "num_warps": 4},
+    {"BLOCK_M": 64, "BLOCK_C": 64, "num_warps": 8},
     {"BLOCK_M": 256, "BLOCK_C": 16, "num_warps": 4},
     {"BLOCK_M": 32, "BLOCK_C": 128, "num_warps": 4},
 ]

@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from fastp2p.errors import InputError
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch: kernels run on the CPU, for tests
+OLDEST_GPU = (8, 0)  # compute capability; Triton gave up sm_75
 LIBRARY = torch.library.Library("fastp2p", "DEF")
 
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
@@ -64,21 +66,35 @@ def serve_by_triton(name: str) -> None:
     A backward operator's launcher lies beside its forward's: X_backward in fastp2p.kernels.X.
 
     Triton itself is imported at the first call. Where it is not installed the reference stays in charge; so it does for
-    float64, which is there for proofs: the kernels compute in float32.
+    float64, which is there for proofs (the kernels compute in float32), and on GPUs older than Triton supports.
     """
     if importlib.util.find_spec("triton") is None:
         return
 
     def launch(*args: Any) -> Any:
-        if args[0].dtype == torch.float64:
+        device = args[0].device
+        if args[0].dtype == torch.float64 or (device.type == "cuda" and not _triton_supports(device.index)):
             return _references[name](*args)
         kernel = getattr(importlib.import_module(f"fastp2p.kernels.{file_of(name)}"), name)
-        with contextlib.nullcontext() if INTERPRETED else torch.cuda.device(args[0].device):
+        with contextlib.nullcontext() if INTERPRETED else torch.cuda.device(device):
             return kernel(*args)
 
     device_type = "cpu" if INTERPRETED else "cuda"
     LIBRARY.impl(name, launch, _DISPATCH_KEYS[device_type])
     _triton_serves.add((name, device_type))
+
+
+@functools.cache
+def _triton_supports(device_index: int) -> bool:
+    """Whether Triton compiles for this GPU; where not, that is said once."""
+    capability = torch.cuda.get_device_capability(device_index)
+    if capability < OLDEST_GPU:
+        warnings.warn(
+            f"fastp2p's kernels need compute capability {OLDEST_GPU[0]}.{OLDEST_GPU[1]}; GPU {device_index} has "
+            f"{capability[0]}.{capability[1]}, so plain PyTorch serves its operators",
+            stacklevel=2,
+        )
+    return capability >= OLDEST_GPU
 
 
 def file_of(name: str) -> str:
@@ -93,9 +109,11 @@ def operators() -> list[str]:
 
 def served_by(name: str, device_type: str) -> str:
     """Which implementation a tensor on this device type ("cpu", "cuda") reaches, as the dispatcher itself knows it."""
-    own = torch._C._dispatch_has_kernel_for_dispatch_key(f"fastp2p::{name}", _DISPATCH_KEYS[device_type])
     if (name, device_type) in _triton_serves:
-        return "Triton, interpreted" if INTERPRETED else "Triton"
+        if INTERPRETED:
+            return "Triton, interpreted"
+        return "Triton" if _triton_supports(torch.cuda.current_device()) else "reference (PyTorch): an old GPU"
+    own = torch._C._dispatch_has_kernel_for_dispatch_key(f"fastp2p::{name}", _DISPATCH_KEYS[device_type])
     return "a kernel of its own" if own else "reference (PyTorch)"
 
 
@@ -112,7 +130,7 @@ def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
             outputs = backward(ctx, *grads)
         if not torch.is_grad_enabled():  # nobody can ask
             return outputs
-        refuse = torch._C._functions.DelayedError(b"fastp2p: there is no second derivative", len(outputs))
+        refuse: Any = torch._C._functions.DelayedError(b"fastp2p: there is no second derivative", len(outputs))
         return refuse(*(None if output is None else output.detach().requires_grad_() for output in outputs))
 
     return wrapper

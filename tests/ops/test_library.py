@@ -1,0 +1,46 @@
+import pytest
+import torch
+
+from fastp2p import ops
+from fastp2p.errors import InputError
+from fastp2p.ops import _library
+from fastp2p.ops._library import INTERPRETED
+
+
+@pytest.mark.skipif(INTERPRETED, reason="interpreted kernels serve the CPU alone")
+@pytest.mark.parametrize(("capability", "server"), [((9, 0), "Triton"), ((7, 5), "reference (PyTorch): an old GPU")])
+def test_who_serves_a_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], server: str):
+    pytest.importorskip("triton")
+    _library._triton_supports.cache_clear()
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    if server == "Triton":
+        assert ops.served_by("down", "cuda") == server
+    else:
+        with pytest.warns(UserWarning, match="compute capability 8.0; GPU 0 has 7.5, so plain PyTorch serves"):
+            assert ops.served_by("down", "cuda") == server
+        assert ops.served_by("up", "cuda") == server  # said once
+    _library._triton_supports.cache_clear()
+
+
+def test_who_serves_the_cpu():
+    assert {ops.served_by(name, "cpu") for name in ops.operators()} == {
+        "Triton, interpreted" if INTERPRETED else "reference (PyTorch)"
+    }
+
+
+def test_autocast_casts_what_it_should():
+    x, wide, integers = torch.zeros(1), torch.zeros(1, dtype=torch.float64), None
+    assert _library.autocast(x, wide, integers) == (x, wide, None)
+    with torch.autocast(x.device.type, torch.bfloat16):
+        cast, still_wide, nothing = _library.autocast(x, wide, integers)
+    assert cast.dtype == torch.bfloat16
+    assert still_wide is wide
+    assert nothing is None
+
+
+def test_a_gradient_that_there_is_not_raises():
+    x = torch.zeros(1, 2, 3, 3, requires_grad=True)
+    dweight = torch.ops.fastp2p.wgrad(x, None, x.detach(), 1, 1, 1, 0, torch.float32)
+    with pytest.raises(InputError, match="wgrad: has no gradient; give it tensors that are detached"):
+        dweight.sum().backward()
