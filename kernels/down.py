@@ -90,7 +90,7 @@ def _down_kernel(
             offset = (tap // KW * width + tap % KW) * pixel_stride + k % n_in
         a = tl.load(corner_ptr[:, None] + offset[None, :], mask=visible, other=0.0)
         weight_inside = (channel < n_out)[None, :] & (k < n_sum)[:, None]
-        b = tl.load(weight_ptr + channel.to(tl.int64)[None, :] * n_sum + k[:, None], mask=weight_inside, other=0.0)
+        b = tl.load(weight_ptr + channel[None, :] * n_sum + k[:, None], mask=weight_inside, other=0.0)
         acc = dot(a, b, acc, PRECISION)
 
     pixel = pixel.to(tl.int64)

@@ -141,9 +141,7 @@ def _accumulate(
         a = tl.load(at_ptr[:, None] + (c - (up * width + left) * pixel_stride)[None, :], mask=visible, other=0.0)
         weight_row = (c * KH + first_tap_y + STRIDE * up) * KW + first_tap_x + STRIDE * left
         weight_inside = (k < n_sum)[:, None] & (channel < n_out)[None, :]
-        b = tl.load(
-            weight_ptr + weight_row.to(tl.int64)[:, None] * n_out + channel[None, :], mask=weight_inside, other=0.0
-        )
+        b = tl.load(weight_ptr + weight_row[:, None] * n_out + channel[None, :], mask=weight_inside, other=0.0)
         acc = dot(a, b, acc, PRECISION)
     return acc
 
