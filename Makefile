@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test lint proof compile-check bench clean
+.PHONY: train test lint proof compile-check bench gpu-check gpu-rehearse gpu-wheels clean
 
 train: .venv/installed
 	$(BIN)/fastp2p train
@@ -30,6 +30,21 @@ compile-check: .venv/installed
 bench: .venv/installed
 	$(BIN)/python -m pytest benchmarks
 
+# On a CUDA GPU: the parity suite, then the operator benchmarks, into benchmarks/results/. Runs on $(PYTHON) as it is, with
+# torch, triton, numpy and pillow alone; pytest and setuptools come from .gpu-wheels, so it needs no network.
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py $(ARGS)
+
+# The same path in a minute on the CPU, with interpreted kernels and tiny shapes.
+gpu-rehearse:
+	$(PYTHON) benchmarks/gpu_check.py --rehearse
+
+# What gpu-check lacks on such a machine, fetched where there is a network.
+gpu-wheels:
+	rm -rf .gpu-wheels
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary :all: --constraint constraints.txt --dest .gpu-wheels \
+		pytest iniconfig pluggy pygments packaging "setuptools>=77"
+
 # Made anew when what is installed changes.
 .venv/installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'fastp2p needs Python 3.11 or later; set PYTHON=')"
@@ -38,4 +53,4 @@ bench: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .gpu-wheels build *.egg-info .pytest_cache .mypy_cache .ruff_cache

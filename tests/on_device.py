@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from fastp2p import ops
 from fastp2p.ops._library import INTERPRETED
 
 FOLDERS = ("ops", "nn")  # of tests, that --device moves to the GPU
@@ -35,8 +36,8 @@ def select(config: pytest.Config, items: list[pytest.Item]) -> None:
     lacking = {} if on_gpu else {"gpu": "needs a CUDA GPU"}
     if torch.cuda.is_available() and not on_gpu:
         lacking["gpu"] = "needs --device cuda"
-    if not on_gpu and not INTERPRETED:
-        lacking["kernels"] = "needs TRITON_INTERPRET=1 or a GPU"
+    if not _served_by_triton(config.getoption("device")):
+        lacking["kernels"] = "needs TRITON_INTERPRET=1 or a GPU" + " of compute capability 8.0" * on_gpu
     for item in items:
         for marker, reason in lacking.items():
             if item.get_closest_marker(marker):
@@ -67,8 +68,12 @@ def run_on_gpu() -> Iterator[None]:
 
 
 def kernels_serve() -> bool:
-    """Whether operators reach Triton's kernels: on the GPU, and interpreted on the CPU."""
-    return INTERPRETED or torch.get_default_device().type == "cuda"
+    """Whether operators reach Triton's kernels: on a GPU that has bfloat16, and interpreted on the CPU."""
+    return _served_by_triton(torch.get_default_device().type)
+
+
+def _served_by_triton(device_type: str) -> bool:
+    return ops.served_by("down", device_type).startswith("Triton")
 
 
 def generator(seed: int) -> torch.Generator:

@@ -218,9 +218,9 @@ def test_dropout_is_seeded_and_scaled():
     torch.testing.assert_close(fused(x), kept)
 
 
-@pytest.mark.parametrize("norm", [nn.BatchNorm2d(4), nn.Identity()])
-def test_dropout_of_one_operator_is_torchs(norm: nn.Module):
-    layers = [nn.Conv2d(3, 4, 3), norm, nn.ReLU(), nn.Dropout(0.5)]
+@pytest.mark.parametrize("norm", [lambda: nn.BatchNorm2d(4), nn.Identity], ids=["batch norm", "no norm"])
+def test_dropout_of_one_operator_is_torchs(norm: Callable[[], nn.Module]):
+    layers = [nn.Conv2d(3, 4, 3), norm(), nn.ReLU(), nn.Dropout(0.5)]
     model = nn.Sequential(*(layer for layer in layers if not isinstance(layer, nn.Identity))).double()
     model.to(memory_format=torch.channels_last)  # torch draws the mask in the order of memory
     model.eval()

@@ -2,6 +2,7 @@ from typing import Any
 
 import pytest
 import torch
+from on_device import generator
 from torch import Tensor
 
 from fastp2p.ops import norm_act, norm_act_backward_ref, norm_act_ref, norm_stats, norm_stats_ref
@@ -32,11 +33,11 @@ def arguments(
     fixed_stats: bool = False,
 ) -> tuple[Any, ...]:
     """The operator's arguments: channels of different mean and spread, and what the reference says are the former."""
-    generator = torch.Generator().manual_seed(sum(shape))
+    draws = generator(sum(shape))
     channels = shape[1]
-    x = torch.randn(shape, generator=generator) * torch.linspace(0.1, 3, channels).view(-1, 1, 1)
+    x = torch.randn(shape, generator=draws) * torch.linspace(0.1, 3, channels).view(-1, 1, 1)
     x = (x + torch.linspace(-2, 5, channels).view(-1, 1, 1)).to(dtype).contiguous(memory_format=torch.channels_last)
-    affine = torch.randn(2, channels, generator=generator)
+    affine = torch.randn(2, channels, generator=draws)
     mean, var = norm_stats_ref(x, stat_groups)
     parameters = (affine[0] if weight else None, affine[1] if bias else None)
     second_index = -1 if second is None else ACTIVATIONS.index(second)
@@ -49,7 +50,7 @@ def with_dropout(args: tuple[Any, ...], dropout: float) -> tuple[Any, ...]:
 
 def gradients(args: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
     x, second = args[0], args[9]
-    dy, dy2 = torch.randn(2, *x.shape, generator=torch.Generator().manual_seed(x.numel())).to(x.dtype)
+    dy, dy2 = torch.randn(2, *x.shape, generator=generator(x.numel())).to(x.dtype)
     return dy, None if second < 0 else dy2
 
 
@@ -148,7 +149,7 @@ def test_without_weight_or_bias_and_with_fixed_statistics(weight: bool, bias: bo
     check(arguments(3, 5, 2, 2, stat_groups=1, weight=weight, bias=bias, fixed_stats=fixed_stats))
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.kernels
 @pytest.mark.parametrize("fixed_stats", [False, True])
 def test_every_configuration(fixed_stats: bool, monkeypatch: pytest.MonkeyPatch):
     """With few programs for the sums, so that some take several tiles of their group."""
@@ -160,7 +161,7 @@ def test_every_configuration(fixed_stats: bool, monkeypatch: pytest.MonkeyPatch)
         check(args, config=config)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.kernels
 def test_more_partial_sums_than_one_step_of_the_merge_takes(monkeypatch: pytest.MonkeyPatch):
     from fastp2p.kernels import norm_act as kernel
 
@@ -251,7 +252,7 @@ def test_a_constant_image_is_shifted_and_has_no_gradient():
 def test_a_small_spread_around_a_large_mean():
     """(x - mean) * rstd keeps the digits that x * scale + shift would lose: 1000 / 0.01 roundings of them."""
     args = list(arguments(2, 3, 8, 8, activation="none", second=None))
-    args[0] = 1000 + 0.01 * torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    args[0] = 1000 + 0.01 * torch.randn(2, 3, 8, 8, generator=generator(1))
     args[1:3] = norm_stats_ref(args[0].double(), 1)
     args[1:3] = [t.float() for t in args[1:3]]
     check(tuple(args))

@@ -4,19 +4,21 @@ from typing import Any
 
 import pytest
 import torch
+from on_device import generator
 from torch import Tensor
 
 from fastp2p.ops import norm_act
-from fastp2p.ops._library import INTERPRETED
 from fastp2p.ops._philox import drop_below, keep_mask, philox
 
-RNG = torch.tensor([20_25, 3])
+
+def rng_state() -> Tensor:
+    return torch.tensor([20_25, 3])
 
 
-def dropped(x: Tensor, rng: Tensor = RNG, layer: int = 0, dropout: float = 0.5) -> Tensor:
+def dropped(x: Tensor, rng: Tensor | None = None, layer: int = 0, dropout: float = 0.5) -> Tensor:
     """norm_act of ones under statistics that change nothing: 1 / (1 - dropout) where kept, else 0."""
     zeros = torch.zeros(1, x.shape[1])
-    y, _ = norm_act(x, zeros, zeros + 1, eps=0.0, dropout=dropout, rng=rng, layer=layer)
+    y, _ = norm_act(x, zeros, zeros + 1, eps=0.0, dropout=dropout, rng=rng_state() if rng is None else rng, layer=layer)
     return y
 
 
@@ -62,12 +64,14 @@ def test_kernel_and_reference_drop_below_the_same_limit():
 
 def test_layout_and_groups_do_not_change_the_mask():
     """Nor do other channels in the same buffer: an element's place is the one in its own image batch."""
-    keep = keep_mask(torch.ones(2, 5, 3, 7), RNG, 0, 0.5)
+    keep = keep_mask(torch.ones(2, 5, 3, 7), rng_state(), 0, 0.5)
     buffer = torch.ones(2, 3, 7, 12).permute(0, 3, 1, 2)
     for x in (torch.ones(2, 5, 3, 7), buffer[:, 3:8], torch.ones(5, 2, 7, 3).permute(1, 0, 3, 2)):
         assert torch.equal(dropped(x) != 0, keep)
     zeros = torch.zeros(2, 5)
-    y, y2 = norm_act(buffer[:, :5], zeros, zeros + 1, activation="relu", second="leaky_relu", dropout=0.5, rng=RNG)
+    y, y2 = norm_act(
+        buffer[:, :5], zeros, zeros + 1, activation="relu", second="leaky_relu", dropout=0.5, rng=rng_state()
+    )
     assert torch.equal(y != 0, keep)
     assert torch.equal(y2 != 0, keep)
 
@@ -94,21 +98,23 @@ def test_seed_step_and_layer_each_give_another_mask():
 
 def test_step_is_read_from_memory():
     """The same tensors give the next step its own mask, as a captured graph needs it."""
-    rng = RNG.clone()
+    rng = rng_state()
     x = torch.ones(2, 5, 3, 7)
     before = dropped(x, rng)
     rng[1] += 1
-    assert torch.equal(dropped(x, rng) != 0, keep_mask(x, RNG + torch.tensor([0, 1]), 0, 0.5))
+    assert torch.equal(dropped(x, rng) != 0, keep_mask(x, rng_state() + torch.tensor([0, 1]), 0, 0.5))
     assert not torch.equal(dropped(x, rng), before)
 
 
 @pytest.mark.parametrize("fixed_stats", [False, True])
 def test_backward_makes_the_same_mask(fixed_stats: bool):
     """With one group and statistics that change nothing, dx under fixed statistics is dy times the mask."""
-    x = torch.randn(2, 5, 3, 7, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    x = torch.randn(2, 5, 3, 7, generator=generator(0)).requires_grad_()
     mean, var = torch.zeros(1, 5), torch.ones(1, 5)
-    y, y2 = norm_act(x, mean, var, eps=0.0, second="none", dropout=0.5, rng=RNG, layer=7, fixed_stats=fixed_stats)
-    keep = keep_mask(x, RNG, 7, 0.5)
+    y, y2 = norm_act(
+        x, mean, var, eps=0.0, second="none", dropout=0.5, rng=rng_state(), layer=7, fixed_stats=fixed_stats
+    )
+    keep = keep_mask(x, rng_state(), 7, 0.5)
     assert torch.equal(y, x * keep * 2)
     (dx,) = torch.autograd.grad(y.sum() + y2.sum(), x)
     dz = keep * 4.0
@@ -123,16 +129,16 @@ def test_no_dropout_draws_nothing():
     assert torch.equal(dropped(x, dropout=0.0), x)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.kernels
 def test_configurations_make_the_same_mask():
     from fastp2p.kernels import norm_act as kernel
 
     x = torch.ones(2, 65, 3, 7)
-    keep = keep_mask(x, RNG, 3, 0.5)
+    keep = keep_mask(x, rng_state(), 3, 0.5)
     mean, var = torch.zeros(2, 65), torch.ones(2, 65)
     settings: tuple[Any, ...] = (0.0, 0, 0.2, -1, 0.5, 3, True)
     for config in kernel.CONFIGS:
-        y, _ = kernel.norm_act(x, mean, var, None, None, RNG, *settings, config=config)
-        dx, *_ = kernel.norm_act_backward(x, None, x, mean, var, None, None, RNG, *settings, config=config)
+        y, _ = kernel.norm_act(x, mean, var, None, None, rng_state(), *settings, config=config)
+        dx, *_ = kernel.norm_act_backward(x, None, x, mean, var, None, None, rng_state(), *settings, config=config)
         assert torch.equal(y, keep * 2.0)
         assert torch.equal(dx, keep * 2.0)

@@ -1,10 +1,10 @@
 import pytest
 import torch
+from on_device import generator
 from torch import Tensor
 
 from fastp2p.errors import InputError
 from fastp2p.ops import norm_stats, norm_stats_ref
-from fastp2p.ops._library import INTERPRETED
 
 UNIT = torch.finfo(torch.float32).eps / 2  # one rounding
 SHAPES = [(1, 1, 1, 1), (1, 3, 1, 2), (2, 5, 3, 17), (3, 33, 2, 3), (4, 64, 2, 1), (4, 1, 3, 3), (2, 3, 17, 17)]
@@ -12,7 +12,7 @@ SHAPES = [(1, 1, 1, 1), (1, 3, 1, 2), (2, 5, 3, 17), (3, 33, 2, 3), (4, 64, 2, 1
 
 def values(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Channels of different mean and spread, one of them constant."""
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+    x = torch.randn(shape, generator=generator(sum(shape)))
     x = x * torch.linspace(3, 0, shape[1]).view(-1, 1, 1) + torch.linspace(5, -2, shape[1]).view(-1, 1, 1)
     return x.to(dtype).contiguous(memory_format=torch.channels_last)
 
@@ -68,7 +68,7 @@ def test_a_constant_has_no_variance(value: float):
 @pytest.mark.parametrize("spread", [1.0, 0.1])
 def test_a_small_spread_around_a_large_mean(spread: float):
     """A difference of squares would be off by 1000² roundings: 0.06, more than the smaller variance has."""
-    x = 1000 + spread * torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    x = 1000 + spread * torch.randn(2, 3, 16, 16, generator=generator(0))
     mean, var = norm_stats(x, stat_groups=1)
     exact_mean, exact_var = norm_stats_ref(x.double(), 1)
     torch.testing.assert_close(mean.double(), exact_mean, rtol=4 * UNIT, atol=0)
@@ -119,7 +119,7 @@ def test_opcheck(layout: torch.memory_format):
     torch.library.opcheck(torch.ops.fastp2p.norm_stats.default, (x.bfloat16(), 2))
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.kernels
 def test_every_configuration():
     from fastp2p.kernels import norm_stats as kernel
 
@@ -128,7 +128,7 @@ def test_every_configuration():
         assert_close(kernel.norm_stats(x, 2, config=config), x, 2)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.kernels
 def test_more_tiles_than_one_step_of_the_merge_takes(monkeypatch: pytest.MonkeyPatch):
     from fastp2p.kernels import norm_stats as kernel
 

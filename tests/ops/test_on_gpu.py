@@ -53,7 +53,7 @@ CALLS: dict[str, tuple[Callable[[int], list[Tensor]], Callable[..., Any]]] = {
     "adam": (lambda s: [*adam_state(s, 5000), normal(s, 5000, dtype=torch.float32)], adam_in_order),
     "augment": (image_batch, lambda *t: P.augment(*t, 16, 3, torch.bfloat16)),
     "down": (
-        lambda s: [normal(s, 2, 64, 18, 14), normal(s + 1, 40, 64, 4, 4)],
+        lambda s: [normal(s, 1, 32, 10, 6), normal(s + 1, 24, 32, 4, 4)],
         lambda x, w: P.down(x, w, None, None, 2, 1, 2, 0.2, 1),
     ),
     "norm_act": (norm_inputs, lambda *t: P.norm_act(*t, 1e-5, 2, 0.2, 1, 0.5, 3, False)),
@@ -70,15 +70,15 @@ CALLS: dict[str, tuple[Callable[[int], list[Tensor]], Callable[..., Any]]] = {
         lambda *t: P.running_stats(*t, 7, 0.1),
     ),
     "up": (
-        lambda s: [normal(s, 2, 32, 5, 6), normal(s + 1, 2, 32, 5, 6), normal(s + 2, 64, 40, 4, 4)],
-        lambda x, x2, w: P.up(x, x2, w, None, None, 2, 1, 10, 12, 1, 0.2, 1),
+        lambda s: [normal(s, 1, 16, 3, 4), normal(s + 1, 1, 16, 3, 4), normal(s + 2, 32, 24, 4, 4)],
+        lambda x, x2, w: P.up(x, x2, w, None, None, 2, 1, 6, 8, 1, 0.2, 1),
     ),
     "wgrad": (
-        lambda s: [normal(s, 2, 40, 9, 7), normal(s + 1, 2, 64, 18, 14)],
+        lambda s: [normal(s, 1, 24, 5, 3), normal(s + 1, 1, 32, 10, 6)],
         lambda outer, inner: (P.wgrad(outer, None, inner, 4, 4, 2, 1, torch.float32),),
     ),
     "wgrad_adam": (
-        lambda s: [normal(s, 1, 40, 2, 3), normal(s + 1, 1, 64, 4, 6), *adam_state(s, 40, 64, 4, 4)],
+        lambda s: [normal(s, 1, 8, 2, 3), normal(s + 1, 1, 16, 4, 6), *adam_state(s, 8, 16, 4, 4)],
         lambda outer, inner, *state: P.wgrad_adam(outer, None, inner, *state, 0.5, 0.999, 1e-8, 2, 1),
     ),
 }
@@ -173,7 +173,7 @@ def test_patch_loss_beyond_2_to_the_31():
 
 @pytest.mark.gpu
 def test_down_beyond_2_to_the_31():
-    """The lower half of the last image, in which element 2^31 lies, against PyTorch's convolution of that half alone."""
+    """The lower half of the last image, where element 2^31 lies, against PyTorch's convolution of that half."""
     need_memory(16)
     x = torch.randn(3, 2400, 2400, 128, dtype=torch.bfloat16).permute(0, 3, 1, 2)
     weight = normal(1, 16, 128, 4, 4) / 64

@@ -1,20 +1,20 @@
 import pytest
 import torch
+from on_device import generator
 from torch import Tensor, nn
 
 from fastp2p.errors import InputError
 from fastp2p.ops import norm_stats, running_stats, running_stats_ref
-from fastp2p.ops._library import INTERPRETED
 
 UNIT = torch.finfo(torch.float32).eps / 2  # one rounding
 
 
 def buffers(channels: int, stat_groups: int = 3) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """running_mean, running_var, mean, var with values over some orders of magnitude."""
-    generator = torch.Generator().manual_seed(channels)
+    draws = generator(channels)
     scale = 10 ** torch.linspace(-3, 3, channels)
-    running_mean, running_var = torch.randn(2, channels, generator=generator) * scale
-    mean, var = torch.randn(2, stat_groups, channels, generator=generator) * scale
+    running_mean, running_var = torch.randn(2, channels, generator=draws) * scale
+    mean, var = torch.randn(2, stat_groups, channels, generator=draws) * scale
     return running_mean, running_var.abs(), mean, var.abs()
 
 
@@ -44,7 +44,7 @@ def test_are_the_buffers_of_batch_norm(momentum: float | None):
     layer = nn.BatchNorm2d(5, **given)
     running_mean, running_var = layer.running_mean.clone(), layer.running_var.clone()
     for seed in range(2):
-        x = 2 + 3 * torch.randn(6, 5, 2, 3, generator=torch.Generator().manual_seed(seed))
+        x = 2 + 3 * torch.randn(6, 5, 2, 3, generator=generator(seed))
         for batch in x.chunk(3):
             layer(batch)
         running_stats(running_mean, running_var, *norm_stats(x, stat_groups=3), n_values=2 * 2 * 3, **given)
@@ -108,7 +108,7 @@ def test_torch_compile():
     assert all(torch.equal(one, other) for one, other in zip(ours, compiled, strict=True))
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.kernels
 def test_every_configuration():
     from fastp2p.kernels import running_stats as kernel
 

@@ -1,0 +1,152 @@
+"""The parity suite for gpu_check.py: pytest in many processes at once, and which operators it finds right.
+
+Most of its time goes into compiling kernels, one core each, and a kernel's fault ends its process: so every file runs
+in processes of its own, several at a time.
+"""
+
+import os
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpu_machine import ROOT
+
+SHARDS = 4  # of each file of operator tests
+MOST_FAILURES, MOST_CHARACTERS = 100, 4000  # kept in the results: of failures, and of each one's text
+
+
+@dataclass
+class Unit:
+    """A part of a test file's tests, and the process that runs it."""
+
+    file: Path
+    shard: str
+    options: list[str]
+    xml: Path
+    log: Path
+    process: subprocess.Popen[bytes] | None = None
+    ended: str = "not begun: out of time"  # empty when it ran to its end
+
+    @property
+    def name(self) -> str:
+        return f"{self.file.relative_to(ROOT)} {self.shard}"
+
+    def start(self, env: dict[str, str]) -> None:
+        command = [sys.executable, "-m", "pytest", str(self.file), "--shard", self.shard, "-m", "not slow", "-q"]
+        command += ["--no-header", "-p", "no:cacheprovider", f"--junitxml={self.xml}", *self.options]
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
+
+    def finish(self, ended: str = "") -> None:
+        status = self.process.returncode
+        text = self.log.read_text(errors="replace")
+        if not ended and status not in (0, 1, 5):  # all passed, some failed, none in this shard
+            ended = f"pytest ended with status {status}: {text.strip()[-MOST_CHARACTERS:]}"
+        self.ended = ended
+        last = text.strip().splitlines()[-1:] or [""]
+        print(f"{self.name:<48} {ended[:200] or last[0]}", flush=True)
+        if status == 1:
+            print(text[-3000:], flush=True)
+
+
+def run(units: list[Unit], env: dict[str, str], workers: int, end: float) -> None:
+    """Run them, so many at once, until they are done or time.monotonic() is `end`."""
+    waiting, running = list(units), []
+    env = env | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers and time.monotonic() < end:
+                running.append(waiting.pop(0))
+                running[-1].start(env)
+            for unit in [unit for unit in running if unit.process.poll() is not None]:
+                running.remove(unit)
+                unit.finish()
+            if time.monotonic() > end:
+                break
+            time.sleep(0.05)
+    finally:
+        for unit in running:
+            unit.process.kill()
+            unit.process.wait()
+            unit.finish("stopped before its end")
+
+
+def list_units(device: str, rehearse: bool, folder: Path) -> list[Unit]:
+    """The suite, in parts; a folder for their reports."""
+    options = ["--device", device]
+    files = dict.fromkeys(sorted((ROOT / "tests" / "ops").glob("test_*.py")), SHARDS)
+    files |= dict.fromkeys(sorted((ROOT / "tests" / "nn").glob("test_*.py")), 1)
+    if rehearse:
+        files = {ROOT / "tests" / "ops" / f"test_{name}.py": 2 for name in ("adam", "on_gpu")}
+        options += ["-k", "bad_input or every_operator or slices or bits"]
+    # The largest first, so that none is left running alone at the end
+    shards = [(path, i, n) for path, n in files.items() for i in range(1, n + 1)]
+    shards.sort(key=lambda shard: -shard[0].stat().st_size / shard[2])
+    stems = [folder / f"{path.parent.name}-{path.stem}-{i}" for path, i, _ in shards]
+    return [
+        Unit(path, f"{i}/{n}", options, stem.with_suffix(".xml"), stem.with_suffix(".log"))
+        for (path, i, n), stem in zip(shards, stems, strict=True)
+    ]
+
+
+def summarise(units: list[Unit], operators: list[str]) -> dict[str, Any]:
+    """Counts in all and by file, failures with their text, and for each operator why it is not green, or ""."""
+    files: dict[str, Counter[str]] = {}
+    of_operator = {name: Counter[str]() for name in operators}
+    failures, verdicts = [], {}
+    for unit in units:
+        counts = files.setdefault(str(unit.file.relative_to(ROOT)), Counter(passed=0, failed=0, skipped=0))
+        for name, outcome, text in _outcomes(unit.xml):
+            counts[outcome] += 1
+            operator = operator_of(unit.file.stem, name, operators)
+            if operator:
+                of_operator[operator][outcome] += 1
+            if outcome == "failed":
+                failures.append({"test": f"{unit.file.name}::{name}", "text": text[-MOST_CHARACTERS:]})
+        if unit.ended:
+            counts["unfinished"] += 1
+            failures.append({"test": unit.name, "text": unit.ended})
+            operator = operator_of(unit.file.stem, "", operators)
+            if operator:
+                of_operator[operator]["unfinished"] += 1
+    for operator, counts in of_operator.items():
+        faults = [f"{counts[what]} {words}" for what, words in _FAULTS.items() if counts[what]]
+        verdicts[operator] = ", ".join(faults) or ("" if counts["passed"] else "none of its tests ran")
+    total = sum(files.values(), Counter(passed=0, failed=0, skipped=0))
+    return {
+        "green": not failures and total["passed"] > 0,
+        "total": total,
+        "files": files,
+        "operators": verdicts,
+        "failures": failures[:MOST_FAILURES],
+    }
+
+
+_FAULTS = {"failed": "tests failed", "unfinished": "runs of tests did not finish"}
+
+
+def _outcomes(xml: Path) -> list[tuple[str, str, str]]:
+    """(name, passed or failed or skipped, text) of each test in a JUnit file; none where it was never written."""
+    if not xml.exists():
+        return []
+    outcomes = []
+    for case in ET.parse(xml).iter("testcase"):
+        faults = [child for child in case if child.tag in ("failure", "error")]
+        text = "\n".join(f"{child.get('message', '')}\n{child.text or ''}" for child in faults)
+        outcome = "failed" if faults else "skipped" if case.find("skipped") is not None else "passed"
+        outcomes.append((case.get("name", ""), outcome, text))
+    return outcomes
+
+
+def operator_of(file_stem: str, test: str, operators: list[str]) -> str | None:
+    """The operator that a test is about, by its file's name; in the file of all operators by its own."""
+    if file_stem == "test_on_gpu":
+        found = [name for name in operators if name in test]
+    else:
+        found = [name for name in operators if file_stem.startswith(f"test_{name}")]
+    return max(found, key=len, default=None)
