@@ -18,7 +18,7 @@ from torch import Tensor
 from fastp2p.ops.adam import adam_ref
 
 BATCHES = (1, 16)
-P = torch.ops.fastp2p
+operators = torch.ops.fastp2p
 REHEARSED = [  # one of each kind: down, up of two inputs, stride 1
     Layer("e4", False, 8, 0, 12, 4, 2, "stats"),
     Layer("d4", True, 8, 8, 4, 2, 2, "stats"),
@@ -69,11 +69,19 @@ def _layer_jobs(
     n_in, taps = layer.n_in + layer.n_in2, 16
     small = (layer.side if layer.transposed else layer.out_side) ** 2  # pixels that meet every tap
     inputs, outputs = (batch, n_in, layer.side, layer.side), (batch, layer.n_out, layer.out_side, layer.out_side)
-    weight_bytes = 4 if direction == "weight gradient" else dtype.itemsize
+    weight_itemsize = 4 if direction == "weight gradient" else dtype.itemsize  # where it is the result, float32
+    bytes_of = {
+        "weight": size(((n_in, taps, layer.n_out), weight_itemsize)),
+        "x": size((inputs, dtype.itemsize)),
+        "dy": size((outputs, dtype.itemsize)),
+    }
+    result = {"forward": "dy", "data gradient": "x", "weight gradient": "weight"}[direction]  # or of its size
+    n_bytes = sum(bytes_of.values())  # each once
     case = f"{product.operator} {layer.name} {direction} batch {batch}"
     facts = {"layer": layer.name, "direction": direction, "batch": batch, "dtype": str(dtype).removeprefix("torch.")}
     shared = {
-        "n_bytes": size((inputs, dtype.itemsize), (outputs, dtype.itemsize), ((n_in, taps, layer.n_out), weight_bytes)),
+        "n_bytes": n_bytes,
+        "input_bytes": n_bytes - bytes_of[result],
         "flop": 2 * batch * small * taps * n_in * layer.n_out,
         "facts": facts,
     }
@@ -165,13 +173,15 @@ def wgrad_adam_jobs(rehearse: bool) -> Iterator[Job]:
             ((layer.n_in + layer.n_in2, layer.side, layer.side), dtype.itemsize),
             ((layer.n_out, layer.out_side, layer.out_side), dtype.itemsize),
         )
+        weights = 16 * size_[0] * size_[1]
         yield from comparison(
             f"wgrad_adam {layer.name} batch 1",
             "wgrad_adam",
             partial(_fused_step, layer),
             partial(_plain_step, layer),
             partial(_step_tensors, layer, size_, dtype),
-            n_bytes=activations + size((size_, 16 * (24 + 2))),  # 12 read, 12 written, and 2 for the bfloat16 copy
+            n_bytes=activations + weights * (24 + 2),  # 12 read, 12 written, and 2 for the bfloat16 copy
+            input_bytes=activations + weights * 12,
             compiled=rehearse or layer.name in ("e5", "d6"),
             layer=layer.name,
             batch=1,
@@ -190,7 +200,7 @@ def _step_tensors(layer: Layer, size_: tuple[int, int], dtype: torch.dtype) -> t
 def _fused_step(layer: Layer, param, exp_avg, exp_avg_sq, low_precision, lr, powers, dy, x, x2=None) -> None:
     outer, outer2, inner = (x, x2, dy) if layer.transposed else (dy, None, x)
     state = (param, exp_avg, exp_avg_sq, lr, powers, 0.5, 0.999, 1e-8, layer.stride, 1, low_precision)
-    P.wgrad_adam(outer, outer2, inner, *state)
+    operators.wgrad_adam(outer, outer2, inner, *state)
 
 
 def _plain_step(layer: Layer, param, exp_avg, exp_avg_sq, low_precision, lr, powers, dy, x, x2=None) -> None:

@@ -26,12 +26,16 @@ from gpu_machine import ROOT, Unfit, check_given, describe, prepare, slug, smi_s
 
 BEGINNINGS = 8  # of the process that times, after faults
 LEAST_SECONDS = 20  # for it to be worth beginning
+WHY_9 = "long enough for everything on an H200, as estimated, not measured"
 UNFIT, INTERRUPTED = 2, 130  # exit statuses
 NOTES = [
     "ms, first_quartile and third_quartile are milliseconds a call over n samples of `calls` calls each",
     "method graph: replays of a CUDA graph of these calls; stream: launched one by one, launching included",
-    "cold: the calls went through `sets` sets of inputs of 128 MB or more together; outputs may stay in the cache",
-    "bytes: each input read once, each output written once; flop: of products, padding counted as pixels",
+    "cold: the calls went in turn through `sets` sets of inputs, of which they read 128 MB or more together; not cold: "
+    "one set, which the cache may hold. Outputs and what lies between two kernels of a call may stay in it either way",
+    "bytes: what the operation must move, so inputs, second reads included (norm_act: for the statistics, then to "
+    "normalise), and outputs; input_bytes: distinct ones of a set of inputs, each once",
+    "flop: of products, padding counted as pixels",
     "down, up, wgrad: the bare product, without epilogue; eager is cuDNN, channels_last, cudnn.benchmark, and for the "
     "decoder's forward pass includes the concatenation; wgrad writes float32, cuDNN bfloat16",
     "fastp2p, best of candidates: the tile and SPLIT that were fastest here, of all in `tried`, each timed briefly",
@@ -55,14 +59,16 @@ class Report:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=9.0, help="to end within (default 9)")
+    parser.add_argument("--minutes", type=float, default=9.0, help=f"to end within (default 9: {WHY_9})")
     parser.add_argument(
         "--only", choices=["parity", "benchmarks"], help="one half; without parity nothing is vouched for"
     )
     parser.add_argument("--out", type=Path, help="folder of the JSON file (default benchmarks/results)")
     parser.add_argument("--rehearse", action="store_true", help="the same on the CPU, tiny, with interpreted kernels")
-    cores = os.cpu_count() or 1
-    parser.add_argument("--workers", type=int, default=min(14, cores), help="processes that compile or test at once")
+    workers = os.cpu_count() or 1
+    parser.add_argument(
+        "--workers", type=int, default=workers, help="processes that compile or test at once (default: one a core)"
+    )
     args = parser.parse_args()
     begun = time.monotonic()
     signal.signal(signal.SIGTERM, _interrupt)
@@ -240,6 +246,7 @@ def _time(
 
 
 def add_speedups(rows: list[dict[str, Any]]) -> None:
+    """Into each row of a case that eager PyTorch has a time for: how many times as fast it is."""
     eager = {row["case"]: row["ms"] for row in rows if row["provider"] == "eager"}
     for row in rows:
         if row["case"] in eager:

@@ -141,11 +141,16 @@ def smi_state() -> dict[str, str] | None:
 
 
 def commit() -> dict[str, Any]:
-    """The commit and whether files differ from it; without a repository FASTP2P_COMMIT, with -dirty if they do."""
-    given = os.environ.get("FASTP2P_COMMIT")
-    if given:
+    """The commit and whether files differ from it; without a repository FASTP2P_COMMIT, with -dirty if they do.
+
+    Where there is a repository that variable is not looked at: an old one would put its name to other code's results.
+    """
+    if not (ROOT / ".git").exists():
+        given = os.environ.get("FASTP2P_COMMIT")
+        if not given:
+            return {"commit": None, "dirty": None}
         return {"commit": given.removesuffix("-dirty"), "dirty": given.endswith("-dirty")}
-    if shutil.which("git") is None or not (ROOT / ".git").exists():
+    if shutil.which("git") is None:
         return {"commit": None, "dirty": None}
     git = ["git", "-C", str(ROOT)]
     head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)

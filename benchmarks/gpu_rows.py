@@ -76,7 +76,7 @@ def do_jobs(jobs: list[Job], done: list[str], device: torch.device, end: float) 
 
 def do(job: Job, device: torch.device, end: float) -> dict[str, Any]:
     """Time a job; of several configurations each briefly, then the best."""
-    sets = input_sets(job.n_bytes, device)
+    sets = input_sets(job.input_bytes, device)
     runners = [job.make() for _ in range(sets)]
 
     def timed(config: Config | None, seconds: float) -> Timing:
@@ -98,7 +98,8 @@ def do(job: Job, device: torch.device, end: float) -> dict[str, Any]:
         config = min(able, key=lambda candidate: candidate["ms"])["config"]
     timing = timed(config, 0.15)
     row = {"case": job.case, "operator": job.operator, "provider": job.provider, **job.facts, **vars(timing)}
-    row |= {"sets": sets, "cold": sets * job.n_bytes >= COLD_BYTES, "bytes": job.n_bytes, "flop": job.flop}
+    row |= {"sets": sets, "cold": sets * job.input_bytes >= COLD_BYTES}
+    row |= {"bytes": job.n_bytes, "input_bytes": job.input_bytes, "flop": job.flop}
     row |= {"gb_per_s": job.n_bytes / timing.ms / 1e6, "tflops": job.flop / timing.ms / 1e9 or None}
     return row | ({"config": config, "tried": tried, "candidates": len(job.configs)} if job.configs else {})
 

@@ -12,6 +12,7 @@ Config = dict[str, int]
 # Takes a kernel's configuration, None for the launcher's own choice (and for who has none), and does the thing once.
 Runner = Callable[[Config | None], object]
 
+UNET_256_PARAMETERS = 54_413_955
 OURS, BEST, EAGER, COMPILED = "fastp2p", "fastp2p, best of candidates", "eager", "torch.compile"
 
 
@@ -21,7 +22,8 @@ class Job:
     operator: str  # whose parity tests must be green
     provider: str  # who does it
     make: Callable[[], Runner]  # a set of inputs, and the call on them
-    n_bytes: int  # that the operation must move: each input once, each output once
+    n_bytes: int  # that the operation must move: its inputs, second reads included, and its outputs
+    input_bytes: int  # distinct ones that a call reads of one set of inputs, each counted once
     flop: int = 0  # of matrix products, padding counted as if it were pixels
     capturable: bool = True  # in a CUDA graph
     configs: list[Config] = field(default_factory=list)  # to try, for BEST
@@ -40,6 +42,7 @@ def comparison(
     make: Callable[[], tuple[Tensor, ...]],
     *,
     n_bytes: int,
+    input_bytes: int,
     flop: int = 0,
     wrap: Callable[[Callable[..., object]], Callable[..., object]] = lambda function: function,
     compiled: bool = True,
@@ -61,7 +64,7 @@ def comparison(
         backend = "inductor" if torch.get_default_device().type == "cuda" else "aot_eager"
         return torch.compile(plain, fullgraph=True, dynamic=False, backend=backend)
 
-    shared = {"n_bytes": n_bytes, "flop": flop, "facts": facts}
+    shared = {"n_bytes": n_bytes, "input_bytes": input_bytes, "flop": flop, "facts": facts}
     yield Job(case, operator, OURS, lambda: runner(ours), **shared)
     yield Job(case, operator, EAGER, lambda: runner(plain), capturable=capturable_plain, **shared)
     if compiled:

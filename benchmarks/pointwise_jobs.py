@@ -5,17 +5,16 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from jobs import EAGER, OURS, Job, Runner, comparison, image, size
+from jobs import EAGER, OURS, UNET_256_PARAMETERS, Job, Runner, comparison, image, size
 from torch import Tensor
 
 from fastp2p.ops import adam_ref, augment_ref, norm_act, norm_stats, running_stats_ref
 from fastp2p.ops._activation import ACTIVATIONS
 from fastp2p.ops.patch_loss import KINDS
 
-PARAMETERS = 54_413_955  # of unet_256
 # Normalised maps (channels, side): after e2, e4 and e7, and after D's layer of stride 1
 MAPS = {"e2": (128, 64), "e4": (512, 16), "e7": (512, 2), "D4": (512, 31)}
-P = torch.ops.fastp2p
+operators = torch.ops.fastp2p
 
 
 def pointwise_jobs(rehearse: bool) -> Iterator[Job]:
@@ -25,13 +24,14 @@ def pointwise_jobs(rehearse: bool) -> Iterator[Job]:
             yield from norm_jobs(name, (batch, channels, side, side), dtype)
         yield from loss_jobs(batch, 6 if rehearse else 30, 8 if rehearse else 256, dtype)
         yield from augment_jobs(batch, *((10, 8) if rehearse else (286, 256)))
-    yield from adam_jobs(5000 if rehearse else PARAMETERS)
+    yield from adam_jobs(5000 if rehearse else UNET_256_PARAMETERS)
     yield from running_stats_jobs(8 if rehearse else 512)
 
 
 def norm_jobs(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Job]:
     """norm_stats alone; norm and LeakyReLU with their statistics, forward, both ways, and the gradient alone."""
-    once, batch = size((shape, dtype.itemsize)), shape[0]
+    batch, once = shape[0], size((shape, dtype.itemsize))
+    vector = shape[1] * 4  # of one float32 a channel: mean, var, weight, bias and the gradients of these two
 
     def tensors(requires_grad: bool) -> tuple[Tensor, ...]:
         parameters = (torch.randn(shape[1]).requires_grad_(requires_grad) for _ in range(2))
@@ -44,18 +44,21 @@ def norm_jobs(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator
         partial(norm_stats, stat_groups=1),
         _plain_stats,
         lambda: (image(*shape, dtype=dtype),),
-        n_bytes=once,
+        n_bytes=once + 2 * vector,
+        input_bytes=once,
         **facts,
     )
     # Forward x is read for the statistics, then read and written; backward x and dy are read twice and dx is written
     case, inputs = f"norm_act {name} forward batch {batch}", partial(tensors, False)
-    yield from comparison(case, "norm_act", _norm_act, _plain_norm_act, inputs, n_bytes=3 * once, **facts)
+    moved = {"n_bytes": 3 * once + 6 * vector, "input_bytes": once + 2 * vector}
+    yield from comparison(case, "norm_act", _norm_act, _plain_norm_act, inputs, **moved, **facts)
     case, inputs = f"norm_act {name} both ways batch {batch}", partial(tensors, True)
-    more = {"wrap": _both_ways, "n_bytes": 8 * once}
-    yield from comparison(case, "norm_act", _norm_act, _plain_norm_act, inputs, **more, **facts)
-    case, shared = f"norm_act {name} backward batch {batch}", {"n_bytes": 5 * once, "facts": facts}
-    yield Job(case, "norm_act", OURS, lambda: _backward(*tensors(False)), **shared)
-    yield Job(case, "norm_act", EAGER, lambda: _plain_backward(*tensors(True)), **shared)
+    moved = {"n_bytes": 8 * once + 12 * vector, "input_bytes": 2 * once + 2 * vector}
+    yield from comparison(case, "norm_act", _norm_act, _plain_norm_act, inputs, wrap=_both_ways, **moved, **facts)
+    case = f"norm_act {name} backward batch {batch}"
+    moved = {"n_bytes": 5 * once + 6 * vector, "input_bytes": 2 * once + 4 * vector}
+    yield Job(case, "norm_act", OURS, lambda: _backward(*tensors(False)), **moved, facts=facts)
+    yield Job(case, "norm_act", EAGER, lambda: _plain_backward(*tensors(True)), **moved, facts=facts)
 
 
 def _plain_stats(x: Tensor) -> tuple[Tensor, ...]:
@@ -77,7 +80,7 @@ def _both_ways(forward: Callable[..., Tensor]) -> Callable[..., object]:
 def _backward(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor) -> Runner:
     settings = (1e-5, ACTIVATIONS.index("leaky_relu"), 0.2, -1, 0.0, 0, False)
     mean, var = norm_stats(x, stat_groups=1)
-    return lambda _: P.norm_act_backward(dy, None, x, mean, var, weight, bias, None, *settings)
+    return lambda _: operators.norm_act_backward(dy, None, x, mean, var, weight, bias, None, *settings)
 
 
 def _plain_backward(*tensors: Tensor) -> Runner:
@@ -89,7 +92,7 @@ def loss_jobs(batch: int, map_side: int, image_side: int, dtype: torch.dtype) ->
     """D's loss on its map of logits, and G's L1 on the image, with their gradients."""
 
     def ours(x: Tensor, target: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
-        return P.patch_loss(x.detach(), target, KINDS.index(kind), 1.0, 1.0, False)
+        return operators.patch_loss(x.detach(), target, KINDS.index(kind), 1.0, 1.0, False)
 
     def plain(x: Tensor, target: Tensor | None, kind: str) -> Tensor:
         if kind == "l1":
@@ -104,9 +107,9 @@ def loss_jobs(batch: int, map_side: int, image_side: int, dtype: torch.dtype) ->
         x = image(batch, channels, side, side, dtype=dtype).requires_grad_()
         return x, image(batch, 3, side, side, dtype=torch.float32) if kind == "l1" else None, kind
 
-    for kind, elements, n_bytes in (
-        ("bce", batch * map_side**2, 2 * dtype.itemsize),  # x read, dx written
-        ("l1", batch * 3 * image_side**2, 2 * dtype.itemsize + 4),  # and the target read
+    for kind, elements, read in (
+        ("bce", batch * map_side**2, dtype.itemsize),
+        ("l1", batch * 3 * image_side**2, dtype.itemsize + 4),  # and the target
     ):
         yield from comparison(
             f"patch_loss {kind} batch {batch}",
@@ -115,7 +118,8 @@ def loss_jobs(batch: int, map_side: int, image_side: int, dtype: torch.dtype) ->
             plain,
             partial(tensors, kind),
             wrap=with_gradient,
-            n_bytes=elements * n_bytes,
+            n_bytes=elements * (read + dtype.itemsize),  # dx written
+            input_bytes=elements * read,
             kind=kind,
             batch=batch,
         )
@@ -126,16 +130,18 @@ def augment_jobs(batch: int, load_size: int, crop_size: int) -> Iterator[Job]:
 
     def tensors() -> tuple[Tensor, ...]:
         pairs = torch.randint(0, 256, (32, load_size, load_size, 6), dtype=torch.uint8)
-        index = torch.randint(0, 32, (batch,))
+        index = torch.randperm(32)[:batch]  # no pair twice, so that no byte is read twice
         return pairs, index, torch.randint(0, load_size - crop_size + 1, (batch, 2)), index % 2 == 0
 
+    values = batch * crop_size**2 * 6  # uint8 read, float32 written
     yield from comparison(
         f"augment batch {batch}",
         "augment",
-        lambda *t: P.augment(*t, crop_size, 3, torch.float32),
+        lambda *t: operators.augment(*t, crop_size, 3, torch.float32),
         lambda *t: augment_ref(*t, crop_size, 3),
         tensors,
-        n_bytes=batch * crop_size**2 * 6 * (1 + 4),
+        n_bytes=values * (1 + 4),
+        input_bytes=values,
         compiled=False,
         capturable_plain=False,
         batch=batch,
@@ -151,7 +157,7 @@ def adam_jobs(parameters: int) -> Iterator[Job]:
         return param, grad, exp_avg, exp_avg_sq.square_(), torch.tensor(2e-4), powers
 
     def ours(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, lr: Tensor, powers: Tensor) -> None:
-        P.adam(param, grad, exp_avg, exp_avg_sq, lr, powers, 0.5, 0.999, 1e-8)
+        operators.adam(param, grad, exp_avg, exp_avg_sq, lr, powers, 0.5, 0.999, 1e-8)
 
     def plain(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, lr: Tensor, powers: Tensor) -> None:
         adam_ref(param, grad, exp_avg, exp_avg_sq, lr, powers, 0.5, 0.999, 1e-8)
@@ -163,16 +169,16 @@ def adam_jobs(parameters: int) -> Iterator[Job]:
         step = torch.optim.Adam([parameter], lr=2e-4, betas=(0.5, 0.999), capturable=capturable, **way).step
         return lambda _: step()
 
-    case, n_bytes = "adam", parameters * 28  # 16 read, 12 written
-    compiled, facts = {"n_bytes": n_bytes, "parameters": parameters}, {"parameters": parameters}
-    ours_alone, _, by_compile = comparison(case, "adam", ours, plain, tensors, **compiled)
+    case, facts = "adam", {"parameters": parameters}
+    moved = {"n_bytes": parameters * 28, "input_bytes": parameters * 16}  # 16 read, 12 written
+    ours_alone, _, by_compile = comparison(case, "adam", ours, plain, tensors, **moved, **facts)
     yield from (ours_alone, by_compile)
     for provider, way in ((EAGER, {"foreach": True}), ("eager, fused", {"fused": True})):
-        yield Job(case, "adam", provider, partial(optimizer, **way), n_bytes, facts=facts)
+        yield Job(case, "adam", provider, partial(optimizer, **way), **moved, facts=facts)
 
 
 def running_stats_jobs(channels: int) -> Iterator[Job]:
-    """One group's update, against batch norm's four operations."""
+    """One group's update, against the four operations of eager PyTorch, two per buffer."""
 
     def plain(running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor) -> None:
         running_stats_ref(running_mean, running_var, mean, var, 1024, 0.1)
@@ -180,9 +186,10 @@ def running_stats_jobs(channels: int) -> Iterator[Job]:
     yield from comparison(
         f"running_stats of {channels}",
         "running_stats",
-        lambda *t: P.running_stats(*t, 1024, 0.1),
+        lambda *t: operators.running_stats(*t, 1024, 0.1),
         plain,
         lambda: (torch.randn(channels), torch.rand(channels), torch.randn(1, channels), torch.rand(1, channels)),
         n_bytes=channels * 6 * 4,  # four vectors read, two written
+        input_bytes=channels * 4 * 4,
         channels=channels,
     )

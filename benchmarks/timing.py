@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 COLD_BYTES = 128_000_000  # what consecutive calls must touch so that none finds its inputs in a cache of 60 MB or less
-MOST_SETS = 32
+MOST_SETS = 256  # so sets of 0.5 MB or more are timed cold; less would take longer to launch than it is worth
 BATCH_MS = 0.5  # of calls between two events, whose own resolution is a thousandth of that
 CPU_SAMPLES = 3
 
@@ -29,9 +29,13 @@ class Timing:
     method: str  # "graph", "stream" (with the time of launching) or "cpu"
 
 
-def input_sets(n_bytes: int, device: torch.device) -> int:
-    """How many sets of inputs of so many bytes calls must go through in turn to find each cold; within reason."""
-    return min(MOST_SETS, -(-COLD_BYTES // max(1, n_bytes))) if device.type == "cuda" else 1
+def input_sets(input_bytes: int, device: torch.device) -> int:
+    """How many sets of inputs of so many bytes calls must go through in turn to find each cold.
+
+    One set, which the cache may then hold, where that would take more than MOST_SETS, and on a CPU.
+    """
+    sets = -(-COLD_BYTES // input_bytes)
+    return sets if sets <= MOST_SETS and device.type == "cuda" else 1
 
 
 def measure(calls: list[Call], device: torch.device, *, capturable: bool = True, seconds: float = 0.15) -> Timing:

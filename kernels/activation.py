@@ -34,7 +34,10 @@ def derivative(y, slope, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def tanh(x):
-    """tanh to float32's precision: a series below 0.3, where 1 - exp(-2|x|) cancels; that, without overflow, above."""
+    """tanh to float32's precision.
+
+    A series below 0.3; above it (1 - e) / (1 + e) with e = exp(-2|x|), which cannot overflow.
+    """
     square = x * x
     series = -1382.0 / 155925.0
     series = 62.0 / 2835.0 + square * series

@@ -107,7 +107,7 @@ def adam(
         exp_avg_sq,
         param if low_precision is None else low_precision,
         lr,
-        powers,
+        powers.contiguous(),
         len(param),
         beta1,
         beta2,

@@ -34,17 +34,14 @@ KERNEL_FILES = [
     "running_stats",
     "up",
     "wgrad",
+    "wgrad_adam",
 ]
-KERNEL_FILES += ["wgrad_adam"]
 
 # Compute capability -> shared memory of one block in KiB (CUDA programming guide, technical specifications)
 TARGETS = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 PTXAS_FLAGS = ["--regAllocOptLevel=2"] if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else []
-OPTIONS = (
-    "num_warps",
-    "num_stages",
-    "maxnreg",
-)  # of a configuration, for the compiler; the rest are the kernel's constants
+# Of a configuration, for the compiler; the rest are the kernel's constants
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 @dataclass(frozen=True)
@@ -111,9 +108,12 @@ class Compiled:
 
 
 def shared_bytes(config: dict[str, int], itemsize: int) -> int:
-    """Shared memory that a GEMM's pipeline takes: a tile's operands times its stages, and a little for barriers."""
+    """Shared memory to set aside for a GEMM: a tile's operands times its stages, and 4 KiB for barriers and reductions.
+
+    A tile that fits its target with less to spare would run alone on a processor, for which it is too small.
+    """
     operands = config["BLOCK_K"] * (config["BLOCK_M"] + config["BLOCK_N"]) * itemsize
-    return config["num_stages"] * operands + 256
+    return config["num_stages"] * operands + 4096
 
 
 def all_cases() -> list[Case]:

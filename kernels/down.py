@@ -6,8 +6,9 @@ x's dtype on the tensor cores, accumulates in float32. The epilogue adds the bia
 activation's derivative) and leaves the tile's (mean, M2), so that what follows need not read the tensor for that.
 
 Where there are too few tiles for the GPU the sum is split over SPLIT programs that leave float32 partial sums, which
-`reduce_splits` adds in a fixed order: the same bits every time. Bytes: x once per block of output channels (from L2
-after the first), the weight once per row of tiles, out once.
+`reduce_splits` adds in a fixed order: the same bits every time, for 8 SPLIT bytes an element of out more. Bytes: a
+pixel of x once for each tap that meets it, KH KW / stride² times for every block of output channels, from memory once
+where the cache holds it; the weight once per row of tiles; out once.
 """
 
 from collections.abc import Iterator
@@ -21,7 +22,8 @@ from fastp2p.kernels import gemm
 from fastp2p.kernels.compile_check import Case
 from fastp2p.kernels.gemm import dot, epilogue, within
 from fastp2p.kernels.layer_shapes import EPILOGUES, LAYERS, gemm_cases
-from fastp2p.kernels.norm_stats import merge_partials, pixel_rows
+from fastp2p.kernels.layout import pixel_rows
+from fastp2p.kernels.norm_stats import merge_partials
 from torch import Tensor
 
 
@@ -109,21 +111,19 @@ def _down_kernel(
 def compile_cases() -> Iterator[Case]:
     """The forward pass of every convolution of the networks, and the data gradient of every transposed one."""
     for layer in LAYERS:
-        n_in, n_out, out_side = layer.n_in, layer.n_out, layer.out_side
+        n_in, n_out, out_side, epilogues = layer.n_in, layer.n_out, layer.out_side, [layer.epilogue, *layer.others]
         if layer.transposed:
-            n_in, n_out, out_side = n_out, n_in + layer.n_in2, layer.side
-        sizes = {"n_in": n_in, "n_out": n_out, "pixel_stride": n_in}
-        constants = {"KH": 4, "KW": 4, "STRIDE": layer.stride, "PADDING": 1}
-        yield from gemm_cases(
-            layer,
-            _down_kernel,
-            ["x_ptr", "weight_ptr", "bias_ptr", "gate_ptr", "out_ptr"],
-            sizes,
-            constants | EPILOGUES["plain" if layer.transposed else layer.epilogue],
-            tiles=partial(gemm.candidates, out_side**2, n_out, whole=n_in % 64 == 0),
-            whole_blocks=partial(_whole_blocks, n_in),
-            more_types={"partial_ptr": "*fp32", "slope": "fp32"},
-        )
+            n_in, n_out, out_side, epilogues = n_out, n_in + layer.n_in2, layer.side, [layer.gradient]
+        for after in epilogues:
+            yield from gemm_cases(
+                layer,
+                _down_kernel,
+                ["x_ptr", "weight_ptr", "gate_ptr", "out_ptr"],
+                {"n_in": n_in, "n_out": n_out, "pixel_stride": n_in},
+                {"KH": 4, "KW": 4, "STRIDE": layer.stride, "PADDING": 1} | EPILOGUES[after],
+                tiles=partial(gemm.candidates, out_side**2, n_out, whole=gemm.is_whole(n_in)),
+                whole_blocks=partial(_whole_blocks, n_in),
+            )
 
 
 def _whole_blocks(n_in: int, config: dict[str, int]) -> bool:
@@ -147,12 +147,13 @@ def down(
     out_height, out_width = ((size + 2 * padding - k) // stride + 1 for size, k in ((height, kh), (width, kw)))
     x, pixel_stride = pixel_rows(x)
     weight = weight.contiguous(memory_format=torch.channels_last)
+    bias = None if bias is None else bias.contiguous()
     gate = None if gate is None else gate.contiguous(memory_format=torch.channels_last)
     out = torch.empty(
         (n, n_out, out_height, out_width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
     )
     pixels = n * out_height * out_width
-    config = config or gemm.choose_config(pixels, n_out, kh * kw * n_in, x, whole=n_in % 64 == 0)
+    config = config or gemm.choose_config(pixels, n_out, kh * kw * n_in, x, whole=gemm.is_whole(n_in))
     split = config["SPLIT"]
     workspace = torch.empty((split, pixels, n_out), dtype=torch.float32, device=x.device) if split > 1 else None
 

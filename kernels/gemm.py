@@ -17,16 +17,17 @@ WIDEN = tl.constexpr(triton.knobs.runtime.interpret)
 SHARED_BYTES_WHEN_INTERPRETED, PROCESSORS_WHEN_INTERPRETED = 227 * 1024, 8
 
 
+# Without it ptxas aims at an occupancy of its own, and to reach it spilled some bytes in 76 of 2618 programs.
+MAY_USE_ALL_REGISTERS = {"maxnreg": 255}
+
+
 def _tile(m: int, n: int, k: int, num_warps: int, num_stages: int) -> dict[str, int]:
     sizes = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": num_warps, "num_stages": num_stages}
     return sizes | MAY_USE_ALL_REGISTERS
 
 
-# Without it ptxas aims at an occupancy of its own, and to reach it spilled some bytes in 76 of 2618 programs.
-MAY_USE_ALL_REGISTERS = {"maxnreg": 255}
-
-# From the large to the skinny. Where a block of the sum has several taps, or pixels come one by one, the gathered tile
-# goes through registers, and BLOCK_K is small. So it is for float32, which multiplies in the plain units.
+# From the large to the skinny. Where channels are few, elements are gathered one by one through registers, and BLOCK_K
+# is small. So it is for float32, which multiplies in the plain units unless it may be rounded to TF32.
 CONFIGS = [
     _tile(128, 128, 64, 8, 3),
     _tile(128, 64, 64, 8, 3),
@@ -98,10 +99,10 @@ def epilogue(
 
 @triton.jit(do_not_specialize=GEOMETRY)
 def _reduce_kernel(
-    workspace_ptr,  # (splits, pixels, n_out) float32
+    workspace_ptr,  # (splits, pixels, n_out) float32; of a weight gradient, its rows and columns
     out_ptr,  # (pixels, n_out)
-    bias_ptr,
-    gate_ptr,
+    bias_ptr,  # (n_out,)
+    gate_ptr,  # (pixels, n_out)
     partial_ptr,  # (G, tiles, 3, n_out) float32
     pixels,
     rows,  # of a group
@@ -171,13 +172,18 @@ def reduce_splits(
     return partial
 
 
+def is_whole(*channels: int) -> bool:
+    """Whether the gathered tensors' channels fill blocks of 64, so that a block has one tap and is copied in rows."""
+    return all(n % 64 == 0 for n in channels)
+
+
 def candidates(
     m: int, n: int, itemsize: int, *, whole: bool, largest: int = 128 * 128, shared_limit: int = 1 << 30
 ) -> list[dict[str, int]]:
     """The tiles for an (m, n) result of matrices of this itemsize in bytes, under a limit of shared memory in bytes.
 
-    None is twice as large as the result in either direction, or has more than `largest` elements. `whole`: a block of
-    64 gathered elements has one tap.
+    None has twice the side of the result (or of 16, the least) in either direction, or more than `largest` elements.
+    `whole` is `is_whole` of what is gathered.
     """
     configs = FLOAT32_CONFIGS if itemsize == 4 else CONFIGS if whole else GATHERED_CONFIGS
     useful = [c for c in configs if c["BLOCK_M"] < 2 * max(m, 16) and c["BLOCK_N"] < 2 * max(n, 16)]
@@ -190,11 +196,16 @@ def choose_config(
 ) -> dict[str, int]:
     """A tile for so many (m, k) x (k, n) products of like's dtype, and SPLIT, over how many programs a sum is split.
 
-    By rule, not timed: the least padded work first, then the largest tile; sums are split until every processor has a
-    program.
+    By rule, not timed: the least work first, padding included, unless more than LEAST_USE processors to a program would
+    be idle; then the largest tile. The sums of small tiles are split until every processor has a program, into no fewer
+    than LEAST_BLOCKS blocks each.
     """
     device = like.device.index if like.is_cuda else None
     return {**_choose_config(m, n, k, like.dtype.itemsize, device, whole, products, largest)}
+
+
+LEAST_USE = 4  # one processor in four must have a program before a larger tile is preferred
+LEAST_BLOCKS = 4  # of a split sum, to be worth its partial sums
 
 
 @functools.cache
@@ -212,13 +223,14 @@ def _choose_config(
 
     def cost(config: dict[str, int]) -> tuple[int, int]:
         tile = config["BLOCK_M"] * config["BLOCK_N"]
-        padded, waves = programs(config), -(-programs(config) // processors)
-        return max(padded * tile, waves * processors * tile // 4), -tile
+        n_programs = programs(config)
+        waves = -(-n_programs // processors)
+        return max(n_programs * tile, waves * processors * tile // LEAST_USE), -tile
 
     config = min(candidates(m, n, itemsize, whole=whole, largest=largest, shared_limit=shared_limit), key=cost)
     split = 1
     if may_split(config):
-        split = min(-(-processors // programs(config)), max(1, k // config["BLOCK_K"] // 4))
+        split = min(-(-processors // programs(config)), max(1, k // config["BLOCK_K"] // LEAST_BLOCKS))
     return config | {"SPLIT": split}
 
 
@@ -232,7 +244,7 @@ def compile_cases() -> Iterator[Case]:
     """The reduction, plain for weight gradients and with the epilogues of the networks' layers."""
     for dtype in ("fp32", "bf16", "fp16"):
         types = {"workspace_ptr": "*fp32", "partial_ptr": "*fp32", "slope": "fp32"}
-        types |= dict.fromkeys(("out_ptr", "bias_ptr", "gate_ptr"), f"*{dtype}")
-        types |= dict.fromkeys((*GEOMETRY[:3], "n_out", "splits"), "i32")
+        types |= dict.fromkeys(("out_ptr", "gate_ptr"), f"*{dtype}") | {"bias_ptr": "*fp32"}
+        types |= dict.fromkeys(("pixels", "rows", "tiles", "n_out", "splits"), "i32")
         for name, flags in EPILOGUES.items():
             yield Case(f"reduce {name} {dtype}", _reduce_kernel, types, flags, [REDUCE_CONFIG])

@@ -9,18 +9,23 @@ from fastp2p.kernels.compile_check import Case
 # A kernel's integer arguments that say where pixels lie. Launches do not specialise on them: whether a side is 1 or a
 # multiple of 16 helps no program, and every layer would be compiled anew.
 GEOMETRY = ["pixels", "rows", "tiles", "images", "height", "width", "out_height", "out_width"]
-GEOMETRY += ["outer_height", "outer_width", "slope"]
+GEOMETRY += ["outer_height", "outer_width"]
 
-# What follows a GEMM in pix2pix: nothing (data gradients), a bias, statistics (before a norm), an activation, or the
-# derivative of the activation before. The numbers are those of fastp2p.kernels.activation.
+# What follows a GEMM: nothing (data gradients), a bias, statistics (before a norm), an activation, or the derivative of
+# the activation before. The numbers are those of fastp2p.kernels.activation.
 _NOTHING = {"ACTIVATION": 0, "HAS_BIAS": 0, "HAS_GATE": 0, "HAS_STATS": 0}
 EPILOGUES = {
     "plain": _NOTHING,
     "bias": _NOTHING | {"HAS_BIAS": 1},
     "stats": _NOTHING | {"HAS_STATS": 1},
-    "lrelu": _NOTHING | {"ACTIVATION": 2, "HAS_BIAS": 1},
-    "tanh": _NOTHING | {"ACTIVATION": 3, "HAS_BIAS": 1},
-    "gate": _NOTHING | {"ACTIVATION": 2, "HAS_GATE": 1},
+    "bias stats": _NOTHING | {"HAS_BIAS": 1, "HAS_STATS": 1},
+    "relu": _NOTHING | {"ACTIVATION": 1},
+    "lrelu": _NOTHING | {"ACTIVATION": 2},
+    "bias relu": _NOTHING | {"ACTIVATION": 1, "HAS_BIAS": 1},
+    "bias lrelu": _NOTHING | {"ACTIVATION": 2, "HAS_BIAS": 1},
+    "bias tanh": _NOTHING | {"ACTIVATION": 3, "HAS_BIAS": 1},
+    "gate relu": _NOTHING | {"ACTIVATION": 1, "HAS_GATE": 1},
+    "gate lrelu": _NOTHING | {"ACTIVATION": 2, "HAS_GATE": 1},
 }
 
 
@@ -36,32 +41,43 @@ class Layer:
     side: int  # of the square input, in pixels
     stride: int
     epilogue: str  # of the forward pass, a key of EPILOGUES
+    gradient: str = "plain"  # of the data gradient: a gate after an activation without a norm
+    others: tuple[str, ...] = ()  # epilogues of the forward pass in other models: biases, norms folded away
 
     @property
     def out_side(self) -> int:
         return self.side * 2 if self.transposed else (self.side - 2) // self.stride + 1
 
 
+FOLDED = ("bias stats", "bias relu", "bias lrelu")  # tried on two layers of the middle
+
+
 def _unet_256() -> list[Layer]:
     widths = [3, 64, 128, 256, 512, 512, 512, 512, 512]
     layers = []
     for level in range(1, 9):
-        epilogue = "lrelu" if level in (1, 8) else "stats"  # the outermost and the innermost have no norm
         shape = (widths[level - 1], 0, widths[level], 256 >> (level - 1), 2)
-        layers.append(Layer(f"e{level}", False, *shape, epilogue))
+        epilogue = {1: "lrelu", 8: "relu"}.get(level, "stats")  # the outermost and the innermost have no norm
+        gradient = "gate lrelu" if level == 2 else "plain"
+        layers.append(Layer(f"e{level}", False, *shape, epilogue, gradient, FOLDED if level == 4 else ()))
     for level in range(8, 0, -1):
-        skip = widths[level] if level < 8 else 0
-        shape = (widths[level], skip, widths[level - 1], 256 >> level, 2)
-        layers.append(Layer(f"d{level}", True, *shape, "tanh" if level == 1 else "stats"))
+        shape = (widths[level], widths[level] if level < 8 else 0, widths[level - 1], 256 >> level, 2)
+        epilogue = "bias tanh" if level == 1 else "stats"
+        gradient = "gate relu" if level == 8 else "plain"
+        layers.append(Layer(f"d{level}", True, *shape, epilogue, gradient, FOLDED if level == 4 else ()))
     return layers
 
 
 def _patchgan() -> list[Layer]:
-    shapes = [(6, 64, 256, 2, "lrelu"), (64, 128, 128, 2, "stats"), (128, 256, 64, 2, "stats")]
-    shapes += [(256, 512, 32, 1, "stats"), (512, 1, 31, 1, "bias")]
+    shapes = [(6, 64, 256, 2, "bias lrelu", "plain"), (64, 128, 128, 2, "stats", "gate lrelu")]
+    shapes += [
+        (128, 256, 64, 2, "stats", "plain"),
+        (256, 512, 32, 1, "stats", "plain"),
+        (512, 1, 31, 1, "bias", "plain"),
+    ]
     return [
-        Layer(f"D{i}", False, n_in, 0, n_out, side, stride, epilogue)
-        for i, (n_in, n_out, side, stride, epilogue) in enumerate(shapes, 1)
+        Layer(f"D{i}", False, n_in, 0, n_out, side, stride, epilogue, gradient)
+        for i, (n_in, n_out, side, stride, epilogue, gradient) in enumerate(shapes, 1)
     ]
 
 
@@ -74,7 +90,7 @@ def may_split(config: dict[str, int]) -> bool:
 
 
 # One of each kind: the others differ from them in no more than which sizes are multiples of 16.
-REPRESENTATIVES = ("e1", "e4", "e8", "d8", "d4", "d1", "D4", "D5")
+REPRESENTATIVES = ("e1", "e2", "e4", "e8", "d8", "d4", "d1", "D1", "D4", "D5")
 
 
 def gemm_cases(
@@ -90,20 +106,23 @@ def gemm_cases(
 ) -> Iterator[Case]:
     """A layer's product as a launch would compile it: all layers in bfloat16, one of each kind in the other dtypes.
 
+    bias_ptr is float32, as autocast and folded norms have it.
+
     Args:
         kernel: a triton.jit function.
-        pointers: its arguments of the matrices' dtype; the last is the result, float32 where the sum is split.
+        pointers: its arguments of the matrices' dtype. Where the sum is split, the result out_ptr is float32.
         sizes: those of its integer arguments that a launch specialises on.
         constants: its compile-time arguments but the tile's.
         tiles: the candidates for matrices of an itemsize.
         whole_blocks: whether a tile's blocks have one tap each.
-        more_types: of arguments that are neither. With SPLIT among the kernel's arguments both ways are compiled.
+        more_types: of other arguments. With SPLIT among the kernel's arguments both ways are compiled.
     """
     name = kernel.__name__.strip("_").removesuffix("_kernel")
     for dtype in ("bf16", "fp16", "fp32") if layer.name in REPRESENTATIVES else ("bf16",):
         itemsize = 4 if dtype == "fp32" else 2
         configs = [config | {"WHOLE_BLOCKS": whole_blocks(config)} for config in tiles(itemsize)]
-        types = dict.fromkeys((*GEOMETRY, *sizes), "i32") | dict.fromkeys(pointers, f"*{dtype}") | (more_types or {})
+        types = dict.fromkeys((*GEOMETRY, *sizes), "i32") | dict.fromkeys(pointers, f"*{dtype}")
+        types |= {"bias_ptr": "*fp32", "partial_ptr": "*fp32", "slope": "fp32"} | (more_types or {})
         for precision in ("ieee", "tf32") if dtype == "fp32" else ("ieee",):
             label = f"{name} {layer.name} {dtype}{' tf32' * (precision == 'tf32')}"
             flags = constants | {"PRECISION": precision}
@@ -113,5 +132,5 @@ def gemm_cases(
             yield Case(label, kernel, types, flags | {"SPLIT": 1}, configs, sizes, itemsize)
             if precision == "tf32" or dtype == "fp16":
                 continue  # what differs, the plain float32 store, is that of the other dtypes
-            split_types, small = types | {pointers[-1]: "*fp32"}, [c for c in configs if may_split(c)]
+            split_types, small = types | {"out_ptr": "*fp32"}, [c for c in configs if may_split(c)]
             yield Case(f"{label} split", kernel, split_types, flags | {"SPLIT": 4}, small, sizes, itemsize)

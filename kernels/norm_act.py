@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from fastp2p.kernels.activation import activate, derivative
 from fastp2p.kernels.compile_check import Case
-from fastp2p.kernels.norm_stats import pixel_rows
+from fastp2p.kernels.layout import pixel_rows
 from torch import Tensor
 
 CONFIGS = [  # 8 elements a thread, 16 bytes of bfloat16; with 16 elements some of the backward's variants spill

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from fastp2p.kernels.compile_check import Case
+from fastp2p.kernels.layout import pixel_rows
 from torch import Tensor
 
 CONFIGS = [
@@ -143,17 +144,3 @@ def merge_partials(partial: Tensor) -> tuple[Tensor, Tensor]:
         grid = (stat_groups * triton.cdiv(channels, MERGE_CONFIG["BLOCK_C"]),)
         _merge_kernel[grid](partial, mean, var, tiles, channels, **MERGE_CONFIG)
     return mean, var
-
-
-def pixel_rows(x: Tensor) -> tuple[Tensor, int]:
-    """An image batch (N, C, H, W) as rows of pixels: the tensor, and how many elements lie between two rows.
-
-    channels_last is taken as it is, and so is a slice of its channels; any other layout is copied.
-    """
-    _, c, h, w = x.shape
-    stride = next((x.stride(dim) for dim in (3, 2, 0) if x.shape[dim] > 1), c)
-    steps = {3: stride, 2: w * stride, 0: h * w * stride}
-    regular = all(x.shape[dim] == 1 or x.stride(dim) == step for dim, step in steps.items())
-    if regular and stride >= c and (c == 1 or x.stride(1) == 1):
-        return x, stride
-    return x.contiguous(memory_format=torch.channels_last), c

@@ -1,12 +1,14 @@
 """up in Triton: transposed convolution by sub-pixel phases, of one or two inputs.
 
 Every STRIDE-th pixel of the result, in each direction, meets the same taps: a phase is a dense GEMM over those, of
-pixels by output channels, and all STRIDE² phases run in one launch. No zeros are inserted and no tap is multiplied in
-vain: of k4 and stride 2 each phase has 2 x 2 taps. A second input is a second part of the same sum, read from where it
-lies: cat([x, x2]) is never written. The weight's physical order (C + C2, KH, KW, O) gives each tap a dense matrix.
+pixels by output channels, and all STRIDE² phases run in one launch; of k4 and stride 2 each has 2 x 2 taps. No zeros
+are inserted and multiplied, only taps outside the image are. A second input is a second part of the same sum, read from
+where it lies: cat([x, x2]) is never written. In the weight's physical order (C + C2, KH, KW, O) each row of a tap's
+matrix is contiguous.
 
-Multiplies in x's dtype on the tensor cores, accumulates in float32; epilogue and split sums as in down. Bytes: each
-input once per phase and block of output channels (from L2 after the first), the weight once per row of tiles, out once.
+Multiplies in x's dtype on the tensor cores, accumulates in float32; epilogue and split sums as in down. Bytes: a pixel
+of the inputs once for each tap that meets it, KH KW times over all phases for every block of output channels, from
+memory once where the cache holds it; the weight once per row of tiles; out once.
 """
 
 from collections.abc import Iterator
@@ -20,7 +22,8 @@ from fastp2p.kernels import gemm
 from fastp2p.kernels.compile_check import Case
 from fastp2p.kernels.gemm import dot, epilogue, within
 from fastp2p.kernels.layer_shapes import EPILOGUES, LAYERS, gemm_cases
-from fastp2p.kernels.norm_stats import merge_partials, pixel_rows
+from fastp2p.kernels.layout import pixel_rows
+from fastp2p.kernels.norm_stats import merge_partials
 from torch import Tensor
 
 
@@ -121,6 +124,7 @@ def _accumulate(
     """acc + one input's sum over a phase's taps and its channels, or this split's share of it."""
     taps_x = tl.cdiv(KW - first_tap_x, STRIDE)
     n_sum = tl.cdiv(KH - first_tap_y, STRIDE) * taps_x * n_in
+    taps_x = tl.maximum(taps_x, 1)  # a phase without taps has no blocks, but its divisions are moved out of the loop
     blocks = tl.cdiv(n_sum, BLOCK_K)
     share = tl.cdiv(blocks, SPLIT)
     at_ptr = x_ptr + ((image.to(tl.int64) * height + y) * width + x) * pixel_stride
@@ -150,24 +154,23 @@ def compile_cases() -> Iterator[Case]:
     """The forward pass of every transposed convolution of the networks, and the data gradient of every other."""
     for layer in LAYERS:
         n_in, n_in2, n_out, out_side = layer.n_in, layer.n_in2, layer.n_out, layer.out_side
-        epilogue = layer.epilogue
+        epilogues = [layer.epilogue, *layer.others]
         if not layer.transposed:
-            n_in, n_out, out_side = n_out, n_in, layer.side
-            epilogue = "gate" if layer.name in ("e2", "D2") else "plain"  # after an activation without a norm
-        rows = triton.cdiv(out_side, layer.stride) ** 2
+            n_in, n_out, out_side, epilogues = n_out, n_in, layer.side, [layer.gradient]
+        phase_pixels = triton.cdiv(out_side, layer.stride) ** 2
         sizes = {"n_in": n_in, "n_in2": n_in2, "n_out": n_out}
         sizes |= {"pixel_stride": n_in, "pixel_stride2": n_in2 or n_in}
         constants = {"KH": 4, "KW": 4, "STRIDE": layer.stride, "PADDING": 1, "TWO_INPUTS": int(n_in2 > 0)}
-        yield from gemm_cases(
-            layer,
-            _up_kernel,
-            ["x_ptr", "x2_ptr", "weight_ptr", "bias_ptr", "gate_ptr", "out_ptr"],
-            sizes,
-            constants | EPILOGUES[epilogue],
-            tiles=partial(gemm.candidates, rows, n_out, whole=n_in % 64 == n_in2 % 64 == 0),
-            whole_blocks=partial(_whole_blocks, n_in, n_in2),
-            more_types={"partial_ptr": "*fp32", "slope": "fp32"},
-        )
+        for after in epilogues:
+            yield from gemm_cases(
+                layer,
+                _up_kernel,
+                ["x_ptr", "x2_ptr", "weight_ptr", "gate_ptr", "out_ptr"],
+                sizes,
+                constants | EPILOGUES[after],
+                tiles=partial(gemm.candidates, phase_pixels, n_out, whole=gemm.is_whole(n_in, n_in2)),
+                whole_blocks=partial(_whole_blocks, n_in, n_in2),
+            )
 
 
 def _whole_blocks(n_in: int, n_in2: int, config: dict[str, int]) -> bool:
@@ -196,12 +199,13 @@ def up(
     x, pixel_stride = pixel_rows(x)
     x2, pixel_stride2 = (x, pixel_stride) if x2 is None else pixel_rows(x2)
     weight = weight.contiguous(memory_format=torch.channels_last)
+    bias = None if bias is None else bias.contiguous()
     gate = None if gate is None else gate.contiguous(memory_format=torch.channels_last)
     out = torch.empty((n, n_out, height, width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     pixels, phases = n * height * width, stride * stride
     sum_of_a_phase = triton.cdiv(kh, stride) * triton.cdiv(kw, stride) * (n_in + n_in2)
     phase_pixels = n * triton.cdiv(height, stride) * triton.cdiv(width, stride)
-    whole = n_in % 64 == n_in2 % 64 == 0
+    whole = gemm.is_whole(n_in, n_in2)
     config = config or gemm.choose_config(phase_pixels, n_out, sum_of_a_phase, x, whole=whole, products=phases)
     split = config["SPLIT"]
     workspace = torch.empty((split, pixels, n_out), dtype=torch.float32, device=x.device) if split > 1 else None

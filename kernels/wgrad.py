@@ -5,6 +5,9 @@ over all pixels of the batch in blocks; inner is gathered as down gathers it. Mu
 the tensor cores, accumulates in float32 and rounds once. Large maps have few weights and many pixels, so the sum is
 split over SPLIT programs whose float32 partial sums `reduce_splits` adds in a fixed order: no atomics, the same bits
 every time. A second outer tensor gives further rows of dweight: the gradient of a concatenation never written.
+
+Bytes: outer once per block of columns, inner once per tap and block of rows, both from memory once where the cache
+holds them; dweight once, and 8 SPLIT bytes an element more where the sum is split.
 """
 
 from collections.abc import Iterator
@@ -18,7 +21,7 @@ from fastp2p.kernels import gemm
 from fastp2p.kernels.compile_check import Case
 from fastp2p.kernels.gemm import dot, within
 from fastp2p.kernels.layer_shapes import LAYERS, Layer, gemm_cases
-from fastp2p.kernels.norm_stats import pixel_rows
+from fastp2p.kernels.layout import pixel_rows
 from torch import Tensor
 
 
@@ -27,7 +30,7 @@ def _wgrad_kernel(
     outer_ptr,  # (pixels, n_outer), rows outer_stride apart
     outer2_ptr,  # (pixels, n_outer2), rows outer2_stride apart
     inner_ptr,  # (images * height * width, n_inner), rows inner_stride apart
-    dweight_ptr,  # (n_outer + n_outer2, KH, KW, n_inner); float32 (SPLIT, ...) where the sum is split
+    out_ptr,  # dweight, (n_outer + n_outer2, KH, KW, n_inner); float32 (SPLIT, ...) where the sum is split
     pixels,  # of outer, over all images
     height,
     width,
@@ -57,8 +60,8 @@ def _wgrad_kernel(
         outer_width, n_outer, n_outer2, n_inner, outer_stride, outer2_stride, inner_stride,
         KH, KW, STRIDE, PADDING, TWO_INPUTS, WHOLE_BLOCKS, PRECISION, SPLIT, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    dweight_ptr += split.to(tl.int64) * (n_outer + n_outer2) * KH * KW * n_inner
-    tl.store(dweight_ptr + offset, acc.to(dweight_ptr.dtype.element_ty), mask=inside)
+    out_ptr += split.to(tl.int64) * (n_outer + n_outer2) * KH * KW * n_inner
+    tl.store(out_ptr + offset, acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -77,13 +80,13 @@ def outer_product(
     row = first_row + tl.arange(0, BLOCK_M)
     rows_inside = row < n_outer
     weight_row = row
-    if TWO_INPUTS:  # noqa: SIM102 - the blocks of rows of outer come first, then those of outer2
-        if first_row >= tl.cdiv(n_outer, BLOCK_M) * BLOCK_M:
-            row -= tl.cdiv(n_outer, BLOCK_M) * BLOCK_M
-            rows_inside = row < n_outer2
-            weight_row = n_outer + row
-            outer_ptr = outer2_ptr
-            outer_stride = outer2_stride
+    if TWO_INPUTS:  # the blocks of rows of outer come first, then those of outer2
+        second = first_row >= tl.cdiv(n_outer, BLOCK_M) * BLOCK_M
+        row = tl.where(second, row - tl.cdiv(n_outer, BLOCK_M) * BLOCK_M, row)
+        rows_inside = row < tl.where(second, n_outer2, n_outer)
+        weight_row = tl.where(second, n_outer + row, row)
+        outer_ptr = tl.where(second, outer2_ptr, outer_ptr)
+        outer_stride = tl.where(second, outer2_stride, outer_stride)
 
     if WHOLE_BLOCKS:
         tap = tile % column_blocks * BLOCK_N // n_inner
@@ -118,7 +121,9 @@ def outer_product(
 def compile_cases() -> Iterator[Case]:
     """Every layer of the networks."""
     for layer in LAYERS:
-        yield from layer_cases(layer, _wgrad_kernel, ["outer_ptr", "outer2_ptr", "inner_ptr", "dweight_ptr"])
+        yield from layer_cases(layer, _wgrad_kernel, ["outer_ptr", "outer2_ptr", "inner_ptr"], {"out_ptr": "*fp32"})
+    same_dtype = ["outer_ptr", "outer2_ptr", "inner_ptr", "out_ptr"]
+    yield from layer_cases(LAYERS[3], _wgrad_kernel, same_dtype)
 
 
 def layer_cases(
@@ -142,7 +147,9 @@ def layer_cases(
         pointers,
         sizes,
         constants | (more_constants or {}),
-        tiles=partial(gemm.candidates, n_outer + n_outer2, 16 * n_inner, whole=n_inner % 64 == 0, largest=largest_tile),
+        tiles=partial(
+            gemm.candidates, n_outer + n_outer2, 16 * n_inner, whole=gemm.is_whole(n_inner), largest=largest_tile
+        ),
         whole_blocks=partial(whole_blocks, n_inner),
         more_types=more_types,
     )
@@ -190,7 +197,7 @@ def wgrad(
     """Launch; see `fastp2p.ops.wgrad`."""
     tensors, sizes, (m, n, k) = launch_arguments(outer, outer2, inner, (kernel_height, kernel_width))
     n_outer2, n_inner = sizes[6:8]
-    config = config or gemm.choose_config(m, n, k, inner, whole=n_inner % 64 == 0)
+    config = config or gemm.choose_config(m, n, k, inner, whole=gemm.is_whole(n_inner))
     split = config["SPLIT"]
     shape = (m, n_inner, kernel_height, kernel_width)
     dweight = torch.empty(shape, dtype=dtype, device=inner.device, memory_format=torch.channels_last)

@@ -108,7 +108,7 @@ def wgrad_adam(
     kh, kw = param.shape[2:]
     tensors, sizes, (m, n, k) = launch_arguments(outer, outer2, inner, (kh, kw))
     n_outer2, n_inner = sizes[6:8]
-    config = {**(config or gemm.choose_config(m, n, k, inner, whole=n_inner % 64 == 0, largest=LARGEST_TILE))}
+    config = {**(config or gemm.choose_config(m, n, k, inner, whole=gemm.is_whole(n_inner), largest=LARGEST_TILE))}
     config.pop("SPLIT", None)  # a program owns its weights
     _wgrad_adam_kernel[(tiles(m - n_outer2, n_outer2, n, config),)](
         *tensors,
@@ -118,7 +118,7 @@ def wgrad_adam(
         exp_avg_sq,
         param if low_precision is None else low_precision,
         lr,
-        powers,
+        powers.contiguous(),
         beta1,
         beta2,
         1 - beta1,

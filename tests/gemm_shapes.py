@@ -55,6 +55,13 @@ SHAPES = [
 CONFIG_SHAPES = [Shape(2, 128, 4, 5, 19, 2, 2, 1), Shape(3, 5, 3, 8, 33, 4, 2, 1)]
 
 
+def configurations(dtype: torch.dtype) -> list[dict[str, int]]:
+    """Every tile that a launcher may use for a dtype; imported here, since Triton may be missing."""
+    from fastp2p.kernels import gemm
+
+    return gemm.FLOAT32_CONFIGS if dtype == torch.float32 else gemm.CONFIGS + gemm.GATHERED_CONFIGS
+
+
 def random(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0, channels_last: bool = True) -> Tensor:
     """Normal values, the same for the same shape."""
     seed = sum(i * side for i, side in enumerate(shape, 1))

@@ -106,6 +106,8 @@ def test_the_commit_of_a_copy_without_a_repository(monkeypatch: pytest.MonkeyPat
     assert gpu_machine.commit() == {"commit": None, "dirty": None}
     monkeypatch.setenv("FASTP2P_COMMIT", "abc123-dirty")
     assert gpu_machine.commit() == {"commit": "abc123", "dirty": True}
+    (tmp_path / ".git").mkdir()  # a repository, if a broken one, speaks for itself
+    assert gpu_machine.commit() == {"commit": None, "dirty": None}
 
 
 def test_clocks_are_those_of_nvidia_smi(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -171,7 +173,8 @@ def test_the_jobs_are_every_layer_and_operator():
     assert len({job.name for job in listed}) == len(listed)
     products = [job for job in listed if job.provider == jobs.BEST]
     assert len(products) == len(LAYERS) * len(gemm_jobs.BATCHES) * 3
-    assert all(job.configs and job.flop and job.n_bytes for job in products)
+    assert all(job.configs and job.flop for job in products)
+    assert all(0 < job.input_bytes < job.n_bytes for job in listed)
     assert {job.operator for job in gpu_rows.list_jobs(device, False, {"adam"})} == {"adam"}
 
 
@@ -255,7 +258,8 @@ def test_time_is_per_call(capturable: bool, monkeypatch: pytest.MonkeyPatch):
     assert measured.n == 50
     assert timing.input_sets(1 << 30, device) == 1
     assert timing.input_sets(10_000_000, device) * 10_000_000 >= timing.COLD_BYTES
-    assert timing.input_sets(0, device) == timing.MOST_SETS
+    assert timing.input_sets(timing.COLD_BYTES // timing.MOST_SETS, device) == timing.MOST_SETS
+    assert timing.input_sets(4096, device) == 1  # never cold
 
 
 def test_the_table_has_every_case(capsys: pytest.CaptureFixture[str]):

@@ -77,3 +77,13 @@ def test_the_report_of_the_assembler_is_read():
     ptx += "".join(f"  st.volatile.global.f32 [%a+{4 * i}], %f{i};\n" for i in range(60)) + "  ret;\n}\n"
     report = compile_check.assemble(ptx, 80)
     assert compile_check.spilled_bytes(report) > 0
+
+
+def test_layers_of_one_channel_compile():
+    """A size of 1 is a constant in a launch, which a kernel may not assign to: only a compiler shows it."""
+    for op in ("down", "up", "wgrad", "wgrad_adam"):
+        cases = [case for case in compile_check.all_cases() if case.name.startswith(f"{op} d4 bf16")]
+        for name in cases[0].sizes:
+            sizes = cases[0].sizes | {name: 1}
+            compile_check.compile_case(replace(cases[0], sizes=sizes), cases[0].configs[-1], 90, True)
+        compile_check.compile_case(replace(cases[0], sizes=dict.fromkeys(sizes, 1)), cases[0].configs[-1], 90, True)

@@ -2,19 +2,18 @@
 
 import pytest
 import torch
+from jobs import UNET_256_PARAMETERS
+from layers import DEVICE, synchronize
 
 from fastp2p.ops import adam
-
-PARAMETERS = 54_413_955
 
 
 @pytest.mark.parametrize("provider", ["fastp2p", "torch single-tensor", "torch foreach"])
 def bench_adam(benchmark, provider: str):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    param, grad, exp_avg, exp_avg_sq = (torch.rand(PARAMETERS, device=device) for _ in range(4))
+    param, grad, exp_avg, exp_avg_sq = (torch.rand(UNET_256_PARAMETERS, device=DEVICE) for _ in range(4))
     if provider == "fastp2p":
-        lr = torch.tensor(2e-4, device=device)
-        powers = torch.tensor([0.5, 0.999], dtype=torch.float64, device=device)
+        lr = torch.tensor(2e-4, device=DEVICE)
+        powers = torch.tensor([0.5, 0.999], dtype=torch.float64, device=DEVICE)
 
         def step() -> None:
             adam(param, grad, exp_avg, exp_avg_sq, lr=lr, powers=powers)
@@ -25,8 +24,7 @@ def bench_adam(benchmark, provider: str):
 
     def timed() -> None:
         step()
-        if device == "cuda":
-            torch.cuda.synchronize()
+        synchronize()
 
-    benchmark.extra_info["bytes"] = PARAMETERS * 28  # 16 read, 12 written
+    benchmark.extra_info["bytes"] = UNET_256_PARAMETERS * 28  # 16 read, 12 written
     benchmark.pedantic(timed, rounds=5, warmup_rounds=1)

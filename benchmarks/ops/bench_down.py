@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from layers import LAYERS, Layer, synchronize
+from layers import CONVOLUTIONS, Convolution, synchronize
 
 from fastp2p.ops import down
 
 
 @pytest.mark.parametrize("provider", ["fastp2p", "eager"])
-@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.name)
+@pytest.mark.parametrize("layer", CONVOLUTIONS, ids=lambda layer: layer.name)
 @pytest.mark.parametrize("batch_size", [1, 16])
-def bench_down(benchmark, provider: str, layer: Layer, batch_size: int):
+def bench_down(benchmark, provider: str, layer: Convolution, batch_size: int):
     x, weight = layer.large(batch_size), layer.weight()
 
     def timed() -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from layers import DEVICE, DTYPE, synchronize
 from torch import nn
 
 from fastp2p.ops import norm_act, norm_stats
@@ -11,12 +12,10 @@ from fastp2p.ops import norm_act, norm_stats
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("batch_size", [1, 16])
 def bench_norm_act(benchmark, provider: str, direction: str, batch_size: int):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    x = torch.randn(batch_size, 128, 64, 64, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
+    x = torch.randn(batch_size, 128, 64, 64, device=DEVICE).to(DTYPE).contiguous(memory_format=torch.channels_last)
     x.requires_grad_()
     dy = torch.randn_like(x)
-    layer = nn.BatchNorm2d(128, device=device)
+    layer = nn.BatchNorm2d(128, device=DEVICE)
     activation = nn.LeakyReLU(0.2)
 
     def forward() -> torch.Tensor:
@@ -33,8 +32,7 @@ def bench_norm_act(benchmark, provider: str, direction: str, batch_size: int):
                 forward()
         else:
             torch.autograd.grad(y, inputs, dy, retain_graph=True)
-        if device == "cuda":
-            torch.cuda.synchronize()
+        synchronize()
 
     # Forward: x read twice, y written. Backward: x and dy read twice, dx written.
     benchmark.extra_info["bytes"] = x.numel() * x.element_size() * (3 if direction == "forward" else 5)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from layers import DEVICE, synchronize
 from torch.nn.functional import l1_loss
 
 from fastp2p.ops import patch_loss
@@ -10,8 +11,7 @@ from fastp2p.ops import patch_loss
 @pytest.mark.parametrize("provider", ["fastp2p", "eager"])
 @pytest.mark.parametrize("batch_size", [1, 16])
 def bench_patch_loss(benchmark, provider: str, batch_size: int):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    fake_B, real_B = (torch.rand(batch_size, 3, 256, 256, device=device) for _ in range(2))
+    fake_B, real_B = (torch.rand(batch_size, 3, 256, 256, device=DEVICE) for _ in range(2))
     fake_B.requires_grad_()
 
     def timed() -> None:
@@ -19,8 +19,7 @@ def bench_patch_loss(benchmark, provider: str, batch_size: int):
             patch_loss(fake_B.detach(), "l1", target=real_B, weight=100.0)
         else:
             torch.autograd.grad(100.0 * l1_loss(fake_B, real_B), fake_B)
-        if device == "cuda":
-            torch.cuda.synchronize()
+        synchronize()
 
     benchmark.extra_info["bytes"] = fake_B.numel() * 12  # two read, one written
     benchmark(timed)

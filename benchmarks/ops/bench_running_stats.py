@@ -1,7 +1,8 @@
-"""running_stats: one group's update of 512 channels, against the four operations of eager PyTorch."""
+"""running_stats: one group's update of 512 channels, against the four operations of eager PyTorch, two per buffer."""
 
 import pytest
 import torch
+from layers import DEVICE, synchronize
 
 from fastp2p.ops import running_stats
 
@@ -10,9 +11,8 @@ CHANNELS, N_VALUES, MOMENTUM = 512, 1024, 0.1
 
 @pytest.mark.parametrize("provider", ["fastp2p", "eager"])
 def bench_running_stats(benchmark, provider: str):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    running_mean, running_var = (torch.rand(CHANNELS, device=device) for _ in range(2))
-    mean, var = (torch.rand(1, CHANNELS, device=device) for _ in range(2))
+    running_mean, running_var = (torch.rand(CHANNELS, device=DEVICE) for _ in range(2))
+    mean, var = (torch.rand(1, CHANNELS, device=DEVICE) for _ in range(2))
 
     def timed() -> None:
         if provider == "fastp2p":
@@ -20,8 +20,7 @@ def bench_running_stats(benchmark, provider: str):
         else:
             running_mean.mul_(1 - MOMENTUM).add_(mean[0], alpha=MOMENTUM)
             running_var.mul_(1 - MOMENTUM).add_(var[0], alpha=MOMENTUM * N_VALUES / (N_VALUES - 1))
-        if device == "cuda":
-            torch.cuda.synchronize()
+        synchronize()
 
     benchmark.extra_info["bytes"] = CHANNELS * 6 * 4  # four vectors read, two written
     benchmark(timed)

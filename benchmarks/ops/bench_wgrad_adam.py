@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from layers import DEVICE, DTYPE, LAYERS, synchronize
+from layers import CONVOLUTIONS, DEVICE, DTYPE, synchronize
 from torch.nn.grad import conv2d_weight
 
 from fastp2p.ops import adam, wgrad, wgrad_adam
@@ -10,7 +10,7 @@ from fastp2p.ops import adam, wgrad, wgrad_adam
 
 @pytest.mark.parametrize("provider", ["fastp2p", "wgrad, adam", "eager"])
 def bench_wgrad_adam(benchmark, provider: str):
-    layer = LAYERS[2]
+    layer = CONVOLUTIONS[2]  # e7
     dy, x = layer.small(1), layer.large(1)
     param, exp_avg, exp_avg_sq = (layer.weight().float().square() for _ in range(3))
     lr = torch.tensor(2e-4, device=DEVICE)

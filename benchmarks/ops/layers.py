@@ -1,4 +1,8 @@
-"""Operands of the networks' layers, for the benchmarks of down, up, wgrad and wgrad_adam."""
+"""The device, and operands of four of the networks' convolutions, for the benchmarks of the operators.
+
+Apart from fastp2p.kernels.layer_shapes, whose Layer is what a kernel is compiled for: that needs Triton, which there is
+for Linux alone, and these benchmarks run wherever PyTorch does.
+"""
 
 from dataclasses import dataclass
 
@@ -7,7 +11,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Layer:
+class Convolution:
     """A 4x4 convolution of padding 1 from (c, side, side), the larger map, to o channels."""
 
     name: str
@@ -36,7 +40,12 @@ class Layer:
 
 
 # Of the generator an outer, a middle and a deep layer; of the discriminator the one that costs most
-LAYERS = [Layer("e2", 64, 128, 128), Layer("e4", 256, 32, 512), Layer("e7", 512, 4, 512), Layer("D4", 256, 32, 512, 1)]
+CONVOLUTIONS = [
+    Convolution("e2", 64, 128, 128),
+    Convolution("e4", 256, 32, 512),
+    Convolution("e7", 512, 4, 512),
+    Convolution("D4", 256, 32, 512, 1),
+]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
@@ -46,5 +55,6 @@ def _random(*shape: int) -> Tensor:
 
 
 def synchronize() -> None:
+    """Wait for the GPU, if there is one: a benchmark's clock is the host's."""
     if DEVICE == "cuda":
         torch.cuda.synchronize()

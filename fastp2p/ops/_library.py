@@ -137,12 +137,16 @@ def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
-    """The floating tensors in autocast's dtype, where it is on for x's device and they are not float64."""
+    """The tensors in autocast's dtype, where it is on for x's device and they are floating and not float64."""
     device_type = x.device.type
-    if not torch.is_autocast_enabled(device_type):
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return x, *others
     dtype = torch.get_autocast_dtype(device_type)
-    return tuple(None if t is None else t if t.dtype == torch.float64 else t.to(dtype) for t in (x, *others))
+    return tuple(t.to(dtype) if t is not None and _autocasts(t) else t for t in (x, *others))
+
+
+def _autocasts(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.dtype != torch.float64
 
 
 def check_devices(operator: str, *tensors: Tensor | None) -> None:

@@ -25,7 +25,7 @@ def down_ref(
     stat_groups: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The specification of `down`."""
-    out = F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), stride, padding)
+    out = F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), stride, padding)  # bias rounded as well
     out = activate(out, activation, slope) if gate is None else out * derivative(gate, activation, slope)
     out = out.contiguous(memory_format=torch.channels_last)
     return out, *norm_stats_ref(out, stat_groups)
@@ -109,13 +109,14 @@ def down(
         out[n, o, i] = act(bias[o] + sum over c, k of x[n, c, i * stride - padding + k] * weight[o, c, k])
 
     where i, k are (row, column). It is also the data gradient of a transposed convolution, on that one's own weight.
-    Differentiable once in x, weight and bias. Under autocast it computes in autocast's dtype.
+    Differentiable once in x, weight and bias. Under autocast it computes in autocast's dtype. On a GPU float32 is
+    multiplied as PyTorch's convolutions do it, by default as TF32 (torch.backends.cudnn.allow_tf32).
 
     Args:
         x: (N, C, H, W), floating; channels_last is read as it is, also a slice of channels of a larger tensor; any
             other layout is copied first.
         weight: (O, C, KH, KW), x's dtype, best channels_last.
-        bias: (O,).
+        bias: (O,), floating; added before the one rounding to x's dtype.
         stride, padding: of both dimensions, in pixels.
         activation, slope: "none", "relu", "leaky_relu" of that slope, or "tanh".
         gate: (N, O, H', W'), the activated values whose gradient this computes: the result is multiplied by the
@@ -131,9 +132,10 @@ def down(
     """
     x, weight, gate = _library.autocast(x, weight, gate)
     index = activation_index("down", activation, slope)
-    if x.ndim != 4 or weight.ndim != 4 or x.shape[1] != weight.shape[1] or x.dtype != weight.dtype:
+    fits = x.ndim == 4 and weight.ndim == 4 and x.shape[1] == weight.shape[1]
+    if not fits or x.dtype != weight.dtype or not x.is_floating_point():
         got = f"x {describe(x)}, weight {describe(weight)}"
-        raise InputError(f"down: got {got}; expected (N, C, H, W) and (O, C, KH, KW) of one dtype")
+        raise InputError(f"down: got {got}; expected (N, C, H, W) and (O, C, KH, KW) of one floating dtype")
     check_window("down", stride, padding)
     height, width = (down_size(x.shape[d], weight.shape[d], stride, padding) for d in (2, 3))
     shape = (x.shape[0], weight.shape[0], height, width)
@@ -154,7 +156,7 @@ def check_window(operator: str, stride: int, padding: int) -> None:
 
 def check_extras(operator: str, x: Tensor, shape: tuple[int, ...], bias: Tensor | None, gate: Tensor | None) -> None:
     """Raise InputError unless bias and gate fit an output of this shape."""
-    if bias is not None and bias.shape != shape[1:2]:
-        raise InputError(f"{operator}: got bias {describe(bias)}, expected ({shape[1]},)")
+    if bias is not None and (bias.shape != shape[1:2] or not bias.is_floating_point()):
+        raise InputError(f"{operator}: got bias {describe(bias)}, expected ({shape[1]},) floating")
     if gate is not None and (gate.shape != shape or gate.dtype != x.dtype):
         raise InputError(f"{operator}: got gate {describe(gate)}, expected {shape} {x.dtype}")

@@ -36,8 +36,8 @@ def norm_stats(x: Tensor, *, stat_groups: int) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel, over the pixels of each of stat_groups groups of consecutive images.
 
     1 group is batch norm, N groups are instance norm, 2 groups are two batches in one pass. The variance is that of
-    the deviations from the mean, never a difference of squares, so a constant image has variance 0. No gradient: the
-    one of `norm_act` includes the way through mean and variance.
+    the deviations from the mean, never a difference of squares, so a constant image has variance 0 up to rounding. No
+    gradient: the one of `norm_act` includes the way through mean and variance.
 
     Args:
         x: (N, C, H, W), floating. Accumulation is in float32 (float64 for float64).

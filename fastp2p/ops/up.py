@@ -124,13 +124,14 @@ def up(
         out[n, o, q] = act(bias[o] + sum over c and all i * stride - padding + k = q of x[n, c, i] * weight[c, o, k])
 
     where i, k, q are (row, column). It is also the data gradient of a convolution, on that one's own weight.
-    Differentiable once in x, x2, weight and bias. Under autocast it computes in autocast's dtype.
+    Differentiable once in x, x2, weight and bias. Under autocast it computes in autocast's dtype; float32 on a GPU as
+    in `down`.
 
     Args:
         x, x2: (N, C, H, W) and (N, C2, H, W), floating; channels_last is read as it is, also a slice of channels of a
             larger tensor; any other layout is copied first.
         weight: (C + C2, O, KH, KW), x's dtype, best channels_last.
-        bias: (O,).
+        bias: (O,), floating; added before the one rounding to x's dtype.
         stride, padding: of both dimensions, in pixels.
         output_padding: pixels that the output has more, at the bottom and on the right; below stride.
         activation, slope, gate, stat_groups: as for `down`.
@@ -144,13 +145,15 @@ def up(
     """
     x, x2, weight, gate = _library.autocast(x, x2, weight, gate)
     index = activation_index("up", activation, slope)
-    channels = x.shape[1] + (0 if x2 is None else x2.shape[1])
-    dtypes = {tensor.dtype for tensor in (x, x2, weight) if tensor is not None}
-    sizes_fit = x2 is None or (x.shape[0] == x2.shape[0] and x.shape[2:] == x2.shape[2:])
-    if x.ndim != 4 or weight.ndim != 4 or weight.shape[0] != channels or len(dtypes) > 1 or not sizes_fit:
-        got = ", ".join(describe(tensor) for tensor in (x, x2, weight) if tensor is not None)
+    inputs = [x] if x2 is None else [x, x2]
+    fits = all(tensor.ndim == 4 for tensor in (*inputs, weight))
+    fits = fits and weight.shape[0] == sum(tensor.shape[1] for tensor in inputs)
+    fits = fits and (x2 is None or (x2.numel() > 0 and x.shape[0] == x2.shape[0] and x.shape[2:] == x2.shape[2:]))
+    if not fits or len({t.dtype for t in (*inputs, weight)}) > 1 or not x.is_floating_point():
+        got = ", ".join(map(describe, (*inputs, weight)))
         raise InputError(
-            f"up: got {got}; expected x (N, C, H, W), x2 (N, C2, H, W), weight (C + C2, O, KH, KW) of one dtype"
+            f"up: got {got}; expected x (N, C, H, W), x2 (N, C2, H, W), weight (C + C2, O, KH, KW) of one "
+            "floating dtype, C2 > 0"
         )
     check_window("up", stride, padding)
     if not 0 <= output_padding < stride:

@@ -68,8 +68,8 @@ def wgrad(
         dweight[o, c, k] = sum over n, i of outer[n, o, i] * inner[n, c, i * stride - padding + k]
 
     where i, k are (row, column). For `down` outer is the gradient of its result and inner its x; for `up` outer is its
-    x (and outer2 its x2) and inner the gradient of its result. Accumulates in float32 (float64 for float64). No
-    gradient of its own.
+    x (and outer2 its x2) and inner the gradient of its result. Accumulates in float32 (float64 for float64);
+    float32 on a GPU as in `down`. No gradient of its own.
 
     Args:
         outer, outer2: (N, O, H', W') and (N, O2, H', W'), floating.

@@ -77,6 +77,8 @@ def wgrad_adam(
     Raises:
         InputError: on shapes, dtypes, layouts or devices that do not fit; nothing is changed then.
     """
+    if param.ndim != 4:
+        raise InputError(f"wgrad_adam: got param {describe(param)}, expected (O + O2, C, KH, KW)")
     check_outer_inner("wgrad_adam", outer, outer2, inner, (param.shape[-2], param.shape[-1]), stride, padding)
     rows = outer.shape[1] + (0 if outer2 is None else outer2.shape[1])
     buffers = [param, exp_avg, exp_avg_sq] + ([] if low_precision is None else [low_precision])

@@ -118,7 +118,8 @@ def test_what_was_folded_is_never_stale(edit: Callable[[nn.Module], object], fol
         for m in (model, fused):
             torch.manual_seed(3)
             edit(m)
-        torch.testing.assert_close(fused(x), model(x), rtol=1e-6, atol=1e-6)
+        # In float64 the same sums in another order. The least of the edits, rounding to float32, moves more than 1e-8
+        torch.testing.assert_close(fused(x), model(x), rtol=1e-9, atol=1e-9)
         assert not torch.equal(fused(x), before)
 
 
@@ -304,8 +305,11 @@ def test_autocast():
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         outputs = [m.eval()(x).float() for m in (model, fused)]
     torch.testing.assert_close(outputs[1], outputs[0], rtol=0.05, atol=0.05)  # some roundings of bfloat16, 0.4 % each
+    model.load_state_dict(fused.state_dict())  # running statistics of bfloat16 results are not quite the same
     with torch.no_grad():  # what was folded for bfloat16 does not serve float32
-        torch.testing.assert_close(fused(x), model(x), rtol=1e-2, atol=1e-2)
+        # Either is within 5e-6 of float64 (measured): three layers and a division by a standard deviation, each of
+        # some roundings of 6e-8. One weight rounded to bfloat16 moves the result by 5e-3.
+        torch.testing.assert_close(fused(x), model(x), rtol=1e-5, atol=1e-5)
         assert fused(x).dtype == torch.float32
 
 
@@ -318,4 +322,6 @@ def test_half_precision_model():
     assert {p.grad.dtype for p in fused.parameters()} == {torch.bfloat16}
     for key, value in fused.state_dict().items():
         torch.testing.assert_close(value, model.state_dict()[key], rtol=0.02, atol=0.02)  # bfloat16 has 8 bits
-    torch.testing.assert_close(fused.eval()(x), model.eval()(x), rtol=0.1, atol=0.1)
+    exact = copy.deepcopy(model).to(DOUBLE).eval()(x.to(DOUBLE))
+    errors = [(m.eval()(x) - exact).norm() for m in (model, fused)]
+    assert errors[1] <= 2 * errors[0]  # which are those of three layers, each rounding its result to bfloat16

@@ -1,5 +1,6 @@
 """Operators are tested as they are, with TRITON_INTERPRET=1, where Triton's kernels serve the CPU, and on a GPU."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,15 +16,18 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def _poisoned_empty(_device: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.empty gives NaN (or an integer's largest value), so that an element which a kernel forgets shows."""
-    empty = torch.empty
+    """torch.empty and empty_like give NaN (or an integer's largest value): an element that a kernel forgets shows."""
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
 
+
+def _poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
-        tensor = empty(*args, **kwargs)
+        tensor = make(*args, **kwargs)
         if tensor.device.type == "meta":
             return tensor
         if tensor.dtype == torch.bool:
             return tensor.fill_(True)
         return tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
 
-    monkeypatch.setattr(torch, "empty", poisoned)
+    return poisoned

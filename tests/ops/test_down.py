@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from gemm_shapes import CONFIG_SHAPES, DTYPES, SHAPES, Shape, assert_product, assert_stats, random
+from gemm_shapes import CONFIG_SHAPES, DTYPES, SHAPES, Shape, assert_product, assert_stats, configurations, random
 from on_device import kernels_serve
 
 from fastp2p.errors import InputError
@@ -170,10 +170,9 @@ def test_opcheck(layout: torch.memory_format, requires_grad: bool):
 @pytest.mark.parametrize("shape", CONFIG_SHAPES, ids=str)
 def test_every_configuration(dtype: torch.dtype, shape: Shape):
     from fastp2p.kernels import down as kernel
-    from fastp2p.kernels import gemm
 
     x, weight, bias = operands(shape, dtype)
-    for config in gemm.FLOAT32_CONFIGS if dtype == torch.float32 else gemm.CONFIGS:
+    for config in configurations(dtype):
         for split in (1, 3):
             args = (x, weight, bias, None, shape.stride, shape.padding, 0, 0.2, shape.n)
             out, mean, var = kernel.down(*args, config=config | {"SPLIT": split})
@@ -185,11 +184,11 @@ def test_bad_input_is_told():
     x, weight = random(2, 3, 4, 4), random(5, 3, 4, 4)
     with pytest.raises(InputError, match=r"down: got x \(2, 3, 4, 4\) float32 .*, weight \(5, 4, 4, 4\)"):
         down(x, random(5, 4, 4, 4))
-    with pytest.raises(InputError, match="of one dtype"):
+    with pytest.raises(InputError, match="of one floating dtype"):
         down(x.half(), weight)
     with pytest.raises(InputError, match="nothing is left of the image"):
         down(random(2, 3, 1, 1), weight)
-    with pytest.raises(InputError, match=r"got bias \(4,\).*, expected \(5,\)"):
+    with pytest.raises(InputError, match=r"got bias \(4,\).*, expected \(5,\) floating"):
         down(x, weight, random(4))
     with pytest.raises(InputError, match=r"got gate .*, expected \(2, 5, 2, 2\)"):
         down(x, weight, gate=random(2, 5, 3, 3))
@@ -207,3 +206,21 @@ def test_two_devices_are_told():
     x, weight, bias = operands(SHAPES[1])
     with pytest.raises(InputError, match=r"down: got tensors on .*meta.*; expected one device"):
         down(x, weight.to("meta"), bias)
+
+
+def test_strided_bias_and_integers():
+    x, weight, _ = operands(SHAPES[1])
+    bias = torch.arange(66.0)[::2]
+    torch.testing.assert_close(down(x, weight, bias)[0], down(x, weight, bias.clone())[0], rtol=0, atol=0)
+    one = torch.full((1,), 3.0).expand(33)
+    torch.testing.assert_close(down(x, weight, one)[0], down(x, weight, one.contiguous())[0], rtol=0, atol=0)
+    with pytest.raises(InputError, match="of one floating dtype"):
+        down(x.int(), weight.int())
+    with pytest.raises(InputError, match=r"expected \(33,\) floating"):
+        down(x, weight, torch.arange(33))
+
+
+def test_meta_tensors():
+    x, weight, bias = (tensor.to("meta") for tensor in operands(SHAPES[1]))
+    out, mean, _ = down(x, weight, bias, stat_groups=2)
+    assert (out.shape, mean.shape, out.device.type) == ((2, 33, 8, 1), (2, 33), "meta")

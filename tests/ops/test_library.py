@@ -30,13 +30,14 @@ def test_who_serves_the_cpu():
 
 
 def test_autocast_casts_what_it_should():
-    x, wide, integers = torch.zeros(1), torch.zeros(1, dtype=torch.float64), None
-    assert _library.autocast(x, wide, integers) == (x, wide, None)
+    x, wide, integers = torch.zeros(1), torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
+    assert _library.autocast(x, wide, integers) == (x, wide, integers)
     with torch.autocast(x.device.type, torch.bfloat16):
-        cast, still_wide, nothing = _library.autocast(x, wide, integers)
+        cast, *others = _library.autocast(x, wide, integers, None)
     assert cast.dtype == torch.bfloat16
-    assert still_wide is wide
-    assert nothing is None
+    assert others[0] is wide
+    assert others[1] is integers
+    assert others[2] is None
 
 
 def test_a_gradient_that_there_is_not_raises():

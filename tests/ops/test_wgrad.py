@@ -1,6 +1,6 @@
 import pytest
 import torch
-from gemm_shapes import CONFIG_SHAPES, DTYPES, SHAPES, Shape, assert_product, random
+from gemm_shapes import CONFIG_SHAPES, DTYPES, SHAPES, Shape, assert_product, configurations, random
 from torch.nn.grad import conv2d_weight
 
 from fastp2p.errors import InputError
@@ -86,13 +86,12 @@ def test_opcheck(layout: torch.memory_format):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("whole_blocks", [True, False])
 def test_every_configuration(dtype: torch.dtype, whole_blocks: bool):
-    from fastp2p.kernels import gemm
     from fastp2p.kernels import wgrad as kernel
 
     shape = Shape(2, 64, 9, 12, 20, 2, 2, 1) if whole_blocks else CONFIG_SHAPES[1]
     outer, inner = operands(shape, dtype)
     parts = outer.split([7, shape.o - 7], 1)
-    for config in gemm.FLOAT32_CONFIGS if dtype == torch.float32 else gemm.CONFIGS:
+    for config in configurations(dtype):
         for split in (1, 2):
             args = (shape.k, shape.k, shape.stride, shape.padding, torch.float32)
             dweight = kernel.wgrad(*parts, inner, *args, config=config | {"SPLIT": split})

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from gemm_shapes import CONFIG_SHAPES, SHAPES, Shape, random
+from gemm_shapes import CONFIG_SHAPES, SHAPES, Shape, configurations, random
 
 from fastp2p.errors import InputError
 from fastp2p.ops import adam, wgrad, wgrad_adam
@@ -99,17 +99,27 @@ def test_opcheck():
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_configuration(dtype: torch.dtype):
-    from fastp2p.kernels import gemm
+@pytest.mark.parametrize("shape", [CONFIG_SHAPES[1], Shape(1, 64, 3, 2, 20, 2, 1, 0)], ids=str)
+def test_every_configuration(shape: Shape, dtype: torch.dtype):
     from fastp2p.kernels import wgrad_adam as kernel
 
-    shape = CONFIG_SHAPES[1]
     apart = State(shape, dtype)
     apart.apart()
-    for config in gemm.FLOAT32_CONFIGS if dtype == torch.float32 else gemm.CONFIGS:
+    for config in configurations(dtype):
         state = State(shape, dtype)
         buffers = (state.param, state.exp_avg, state.exp_avg_sq, *state.scalars.values())
-        args = (state.outer, None, state.inner, *buffers, 0.5, 0.999, 1e-8, 2, 1, state.low_precision)
+        args = (
+            state.outer,
+            None,
+            state.inner,
+            *buffers,
+            0.5,
+            0.999,
+            1e-8,
+            shape.stride,
+            shape.padding,
+            state.low_precision,
+        )
         kernel.wgrad_adam(*args, config=config)
         assert_same_step(state, apart)
 
