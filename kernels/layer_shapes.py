@@ -89,8 +89,10 @@ def may_split(config: dict[str, int]) -> bool:
     return config["BLOCK_M"] * config["BLOCK_N"] <= 128 * 64
 
 
-# One of each kind: the others differ from them in no more than which sizes are multiples of 16.
-REPRESENTATIVES = ("e1", "e2", "e4", "e8", "d8", "d4", "d1", "D1", "D4", "D5")
+# All layers are compiled in bfloat16. In float32 one of each kind is: the others differ from them in no more than which
+# sizes are multiples of 16. float16 takes the way of bfloat16 and TF32 that of float32, each with another instruction.
+FLOAT32_LAYERS = ("e1", "e2", "e4", "e8", "d8", "d4", "d1", "D1", "D4", "D5")
+FLOAT16_AND_TF32_LAYERS = ("e1", "e4", "d4", "D5")
 
 
 def gemm_cases(
@@ -104,7 +106,7 @@ def gemm_cases(
     *,
     more_types: dict[str, str] | None = None,
 ) -> Iterator[Case]:
-    """A layer's product as a launch would compile it: all layers in bfloat16, one of each kind in the other dtypes.
+    """A layer's product as a launch would compile it, in the dtypes that the layer stands for.
 
     bias_ptr is float32, as autocast and folded norms have it.
 
@@ -118,12 +120,14 @@ def gemm_cases(
         more_types: of other arguments. With SPLIT among the kernel's arguments both ways are compiled.
     """
     name = kernel.__name__.strip("_").removesuffix("_kernel")
-    for dtype in ("bf16", "fp16", "fp32") if layer.name in REPRESENTATIVES else ("bf16",):
+    rare = layer.name in FLOAT16_AND_TF32_LAYERS
+    dtypes = ["bf16"] + ["fp16"] * rare + ["fp32"] * (layer.name in FLOAT32_LAYERS)
+    for dtype in dtypes:
         itemsize = 4 if dtype == "fp32" else 2
         configs = [config | {"WHOLE_BLOCKS": whole_blocks(config)} for config in tiles(itemsize)]
         types = dict.fromkeys((*GEOMETRY, *sizes), "i32") | dict.fromkeys(pointers, f"*{dtype}")
         types |= {"bias_ptr": "*fp32", "partial_ptr": "*fp32", "slope": "fp32"} | (more_types or {})
-        for precision in ("ieee", "tf32") if dtype == "fp32" else ("ieee",):
+        for precision in ["ieee"] + ["tf32"] * (rare and dtype == "fp32"):
             label = f"{name} {layer.name} {dtype}{' tf32' * (precision == 'tf32')}"
             flags = constants | {"PRECISION": precision}
             if "SPLIT" not in kernel.arg_names:
