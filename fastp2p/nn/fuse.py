@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
+from fastp2p.errors import InputError
 from fastp2p.nn.block import Convolution
 from fastp2p.nn.fused import ACTIVATION_NAMES, Chain, is_fused, join, name_of
 from fastp2p.nn.tracing import LAYERS, STAGES, Region, trace
@@ -90,7 +91,12 @@ def fuse(model: nn.Module, *, channels_last: bool = True) -> FuseReport:
 
     Returns:
         The report; print it.
+
+    Raises:
+        InputError: on what is no nn.Module.
     """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"fuse: got a {type(model).__name__}, expected an nn.Module")
     traced = trace(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     names = Counter(map(id, modules.values()))

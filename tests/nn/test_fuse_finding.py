@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from nn.comparing import assert_same_training, fused_copy
 from torch import Tensor, nn
 
+from fastp2p.errors import InputError
 from fastp2p.nn import ConvNormAct, fuse
 
 
@@ -346,3 +347,8 @@ def test_leaky_relu_changed_in_place_afterwards():
     fused, report = fused_copy(after_norm)
     assert [chain.modules for chain in report.fused] == [("conv", "bn")]
     assert_same_training(after_norm, fused, torch.randn(2, 4, 6, 6, dtype=torch.float64))
+
+
+def test_what_is_no_module_is_told():
+    with pytest.raises(InputError, match=r"fuse: got a str, expected an nn\.Module"):
+        fuse("model")
