@@ -1,7 +1,18 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from gemm_shapes import CONFIG_SHAPES, DTYPES, SHAPES, Shape, assert_product, assert_stats, configurations, random
+from gemm_shapes import (
+    CONFIG_SHAPES,
+    DTYPES,
+    ROUNDED,
+    SHAPES,
+    SUMS,
+    Shape,
+    assert_product,
+    assert_stats,
+    configurations,
+    random,
+)
 from on_device import kernels_serve
 
 from fastp2p.errors import InputError
@@ -68,7 +79,7 @@ def test_gate_multiplies_by_the_derivative(activation: str):
     out, _, _ = down(x, weight, gate=gate, activation=activation, slope=0.3)
     plain, _, _ = down(x, weight)
     index = ACTIVATIONS.index(activation)
-    torch.testing.assert_close(out, plain * derivative(gate, index, 0.3), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out, plain * derivative(gate, index, 0.3), **ROUNDED)
 
 
 @pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[4], SHAPES[7], SHAPES[9]], ids=str)
@@ -85,9 +96,7 @@ def test_gradients_by_name(shape: Shape, activation: str):
     expected.backward(dout.double())
     for name in ours:
         gradient = ours[name].grad
-        torch.testing.assert_close(
-            gradient.double(), theirs[name].grad, rtol=1e-5, atol=1e-4, msg=lambda m, n=name: n + m
-        )
+        torch.testing.assert_close(gradient.double(), theirs[name].grad, **SUMS, msg=lambda m, n=name: n + m)
 
 
 def test_expanded_gradient():
@@ -114,7 +123,7 @@ def test_slices_of_larger_buffers_and_other_layouts():
     views += [random(2, 16, 5, 6, channels_last=False), random(2, 5, 6, 16).permute(0, 3, 1, 2)]
     for view in views:
         out, _, _ = down(view, weight.contiguous())
-        torch.testing.assert_close(out, F.conv2d(view, weight, None, 2, 1), rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(out, F.conv2d(view, weight, None, 2, 1), **SUMS)
 
 
 def test_it_is_the_data_gradient_of_a_transposed_convolution():
@@ -122,7 +131,7 @@ def test_it_is_the_data_gradient_of_a_transposed_convolution():
     y = F.conv_transpose2d(x, weight, None, 2, 1)
     dy = random(*y.shape)
     y.backward(dy)
-    torch.testing.assert_close(down(dy, weight)[0], x.grad, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(down(dy, weight)[0], x.grad, **SUMS)
 
 
 def test_nan_is_not_swallowed():

@@ -3,7 +3,18 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from gemm_shapes import CONFIG_SHAPES, DTYPES, SHAPES, Shape, assert_product, assert_stats, configurations, random
+from gemm_shapes import (
+    CONFIG_SHAPES,
+    DTYPES,
+    ROUNDED,
+    SHAPES,
+    SUMS,
+    Shape,
+    assert_product,
+    assert_stats,
+    configurations,
+    random,
+)
 from on_device import kernels_serve
 
 from fastp2p.errors import InputError
@@ -70,10 +81,10 @@ def test_activation_and_gate(activation: str):
     plain, _, _ = up(**tensors)
     act = {"none": lambda z: z, "relu": F.relu, "leaky_relu": lambda z: F.leaky_relu(z, 0.3), "tanh": torch.tanh}
     out, _, _ = up(**tensors, activation=activation, slope=0.3)
-    torch.testing.assert_close(out, act[activation](plain), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out, act[activation](plain), **ROUNDED)
     gate = random(*plain.shape).tanh()
     out, _, _ = up(**tensors, activation=activation, slope=0.3, gate=gate)
-    torch.testing.assert_close(out, plain * derivative(gate, ACTIVATIONS.index(activation), 0.3), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out, plain * derivative(gate, ACTIVATIONS.index(activation), 0.3), **ROUNDED)
 
 
 @pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[6], SHAPES[7]], ids=str)
@@ -92,7 +103,7 @@ def test_gradients_by_name(shape: Shape, two_inputs: bool):
     for name, tensor in ours.items():
         if tensor is not None:
             there = theirs[name].grad
-            torch.testing.assert_close(tensor.grad.double(), there, rtol=1e-5, atol=1e-4, msg=lambda m, n=name: n + m)
+            torch.testing.assert_close(tensor.grad.double(), there, **SUMS, msg=lambda m, n=name: n + m)
 
 
 def test_slices_of_larger_buffers_and_other_layouts():
@@ -100,9 +111,7 @@ def test_slices_of_larger_buffers_and_other_layouts():
     skips = [big[1:, 5:21], big[:2, ::2][:, :16], random(2, 16, 3, 4, channels_last=False)]
     for skip, x in zip(skips, [big[1:, :8], big[:2, 32:], big[1:, 3:11]], strict=True):
         out, _, _ = up(skip, weight.contiguous(), x2=x)
-        torch.testing.assert_close(
-            out, F.conv_transpose2d(torch.cat([skip, x], 1), weight, None, 2, 1), rtol=1e-5, atol=1e-4
-        )
+        torch.testing.assert_close(out, F.conv_transpose2d(torch.cat([skip, x], 1), weight, None, 2, 1), **SUMS)
 
 
 @pytest.mark.parametrize("size", [(6, 8), (7, 8), (7, 9)])
@@ -113,7 +122,7 @@ def test_it_is_the_data_gradient_of_a_convolution(size: tuple[int, int]):
     dy = random(*y.shape)
     y.backward(dy)
     dx, _, _ = torch.ops.fastp2p.up(dy, None, weight, None, None, 2, 1, *size, 0, 0.0, 0)
-    torch.testing.assert_close(dx, x.grad, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dx, x.grad, **SUMS)
 
 
 def test_twice_the_same_bits():
