@@ -3,8 +3,8 @@
     python benchmarks/gpu_check.py [--minutes M] [--only parity|benchmarks] [--out DIR] [--rehearse]
 
 Needs torch, triton, numpy and pillow, and no network; see gpu_machine.py. Writes benchmarks/results/GPU-DATE.json,
-whole at every instant, also when it is interrupted or out of time. Exits with 1 when parity failed, 2 when the machine
-is unfit.
+whole at every instant, also when it is interrupted or out of time. Exits with 1 when parity or a measurement failed, 2
+when the machine is unfit.
 """
 
 import argparse
@@ -130,7 +130,8 @@ def check(args: argparse.Namespace, env: dict[str, str], begun: float) -> int:
     print(f"\nwritten: {report.path}")
     if interrupted:
         return INTERRUPTED
-    return 0 if args.only == "benchmarks" or report.content["parity"]["green"] else 1
+    green = args.only == "benchmarks" or report.content["parity"]["green"]
+    return 0 if green and not report.content["errors"] else 1
 
 
 def _results_path(args: argparse.Namespace, head: dict[str, Any]) -> Path:
@@ -197,8 +198,9 @@ def _compile(command: list[str], args: argparse.Namespace, env: dict[str, str], 
     ]  # fmt: skip
     limit = time.monotonic() + seconds + 15
     try:
-        for shard in shards:
-            shard.wait(timeout=max(0.1, limit - time.monotonic()))
+        statuses = [shard.wait(timeout=max(0.1, limit - time.monotonic())) for shard in shards]
+        if any(statuses):
+            print(f"{sum(map(bool, statuses))} of {workers} compiling processes failed, as told above", flush=True)
     except subprocess.TimeoutExpired:
         print("compiling took too long; what is not compiled will be while it is timed", flush=True)
     finally:

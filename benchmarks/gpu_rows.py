@@ -7,7 +7,6 @@ rest. With --shard it times nothing but compiles its share, so that many process
 import argparse
 import contextlib
 import json
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,6 @@ from timing import COLD_BYTES, Timing, input_sets, measure
 
 CANNOT = (triton.OutOfResources, triton.CompilationError)  # a configuration that this GPU or compiler refuses
 SEARCH_SECONDS = 0.02  # for each configuration
-LOST = 3  # exit status: the process can do no more on its GPU
 
 
 def main() -> None:
@@ -67,10 +65,9 @@ def do_jobs(jobs: list[Job], done: list[str], device: torch.device, end: float) 
         say(start=job.name)
         try:
             say(row=do(job, device, end))
-        except Exception as error:
+        except Exception as error:  # into the results, and the end: a fault may spoil what comes after it
             say(failed=job.name, error=f"{type(error).__name__}: {error}"[:2000])
-            if device.type == "cuda":
-                sys.exit(LOST)  # perhaps: a broken capture or a fault may spoil what comes after
+            raise
     say(left=0)
 
 
@@ -110,20 +107,13 @@ def compile_share(jobs: list[Job], shard: str, end: float) -> None:
     jobs = [job for job in jobs if job.provider in (OURS, COMPILED, BEST)]
     calls = [(job, config) for job in jobs for config in job.configs or [None]]
     mine = calls[first - 1 :: every]
-    for i, (job, config) in enumerate(mine):
+    for job, config in mine:
         if time.monotonic() > end:
-            say(left=len(mine) - i)
             return
-        try:
+        with contextlib.suppress(*CANNOT):  # said when it is timed
             job.make()(config)
             if torch.cuda.is_initialized():
                 torch.cuda.synchronize()
-        except CANNOT:
-            continue
-        except Exception as error:
-            say(failed=job.name, error=f"{type(error).__name__}: {error}"[:2000])
-            sys.exit(LOST)
-    say(left=0)
 
 
 def ceilings(device: torch.device) -> dict[str, Any]:

@@ -184,10 +184,7 @@ def down(
         STRIDE=stride,
         PADDING=padding,
         WHOLE_BLOCKS=_whole_blocks(n_in, config),
-        ACTIVATION=activation,
-        HAS_BIAS=bias is not None,
-        HAS_GATE=gate is not None,
-        HAS_STATS=stat_groups > 0,
+        **gemm.epilogue_flags(activation, bias, gate, stat_groups),
         PRECISION=gemm.precision(x.dtype),
         **config,
     )

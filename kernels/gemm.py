@@ -136,6 +136,12 @@ def _reduce_kernel(
     )  # fmt: skip
 
 
+def epilogue_flags(activation: int, bias: Tensor | None, gate: Tensor | None, stat_groups: int) -> dict[str, int]:
+    """The compile-time arguments of `epilogue`."""
+    flags = {"HAS_BIAS": bias is not None, "HAS_GATE": gate is not None, "HAS_STATS": stat_groups > 0}
+    return {"ACTIVATION": activation} | flags
+
+
 def reduce_splits(
     workspace: Tensor,
     out: Tensor,
@@ -163,10 +169,7 @@ def reduce_splits(
         n_out,
         splits,
         slope,
-        ACTIVATION=activation,
-        HAS_BIAS=bias is not None,
-        HAS_GATE=gate is not None,
-        HAS_STATS=stat_groups > 0,
+        **epilogue_flags(activation, bias, gate, stat_groups),
         **REDUCE_CONFIG,
     )
     return partial

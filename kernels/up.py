@@ -242,10 +242,7 @@ def up(
         PADDING=padding,
         TWO_INPUTS=n_in2 > 0,
         WHOLE_BLOCKS=_whole_blocks(n_in, n_in2, config),
-        ACTIVATION=activation,
-        HAS_BIAS=bias is not None,
-        HAS_GATE=gate is not None,
-        HAS_STATS=stat_groups > 0,
+        **gemm.epilogue_flags(activation, bias, gate, stat_groups),
         PRECISION=gemm.precision(x.dtype),
         **config,
     )

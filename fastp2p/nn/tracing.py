@@ -91,7 +91,7 @@ def _trace_whole(module: nn.Module, path: str) -> tuple[Region | None, dict[str,
         tracers = [_Tracer(path, boxes, callers, training) for training in (True, False)]
         try:
             graphs = [tracer.follow(module, way) for tracer in tracers for way in _ways(module)]
-        except Exception as error:  # whatever a forward may do with values that are none
+        except Exception as error:  # a forward given stand-ins may raise anything; the report says what
             failed_at = next((tracer.failed_at for tracer in tracers if tracer.failed_at), None)
             if failed_at is None or failed_at in boxes:
                 return None, callers, f"cannot be followed: {type(error).__name__}: {_first_line(error)}"
