@@ -45,12 +45,13 @@ gpu-wheels:
 	$(PYTHON) -m pip download --quiet --no-deps --only-binary :all: --constraint constraints.txt --dest .gpu-wheels \
 		pytest iniconfig pluggy pygments packaging "setuptools>=77"
 
-# Made anew when what is installed changes.
-.venv/installed: pyproject.toml setup.py constraints.txt
+# Made anew when what is installed changes. PyTorch comes first: the extension is built against it.
+.venv/installed: pyproject.toml setup.py constraints.txt $(shell find csrc -name '*.*')
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'fastp2p needs Python 3.11 or later; set PYTHON=')"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch setuptools ninja
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[dev]"
 	touch $@
 
 clean:
-	rm -rf .venv .gpu-wheels build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .gpu-wheels build dist *.egg-info fastp2p/_C*.so .pytest_cache .mypy_cache .ruff_cache

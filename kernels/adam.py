@@ -8,7 +8,6 @@ the bias corrections come from float64 powers of the betas in device memory: 1 -
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from fastp2p.kernels.compile_check import Case
@@ -117,5 +116,3 @@ def adam(
         WRITE_LOW_PRECISION=low_precision is not None,
         **config,
     )
-    changed = (param, exp_avg, exp_avg_sq, low_precision)
-    torch.autograd.graph.increment_version([tensor for tensor in changed if tensor is not None])  # autograd's guard

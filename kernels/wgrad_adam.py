@@ -9,7 +9,6 @@ after the product of the activations.
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from fastp2p.kernels import gemm
@@ -134,5 +133,3 @@ def wgrad_adam(
         PRECISION=gemm.precision(inner.dtype),
         **config,
     )
-    changed = (param, exp_avg, exp_avg_sq, low_precision)
-    torch.autograd.graph.increment_version([tensor for tensor in changed if tensor is not None])  # autograd's guard

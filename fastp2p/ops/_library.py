@@ -1,15 +1,15 @@
 """torch.ops.fastp2p, and the single rule by which a kernel is chosen.
 
 Every operator has a readable PyTorch reference, registered as the dispatcher's default (CompositeExplicitAutograd), so
-it runs on every device. A faster kernel is registered on top of it for one device, and PyTorch's dispatcher does the
-rest: no model code asks which kernel there is.
+it runs on every device. A faster kernel is registered on top of it for one device: the extension's, fastp2p._C, by
+being imported, and Triton's for the operators that the extension leaves. PyTorch's dispatcher does the rest: no model
+code asks which kernel there is.
 """
 
 import contextlib
 import functools
 import importlib
 import importlib.util
-import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from fastp2p.errors import InputError
+from fastp2p.ops._extension import INTERPRETED
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch: kernels run on the CPU, for tests
 OLDEST_GPU = (8, 0)  # compute capability; Triton gave up sm_75
 LIBRARY = torch.library.Library("fastp2p", "DEF")
 
@@ -50,6 +50,7 @@ def define(
     LIBRARY.define(name + schema)
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastp2p::{name}", fake, lib=LIBRARY)
+    _count_versions(name)
     if backward is None and not schema.endswith("()"):
 
         def backward(ctx: Any, *grads: Tensor) -> None:
@@ -60,15 +61,33 @@ def define(
     _references[name] = reference
 
 
+def _count_versions(name: str) -> None:
+    """Tell autograd of what the operator changes in place, as PyTorch's own operators do."""
+    operator = getattr(torch.ops.fastp2p, name).default
+    changed = [i for i, arg in enumerate(operator._schema.arguments) if arg.alias_info and arg.alias_info.is_write]
+    if not changed:
+        return
+
+    def count(keyset: Any, *args: Any) -> Any:
+        tensors = [args[i] for i in changed if i < len(args) and args[i] is not None]
+        torch.autograd.graph.increment_version(tensors)
+        return operator.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
+    LIBRARY.impl(name, count, "ADInplaceOrView", with_keyset=True)
+
+
 def serve_by_triton(name: str) -> None:
     """Let fastp2p.kernels.NAME.NAME serve CUDA tensors; under TRITON_INTERPRET=1, CPU tensors instead.
+
+    Unless the extension serves them already.
 
     A backward operator's launcher lies beside its forward's: X_backward in fastp2p.kernels.X.
 
     Triton itself is imported at the first call. Where it is not installed the reference stays in charge; so it does for
     float64, which is there for proofs (the kernels compute in float32), and on GPUs older than Triton supports.
     """
-    if importlib.util.find_spec("triton") is None:
+    device_type = "cpu" if INTERPRETED else "cuda"
+    if importlib.util.find_spec("triton") is None or _has_own_kernel(name, device_type):
         return
 
     def launch(*args: Any) -> Any:
@@ -79,7 +98,6 @@ def serve_by_triton(name: str) -> None:
         with contextlib.nullcontext() if INTERPRETED else torch.cuda.device(device):
             return kernel(*args)
 
-    device_type = "cpu" if INTERPRETED else "cuda"
     LIBRARY.impl(name, launch, _DISPATCH_KEYS[device_type])
     _triton_serves.add((name, device_type))
 
@@ -113,8 +131,13 @@ def served_by(name: str, device_type: str) -> str:
         if INTERPRETED:
             return "Triton, interpreted"
         return "Triton" if _triton_supports(torch.cuda.current_device()) else "reference (PyTorch): an old GPU"
-    own = torch._C._dispatch_has_kernel_for_dispatch_key(f"fastp2p::{name}", _DISPATCH_KEYS[device_type])
-    return "a kernel of its own" if own else "reference (PyTorch)"
+    if _has_own_kernel(name, device_type):
+        return "C++" if device_type == "cpu" else "CUDA C++"
+    return "reference (PyTorch)"
+
+
+def _has_own_kernel(name: str, device_type: str) -> bool:
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"fastp2p::{name}", _DISPATCH_KEYS[device_type]))
 
 
 def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,0 +1,40 @@
+// The extension's entry: which C++ function serves which operator. Importing the module registers them; the schemas are
+// in fastp2p/ops/, once.
+#include <Python.h>
+
+#include "cpu/operators.h"
+
+STABLE_TORCH_LIBRARY_IMPL(fastp2p, CPU, m) {
+  m.impl("adam", TORCH_BOX(&fastp2p::adam_cpu));
+  m.impl("augment", TORCH_BOX(&fastp2p::augment_cpu));
+  m.impl("norm_act", TORCH_BOX(&fastp2p::norm_act_cpu));
+  m.impl("norm_act_backward", TORCH_BOX(&fastp2p::norm_act_backward_cpu));
+  m.impl("norm_stats", TORCH_BOX(&fastp2p::norm_stats_cpu));
+  m.impl("patch_loss", TORCH_BOX(&fastp2p::patch_loss_cpu));
+  m.impl("running_stats", TORCH_BOX(&fastp2p::running_stats_cpu));
+}
+
+namespace {
+
+// The instruction set that the CPU kernels run with here.
+const char* cpu_level() {
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+  if (__builtin_cpu_supports("x86-64-v4")) return "CPU (x86-64-v4: AVX-512)";
+  if (__builtin_cpu_supports("x86-64-v3")) return "CPU (x86-64-v3: AVX2)";
+#endif
+  return "CPU (the compiler's default instructions)";
+}
+
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
+  static PyModuleDef definition = {
+      .m_base = PyModuleDef_HEAD_INIT, .m_name = "_C", .m_doc = "fastp2p's C++ and CUDA kernels", .m_size = -1};
+  PyObject* module = PyModule_Create(&definition);
+  std::string built_for = cpu_level();
+#ifdef USE_CUDA
+  built_for += " and CUDA";
+#endif
+  if (module != nullptr) PyModule_AddStringConstant(module, "BUILT_FOR", built_for.c_str());
+  return module;
+}

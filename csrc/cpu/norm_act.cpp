@@ -1,0 +1,336 @@
+// norm_act and its gradient. Forward reads x once and writes one or two results. Backward reads x and the gradients
+// twice, for the two sums of each channel and for dx, and recomputes the activation rather than keep it. Arithmetic is in
+// float (double for double); sums of at most 32 rows are float, their sums double. Eager PyTorch takes a pass each for
+// normalisation, activation and dropout, and the second activation another.
+#include "cpu/activation.h"
+#include "cpu/operators.h"
+#include "cpu/philox.h"
+#include "cpu/sums.h"
+
+namespace fastp2p {
+namespace {
+
+// The arguments that both directions share, ready to use: x as rows, coefficients of each group and channel. Where few
+// channels lie dense, a row is several pixels and the coefficients are repeated, so that loops are long enough.
+template <typename T>
+struct Norm {
+  using A = Wide<T>;
+
+  Norm(const NormActInputs& in, Pixels images, bool gradients_are_dense)
+      : groups(in.mean.size(0)), x(images), first(in.activation, in.slope),
+        second(std::max<int64_t>(in.second, 0), in.slope), has_second(in.second >= 0) {
+    const int64_t pixels = x.count / groups;
+    if (x.stride == x.channels && gradients_are_dense) {
+      while (pixels % (2 * repeats) == 0 && 2 * repeats * x.channels <= BLOCK) repeats *= 2;
+    }
+    channels = x.channels * repeats;
+    rows = pixels / repeats;
+    stride = x.stride * repeats;
+    const std::vector<A> means = values<A>(in.mean), vars = values<A>(in.var);
+    const std::vector<A> weight = in.weight ? values<A>(*in.weight) : std::vector<A>(x.channels, 1);
+    const std::vector<A> bias = in.bias ? values<A>(*in.bias) : std::vector<A>(x.channels, 0);
+    for (std::vector<A>* list : {&mean, &rstd, &scale}) list->resize(groups * channels);
+    for (int64_t group = 0; group < groups; ++group) {
+      for (int64_t repeat = 0; repeat < repeats; ++repeat) {
+        const int64_t to = group * channels + repeat * x.channels, from = group * x.channels;
+        for (int64_t c = 0; c < x.channels; ++c) {
+          mean[to + c] = means[from + c];
+          rstd[to + c] = 1 / std::sqrt(vars[from + c] + static_cast<A>(in.eps));
+          scale[to + c] = rstd[to + c] * weight[c];
+        }
+      }
+    }
+    for (int64_t repeat = 0; repeat < repeats; ++repeat) shift.insert(shift.end(), bias.begin(), bias.end());
+    if (in.rng && in.dropout > 0) {
+      const std::vector<int64_t> rng = values<int64_t>(*in.rng);
+      dropout = {in.dropout, static_cast<uint64_t>(rng[0]), static_cast<uint32_t>(rng[1]),
+                 static_cast<uint32_t>(in.layer)};
+    }
+  }
+
+  Tasks tasks() const { return {groups, rows, channels}; }
+  int64_t first_row(int64_t group) const { return group * rows; }
+
+  int64_t groups;
+  Pixels x;
+  int64_t repeats = 1, channels, rows, stride;  // pixels in a row, their channels, rows of a group
+  std::vector<A> mean, rstd, scale, shift;      // (groups, channels), but for shift, (channels)
+  Activation<A> first, second;
+  bool has_second;
+  Dropout dropout;
+};
+
+// Calls f<WITH_TANH, WITH_DROPOUT>, so that loops without them vectorise or stay short.
+template <typename T, typename F>
+FASTP2P_INLINE void specialise(const Norm<T>& norm, const F& f) {
+  const bool with_tanh = norm.first.tanh || norm.second.tanh, with_dropout = norm.dropout.probability > 0;
+  if (with_tanh && with_dropout) return f(std::true_type(), std::true_type());
+  if (with_tanh) return f(std::true_type(), std::false_type());
+  if (with_dropout) return f(std::false_type(), std::true_type());
+  return f(std::false_type(), std::false_type());
+}
+
+template <typename T>
+struct Forward {
+  const Norm<T>& norm;
+  T *y, *y2;
+};
+
+template <typename T>
+FASTP2P_INLINE void forward_rows(const Forward<T>& pass, int64_t group, int64_t begin, int64_t end) {
+  using A = Wide<T>;
+  const Norm<T>& norm = pass.norm;
+  const int64_t channels = norm.channels, offset = norm.first_row(group);
+  const Activation<A> first = norm.first, second = norm.second;  // in registers: a load under a condition bars vectors
+  specialise(norm, [=](auto with_tanh, auto with_dropout) __attribute__((always_inline)) {
+    A factor[BLOCK];
+    for (int64_t m = offset + begin; m < offset + end; ++m) {
+      for (int64_t c0 = 0; c0 < channels; c0 += BLOCK) {
+        const int64_t n = std::min(BLOCK, channels - c0);
+        const A* __restrict mean = norm.mean.data() + group * channels + c0;
+        const A* __restrict scale = norm.scale.data() + group * channels + c0;
+        const A* __restrict shift = norm.shift.data() + c0;
+        const T* __restrict x = norm.x.template data<T>() + m * norm.stride + c0;
+        T* __restrict y = pass.y + m * channels + c0;
+        T* __restrict y2 = norm.has_second ? pass.y2 + m * channels + c0 : nullptr;
+        if (with_dropout) norm.dropout.factors(m * channels + c0, n, factor);
+        const auto z = [=](int64_t c) __attribute__((always_inline)) { return (widen(x[c]) - mean[c]) * scale[c] + shift[c]; };
+        const auto keep = [=](int64_t c) __attribute__((always_inline)) { return with_dropout ? factor[c] : A{1}; };
+        if (y2 == nullptr) {
+          for (int64_t c = 0; c < n; ++c) y[c] = narrow<T>(first.template apply<with_tanh>(z(c)) * keep(c));
+        } else {
+          for (int64_t c = 0; c < n; ++c) {
+            y[c] = narrow<T>(first.template apply<with_tanh>(z(c)) * keep(c));
+            y2[c] = narrow<T>(second.template apply<with_tanh>(z(c)) * keep(c));
+          }
+        }
+      }
+    }
+  });
+}
+
+template <typename T>
+struct Backward {
+  using A = Wide<T>;
+  const Norm<T>& norm;
+  Pixels dy;
+  std::optional<Pixels> dy2;
+
+  // f(m, c0, n, dz): row m's channels from c0, and their gradient before the affine map.
+  template <bool WITH_TANH, bool WITH_DROPOUT, typename F>
+  FASTP2P_INLINE void for_each_row(int64_t group, int64_t begin, int64_t end, int64_t c0, int64_t n, const F& f) const {
+    const int64_t channels = norm.channels, offset = norm.first_row(group);
+    const A* __restrict mean = norm.mean.data() + group * channels + c0;
+    const A* __restrict scale = norm.scale.data() + group * channels + c0;
+    const A* __restrict shift = norm.shift.data() + c0;
+    const Activation<A> first = norm.first, second = norm.second;  // in registers, as in forward_rows
+    A factor[BLOCK];
+    for (int64_t m = offset + begin; m < offset + end; ++m) {
+      const T* __restrict x = norm.x.template data<T>() + m * norm.stride + c0;
+      const T* __restrict grad = dy.template data<T>() + m * dy.stride * norm.repeats + c0;
+      const T* __restrict grad2 = dy2 ? dy2->template data<T>() + m * dy2->stride * norm.repeats + c0 : nullptr;
+      if (WITH_DROPOUT) norm.dropout.factors(m * channels + c0, n, factor);
+      const auto keep = [=](int64_t c) __attribute__((always_inline)) { return WITH_DROPOUT ? factor[c] : A{1}; };
+      const auto z = [=](int64_t c) __attribute__((always_inline)) { return (widen(x[c]) - mean[c]) * scale[c] + shift[c]; };
+      if (grad2 == nullptr) {
+        f(m, x, [=](int64_t c) __attribute__((always_inline)) {
+          return widen(grad[c]) * first.template derivative<WITH_TANH>(z(c)) * keep(c);
+        });
+      } else {
+        f(m, x, [=](int64_t c) __attribute__((always_inline)) {
+          return (widen(grad[c]) * first.template derivative<WITH_TANH>(z(c)) +
+                  widen(grad2[c]) * second.template derivative<WITH_TANH>(z(c))) * keep(c);
+        });
+      }
+    }
+  }
+};
+
+// Adds the rows' sums of dz and of dz * (x - mean), for each channel, to sums[0] and sums[channels] on.
+template <typename T>
+FASTP2P_INLINE void sum_rows(const Backward<T>& pass, int64_t group, int64_t begin, int64_t end, double* sums) {
+  using A = Wide<T>;
+  const Norm<T>& norm = pass.norm;
+  specialise(norm, [&](auto with_tanh, auto with_dropout) __attribute__((always_inline)) {
+    for (int64_t c0 = 0; c0 < norm.channels; c0 += BLOCK) {
+      const int64_t n = std::min(BLOCK, norm.channels - c0);
+      const A* __restrict mean = norm.mean.data() + group * norm.channels + c0;
+      for (int64_t row = begin; row < end; row += FLOAT_ROWS) {
+        A dbias[BLOCK] = {}, dscale[BLOCK] = {};
+        pass.template for_each_row<with_tanh, with_dropout>(
+            group, row, std::min(end, row + FLOAT_ROWS), c0, n,
+            [&](int64_t, const T* __restrict x, const auto& dz) __attribute__((always_inline)) {
+              for (int64_t c = 0; c < n; ++c) {
+                const A gradient = dz(c);
+                dbias[c] += gradient;
+                dscale[c] += gradient * (widen(x[c]) - mean[c]);
+              }
+            });
+        for (int64_t c = 0; c < n; ++c) {
+          sums[c0 + c] += dbias[c];
+          sums[norm.channels + c0 + c] += dscale[c];
+        }
+      }
+    }
+  });
+}
+
+// dx = dz * scale - constant - (x - mean) * linear, the last two the ways through mean and variance.
+template <typename T>
+struct InputGradient {
+  using A = Wide<T>;
+  const Backward<T>& pass;
+  std::vector<A> constant, linear;  // (groups, channels)
+  T* dx;
+};
+
+template <typename T>
+FASTP2P_INLINE void input_gradient_rows(const InputGradient<T>& out, int64_t group, int64_t begin, int64_t end) {
+  using A = Wide<T>;
+  const Norm<T>& norm = out.pass.norm;
+  const int64_t channels = norm.channels;
+  specialise(norm, [&](auto with_tanh, auto with_dropout) __attribute__((always_inline)) {
+    for (int64_t c0 = 0; c0 < channels; c0 += BLOCK) {
+      const int64_t n = std::min(BLOCK, channels - c0);
+      const A* __restrict mean = norm.mean.data() + group * channels + c0;
+      const A* __restrict scale = norm.scale.data() + group * channels + c0;
+      const A* __restrict constant = out.constant.data() + group * channels + c0;
+      const A* __restrict linear = out.linear.data() + group * channels + c0;
+      out.pass.template for_each_row<with_tanh, with_dropout>(
+          group, begin, end, c0, n,
+          [&](int64_t m, const T* __restrict x, const auto& dz) __attribute__((always_inline)) {
+            T* __restrict dx = out.dx + m * channels + c0;
+            for (int64_t c = 0; c < n; ++c) {
+              dx[c] = narrow<T>(dz(c) * scale[c] - constant[c] - (widen(x[c]) - mean[c]) * linear[c]);
+            }
+          });
+    }
+  });
+}
+
+#define INSTANTIATE(CLONES, T)                                                                                       \
+  CLONES void run(const Forward<T>& pass, int64_t group, int64_t begin, int64_t end) {                       \
+    forward_rows(pass, group, begin, end);                                                                           \
+  }                                                                                                                  \
+  CLONES void run(const Backward<T>& pass, int64_t group, int64_t begin, int64_t end, double* sums) {        \
+    sum_rows(pass, group, begin, end, sums);                                                                         \
+  }                                                                                                                  \
+  CLONES void run(const InputGradient<T>& pass, int64_t group, int64_t begin, int64_t end) {                 \
+    input_gradient_rows(pass, group, begin, end);                                                                    \
+  }
+INSTANTIATE(FASTP2P_CLONES, float)
+INSTANTIATE(FASTP2P_CLONES, BFloat16)
+INSTANTIATE(, Half)
+INSTANTIATE(, double)
+#undef INSTANTIATE
+
+void check(const char* operation, const NormActInputs& in) {
+  const ScalarType wide = wide_type(in.x.scalar_type());
+  const auto channels = in.x.dim() == 4 ? in.x.size(1) : 0, groups = in.mean.dim() == 2 ? in.mean.size(0) : 0;
+  FASTP2P_CHECK(operation, in.x.is_cpu() && in.x.dim() == 4 && in.x.numel() > 0, "got x ", describe(in.x),
+                ", expected (N, C, H, W) on the CPU, with elements");
+  FASTP2P_CHECK(operation, groups > 0 && in.x.size(0) % groups == 0, "got mean ", describe(in.mean),
+                ", expected (G, C) with G a divisor of ", in.x.size(0), " images");
+  for (const Tensor& stats : {in.mean, in.var}) {
+    FASTP2P_CHECK(operation, has_shape(stats, {groups, channels}) && stats.scalar_type() == wide && stats.is_cpu(),
+                  "got mean or var ", describe(stats), ", expected (", groups, ", ", channels, ") ", wide, " on the CPU");
+  }
+  for (const std::optional<Tensor>& parameter : {in.weight, in.bias}) {
+    FASTP2P_CHECK(operation, !parameter || (has_shape(*parameter, {channels}) && parameter->scalar_type() == wide &&
+                                            parameter->is_cpu()),
+                  "got weight or bias ", describe(*parameter), ", expected (", channels, ") ", wide, " on the CPU");
+  }
+  FASTP2P_CHECK(operation, is_activation(in.activation) && in.second >= -1 && in.second <= 3, "got activation ",
+                in.activation, ", second ", in.second, ", expected 0 to 3, -1 to 3");
+  FASTP2P_CHECK(operation, in.dropout >= 0 && in.dropout < 1, "got dropout ", in.dropout, ", expected 0 to below 1");
+  FASTP2P_CHECK(operation, !in.rng || (has_shape(*in.rng, {2}) && in.rng->scalar_type() == ScalarType::Long &&
+                                       in.rng->is_cpu()),
+                "got rng ", describe(*in.rng), ", expected (2) Long on the CPU");
+}
+
+void check_gradient(const NormActInputs& in, const Tensor& dy) {
+  const auto s = in.x.sizes();
+  FASTP2P_CHECK("norm_act_backward", has_shape(dy, {s[0], s[1], s[2], s[3]}) && dy.is_cpu() &&
+                dy.scalar_type() == in.x.scalar_type(), "got a gradient ", describe(dy), ", expected x's shape and dtype, ",
+                describe(in.x));
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> norm_act_cpu(Tensor x, Tensor mean, Tensor var, std::optional<Tensor> weight,
+                                        std::optional<Tensor> bias, std::optional<Tensor> rng, double eps,
+                                        int64_t activation, double slope, int64_t second, double dropout, int64_t layer,
+                                        bool) {
+  const NormActInputs in{x, mean, var, weight, bias, rng, eps, activation, slope, second, dropout, layer};
+  check("norm_act", in);
+  Tensor y = empty_images(x, x.size(0), x.size(1), x.size(2), x.size(3));
+  Tensor y2 = second < 0 ? empty(x, {0}, x.scalar_type()) : empty_images(x, x.size(0), x.size(1), x.size(2), x.size(3));
+  dispatch(x.scalar_type(), "norm_act", [&](auto element) {
+    using T = decltype(element);
+    const Norm<T> norm(in, pixels(x), true);
+    const Forward<T> pass{norm, static_cast<T*>(y.data_ptr()), static_cast<T*>(y2.data_ptr())};
+    norm.tasks().run([&](int64_t, int64_t group, int64_t begin, int64_t end) { run(pass, group, begin, end); });
+  });
+  return {y, y2};
+}
+
+std::tuple<Tensor, Tensor, Tensor> norm_act_backward_cpu(Tensor dy, std::optional<Tensor> dy2, Tensor x, Tensor mean,
+                                                         Tensor var, std::optional<Tensor> weight,
+                                                         std::optional<Tensor> bias, std::optional<Tensor> rng,
+                                                         double eps, int64_t activation, double slope, int64_t second,
+                                                         double dropout, int64_t layer, bool fixed_stats) {
+  const NormActInputs in{x, mean, var, weight, bias, rng, eps, activation, slope, second, dropout, layer};
+  check("norm_act_backward", in);
+  check_gradient(in, dy);
+  if (dy2) check_gradient(in, *dy2);
+  FASTP2P_CHECK("norm_act_backward", !dy2 || second >= 0, "got dy2, expected none without a second activation");
+  Tensor dx = empty_images(x, x.size(0), x.size(1), x.size(2), x.size(3));
+  Tensor dweight = empty(x, {x.size(1)}, wide_type(x.scalar_type())), dbias = empty(x, {x.size(1)}, wide_type(x.scalar_type()));
+  dispatch(x.scalar_type(), "norm_act_backward", [&](auto element) {
+    using T = decltype(element);
+    using A = Wide<T>;
+    const Pixels grad = pixels(dy);
+    const std::optional<Pixels> grad2 = dy2 ? std::optional(pixels(*dy2)) : std::nullopt;
+    const bool dense = grad.stride == grad.channels && (!grad2 || grad2->stride == grad2->channels);
+    const Norm<T> norm(in, pixels(x), dense);
+    const Backward<T> pass{norm, grad, grad2};
+    const std::vector<double> row_sums =
+        sum_tasks(norm.tasks(), 2 * norm.channels, [&](auto... range) { run(pass, range...); });
+
+    const int64_t channels = norm.x.channels;
+    InputGradient<T> out{pass, std::vector<A>(norm.mean.size()), std::vector<A>(norm.mean.size()),
+                         static_cast<T*>(dx.data_ptr())};
+    std::vector<double> totals(2 * channels);
+    const double per_value = fixed_stats ? 0 : 1.0 / static_cast<double>(norm.rows * norm.repeats);
+    for (int64_t group = 0; group < norm.groups; ++group) {
+      std::vector<double> sums(2 * channels);  // of dz and dz * (x - mean), the repeats together
+      const double* row_sum = row_sums.data() + 2 * group * norm.channels;
+      for (int64_t repeat = 0; repeat < norm.repeats; ++repeat, row_sum += channels) {
+        for (int64_t c = 0; c < channels; ++c) {
+          sums[c] += row_sum[c];
+          sums[channels + c] += row_sum[norm.channels + c];
+        }
+      }
+      for (int64_t repeat = 0; repeat < norm.repeats; ++repeat) {
+        for (int64_t c = 0; c < channels; ++c) {
+          const int64_t i = (group * norm.repeats + repeat) * channels + c;
+          const double rstd = norm.rstd[i], scale = norm.scale[i] * per_value;
+          out.constant[i] = static_cast<A>(scale * sums[c]);
+          out.linear[i] = static_cast<A>(scale * rstd * rstd * sums[channels + c]);
+        }
+      }
+      for (int64_t c = 0; c < channels; ++c) {
+        totals[c] += sums[c];
+        totals[channels + c] += sums[channels + c] * norm.rstd[group * norm.channels + c];
+      }
+    }
+    for (int64_t c = 0; c < channels; ++c) {
+      static_cast<A*>(dbias.data_ptr())[c] = static_cast<A>(totals[c]);
+      static_cast<A*>(dweight.data_ptr())[c] = static_cast<A>(totals[channels + c]);
+    }
+    norm.tasks().run([&](int64_t, int64_t group, int64_t begin, int64_t end) { run(out, group, begin, end); });
+  });
+  return {dx, dweight, dbias};
+}
+
+}  // namespace fastp2p

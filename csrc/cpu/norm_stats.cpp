@@ -1,0 +1,151 @@
+// norm_stats: x is read once from memory and twice from the cache, for the mean of a few thousand elements and then for
+// their deviations from it; (mean, M2) of the parts are merged by Chan's formula in double.
+// running_stats: a few hundred elements, in one call instead of five for each group.
+#include "cpu/operators.h"
+#include "cpu/sums.h"
+
+namespace fastp2p {
+namespace {
+
+// mean and M2 of each channel over a task's rows, to out[0] and out[channels] on.
+template <typename T>
+FASTP2P_INLINE void task_stats(const Pixels& x, int64_t begin, int64_t end, double* out) {
+  using A = Wide<T>;
+  for (int64_t c0 = 0; c0 < x.channels; c0 += BLOCK) {
+    const int64_t n = std::min(BLOCK, x.channels - c0);
+    double sum[BLOCK] = {}, m2[BLOCK] = {};
+    A mean[BLOCK];
+    const auto add_rows = [&](double* total, auto term) __attribute__((always_inline)) {
+      for (int64_t row = begin; row < end; row += FLOAT_ROWS) {
+        const int64_t stop = std::min(end, row + FLOAT_ROWS);
+        A part[BLOCK] = {};
+        int64_t m = row;
+        for (; m + 4 <= stop; m += 4) {  // four rows to one load and store of the sums
+          const T* __restrict p0 = x.data<T>() + m * x.stride + c0;
+          const T* __restrict p1 = p0 + x.stride;
+          const T* __restrict p2 = p1 + x.stride;
+          const T* __restrict p3 = p2 + x.stride;
+          for (int64_t c = 0; c < n; ++c) {
+            part[c] += (term(widen(p0[c]), c) + term(widen(p1[c]), c)) + (term(widen(p2[c]), c) + term(widen(p3[c]), c));
+          }
+        }
+        for (; m < stop; ++m) {
+          const T* __restrict pixel = x.data<T>() + m * x.stride + c0;
+          for (int64_t c = 0; c < n; ++c) part[c] += term(widen(pixel[c]), c);
+        }
+        for (int64_t c = 0; c < n; ++c) total[c] += part[c];
+      }
+    };
+    add_rows(sum, [](A value, int64_t) __attribute__((always_inline)) { return value; });
+    const double count = static_cast<double>(end - begin), per_row = 1 / count;
+    for (int64_t c = 0; c < n; ++c) mean[c] = static_cast<A>(sum[c] * per_row);
+    add_rows(m2, [&](A value, int64_t c) __attribute__((always_inline)) { return (value - mean[c]) * (value - mean[c]); });
+    for (int64_t c = 0; c < n; ++c) {
+      const double exact = sum[c] * per_row, correction = exact - mean[c];  // the deviations were from the rounded mean
+      out[c0 + c] = exact;
+      out[x.channels + c0 + c] = std::max(0.0, m2[c] - count * correction * correction);
+    }
+  }
+}
+
+template <typename T>
+void run(const Pixels& x, int64_t begin, int64_t end, double* out);
+
+#define INSTANTIATE(CLONES, NAME, T)                                                  \
+  CLONES void NAME(const Pixels& x, int64_t begin, int64_t end, double* out) {        \
+    task_stats<T>(x, begin, end, out);                                                \
+  }                                                                                   \
+  template <>                                                                         \
+  void run<T>(const Pixels& x, int64_t begin, int64_t end, double* out) {             \
+    NAME(x, begin, end, out);                                                         \
+  }
+INSTANTIATE(FASTP2P_CLONES, run_float, float)
+INSTANTIATE(FASTP2P_CLONES, run_bfloat16, BFloat16)
+INSTANTIATE(, run_half, Half)
+INSTANTIATE(, run_double, double)
+#undef INSTANTIATE
+
+// Merges the parts of each group, in their order.
+template <typename A>
+void merge(const Tasks& tasks, int64_t channels, const std::vector<double>& parts, A* mean, A* var) {
+  for (int64_t group = 0; group < tasks.groups; ++group) {
+    std::vector<double> merged_mean(channels), m2(channels);
+    double count = 0;
+    for (int64_t task = group * tasks.per_group; task < (group + 1) * tasks.per_group; ++task) {
+      const double n = static_cast<double>(tasks.size_of(task)), total = count + n;
+      const double share = n / total, weight = count * share;
+      const double *part_mean = parts.data() + 2 * task * channels, *part_m2 = part_mean + channels;
+      for (int64_t c = 0; c < channels; ++c) {
+        const double delta = part_mean[c] - merged_mean[c];
+        merged_mean[c] += delta * share;
+        m2[c] += part_m2[c] + delta * delta * weight;
+      }
+      count = total;
+    }
+    for (int64_t c = 0; c < channels; ++c) {
+      mean[group * channels + c] = static_cast<A>(merged_mean[c]);
+      var[group * channels + c] = static_cast<A>(m2[c] / count);
+    }
+  }
+}
+
+template <typename A>
+void update(const Tensor& running_mean, const Tensor& running_var, const Tensor& mean, const Tensor& var,
+            double momentum, double unbiased) {
+  const std::vector<A> means = values<A>(mean), vars = values<A>(var);
+  A* running[] = {static_cast<A*>(running_mean.data_ptr()), static_cast<A*>(running_var.data_ptr())};
+  const int64_t channels = running_mean.numel();
+  for (size_t i = 0; i < means.size(); ++i) {
+    A &old_mean = running[0][i % channels], &old_var = running[1][i % channels];
+    old_mean = old_mean * static_cast<A>(1 - momentum) + means[i] * static_cast<A>(momentum);
+    old_var = old_var * static_cast<A>(1 - momentum) + vars[i] * static_cast<A>(momentum * unbiased);
+  }
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> norm_stats_cpu(Tensor x, int64_t stat_groups) {
+  FASTP2P_CHECK("norm_stats", x.is_cpu() && x.dim() == 4 && x.numel() > 0, "got x ", describe(x),
+                ", expected (N, C, H, W) on the CPU, with elements");
+  FASTP2P_CHECK("norm_stats", stat_groups >= 0 && (stat_groups == 0 || x.size(0) % stat_groups == 0), "got stat_groups ",
+                stat_groups, ", expected 0 or a divisor of ", x.size(0), " images");
+  const ScalarType wide = wide_type(x.scalar_type());
+  Tensor mean = empty(x, {stat_groups, x.size(1)}, wide), var = empty(x, {stat_groups, x.size(1)}, wide);
+  if (stat_groups == 0) return {mean, var};
+  const Pixels rows = pixels(x);
+  const Tasks tasks{stat_groups, rows.count / stat_groups, rows.channels};
+  std::vector<double> parts(tasks.count() * 2 * rows.channels);
+  dispatch(x.scalar_type(), "norm_stats", [&](auto element) {
+    using T = decltype(element);
+    tasks.run([&](int64_t task, int64_t group, int64_t begin, int64_t end) {
+      run<T>(rows, group * tasks.rows + begin, group * tasks.rows + end, parts.data() + task * 2 * rows.channels);
+    });
+    using A = Wide<T>;
+    merge(tasks, rows.channels, parts, static_cast<A*>(mean.data_ptr()), static_cast<A*>(var.data_ptr()));
+  });
+  return {mean, var};
+}
+
+void running_stats_cpu(Tensor running_mean, Tensor running_var, Tensor mean, Tensor var, int64_t n_values,
+                       double momentum) {
+  const int64_t channels = running_mean.numel(), groups = mean.dim() == 2 ? mean.size(0) : 0;
+  for (const Tensor& t : {running_mean, running_var}) {
+    FASTP2P_CHECK("running_stats", t.is_cpu() && has_shape(t, {channels}) && t.is_contiguous() &&
+                  t.scalar_type() == wide_type(running_mean.scalar_type()) , "got running_mean or running_var ",
+                  describe(t), ", expected (", channels, ") Float or Double, contiguous, on the CPU");
+  }
+  for (const Tensor& t : {mean, var}) {
+    FASTP2P_CHECK("running_stats", t.is_cpu() && has_shape(t, {groups, channels}) &&
+                  t.scalar_type() == running_mean.scalar_type(), "got mean or var ", describe(t), ", expected (G, ",
+                  channels, ") of running_mean's dtype, on the CPU");
+  }
+  FASTP2P_CHECK("running_stats", n_values >= 2, "got ", n_values, " values per channel, expected 2 or more");
+  const double unbiased = static_cast<double>(n_values) / static_cast<double>(n_values - 1);
+  if (mean.scalar_type() == ScalarType::Double) {
+    update<double>(running_mean, running_var, mean, var, momentum, unbiased);
+  } else {
+    update<float>(running_mean, running_var, mean, var, momentum, unbiased);
+  }
+}
+
+}  // namespace fastp2p
