@@ -2,17 +2,32 @@
 // in fastp2p/ops/, once.
 #include <Python.h>
 
+#include "cpu/convolution.h"
 #include "cpu/operators.h"
+#ifdef USE_CUDA
+#include "cuda/operators.h"
+#endif
 
 STABLE_TORCH_LIBRARY_IMPL(fastp2p, CPU, m) {
   m.impl("adam", TORCH_BOX(&fastp2p::adam_cpu));
   m.impl("augment", TORCH_BOX(&fastp2p::augment_cpu));
+  m.impl("down", TORCH_BOX(&fastp2p::down_cpu));
   m.impl("norm_act", TORCH_BOX(&fastp2p::norm_act_cpu));
   m.impl("norm_act_backward", TORCH_BOX(&fastp2p::norm_act_backward_cpu));
   m.impl("norm_stats", TORCH_BOX(&fastp2p::norm_stats_cpu));
   m.impl("patch_loss", TORCH_BOX(&fastp2p::patch_loss_cpu));
   m.impl("running_stats", TORCH_BOX(&fastp2p::running_stats_cpu));
+  m.impl("up", TORCH_BOX(&fastp2p::up_cpu));
+  m.impl("wgrad", TORCH_BOX(&fastp2p::wgrad_cpu));
+  m.impl("wgrad_adam", TORCH_BOX(&fastp2p::wgrad_adam_cpu));
 }
+
+#ifdef USE_CUDA
+STABLE_TORCH_LIBRARY_IMPL(fastp2p, CUDA, m) {
+  m.impl("adam", TORCH_BOX(&fastp2p::adam_cuda));
+  m.impl("augment", TORCH_BOX(&fastp2p::augment_cuda));
+}
+#endif
 
 namespace {
 
@@ -25,11 +40,32 @@ const char* cpu_level() {
   return "CPU (the compiler's default instructions)";
 }
 
+PyObject* force_convolution(PyObject*, PyObject* name) {
+  using fastp2p::Algorithm;
+  const std::pair<const char*, Algorithm> algorithms[] = {
+      {"auto", Algorithm::AUTO}, {"gemm", Algorithm::GEMM}, {"direct", Algorithm::DIRECT}};
+  for (const auto& [known, algorithm] : algorithms) {
+    if (!PyUnicode_Check(name) || PyUnicode_CompareWithASCIIString(name, known) != 0) continue;
+    fastp2p::forced_algorithm() = algorithm;
+    Py_RETURN_NONE;
+  }
+  PyErr_Format(PyExc_ValueError, "force_convolution: got %R, expected 'auto', 'gemm' or 'direct'", name);
+  return nullptr;
+}
+
 }  // namespace
 
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
-  static PyModuleDef definition = {
-      .m_base = PyModuleDef_HEAD_INIT, .m_name = "_C", .m_doc = "fastp2p's C++ and CUDA kernels", .m_size = -1};
+  static PyMethodDef methods[] = {
+      {"force_convolution", force_convolution, METH_O,
+       "force_convolution(name): how down, up and wgrad compute on the CPU, 'auto', 'gemm' or 'direct'; for tests and "
+       "measurements"},
+      {}};
+  static PyModuleDef definition = {.m_base = PyModuleDef_HEAD_INIT,
+                                   .m_name = "_C",
+                                   .m_doc = "fastp2p's C++ and CUDA kernels",
+                                   .m_size = -1,
+                                   .m_methods = methods};
   PyObject* module = PyModule_Create(&definition);
   std::string built_for = cpu_level();
 #ifdef USE_CUDA

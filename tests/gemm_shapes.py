@@ -1,12 +1,17 @@
 """What the tests of down, up, wgrad and wgrad_adam share: awkward shapes and how far a product may be off."""
 
+import contextlib
+import importlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import pytest
 import torch
 from on_device import generator
 from torch import Tensor
 
+from fastp2p.ops._extension import WHY_ABSENT
 from fastp2p.ops._library import INTERPRETED
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -89,6 +94,31 @@ def assert_product(ours: Tensor, exact: Tensor, absolute: Tensor, terms: int) ->
     excess = (ours.double() - exact).abs() / bound
     assert not ours.isnan().any()
     assert excess.max() <= 1, f"off by {excess.max():.2f} bounds"
+
+
+def assert_half_product(ours: Tensor, exact: Tensor, absolute: Tensor, terms: int) -> None:
+    """A product on a CPU in half precision: to four roundings of the largest value.
+
+    PyTorch's convolutions round the product, the bias, and their sum. By matrix products `up` rounds each tap's share
+    instead, and their sum.
+    """
+    assert not ours.isnan().any()
+    bound = (4 + math.sqrt(terms)) * 6e-8 * absolute + 4 * torch.finfo(ours.dtype).eps / 2 * exact.abs().max()
+    excess = (ours.double() - exact).abs() / bound
+    assert excess.max() <= 1, f"off by {excess.max():.2f} bounds"
+
+
+@contextlib.contextmanager
+def convolution_on_the_cpu(algorithm: str) -> Iterator[None]:
+    """down, up and wgrad by "gemm" or "direct", whatever the shape; skips where C++ does not serve them."""
+    if WHY_ABSENT is not None or torch.get_default_device().type != "cpu":
+        pytest.skip("C++ does not serve the convolutions here")
+    extension = importlib.import_module("fastp2p._C")
+    extension.force_convolution(algorithm)
+    try:
+        yield
+    finally:
+        extension.force_convolution("auto")
 
 
 def assert_stats(mean: Tensor, var: Tensor, out: Tensor, stat_groups: int) -> None:

@@ -1,0 +1,63 @@
+// What down, up and wgrad share. Each is either one of ATen's convolutions or, where that is measured to be slower, ATen's
+// matrix product on the weight as it lies in memory: (O, KH, KW, C) of a channels_last weight is a matrix of O rows.
+// oneDNN's convolutions first copy the weight into a layout of their own, at every call of training; for the deep layers
+// of a U-Net, a few pixels against millions of weights, that copy is most of the time.
+#pragma once
+
+#include "common.h"
+
+namespace fastp2p {
+
+struct Window {
+  int64_t height, width, stride, padding;
+
+  int64_t taps() const { return height * width; }
+};
+
+enum class Direction { DOWN, UP, WGRAD };
+
+// Whether to take the matrix product, with so many pixels in the smaller images.
+bool prefers_gemm(Direction direction, ScalarType type, int64_t pixels);
+
+enum class Algorithm { AUTO, GEMM, DIRECT };
+Algorithm& forced_algorithm();  // AUTO but in tests and measurements
+
+// The weight as (size(0), KH * KW * size(1)), or nothing where it is not laid out as channels_last.
+std::optional<Tensor> weight_matrix(const Tensor& weight);
+
+// Row m, the receptive field of output pixel m: (N * height * width, KH * KW * C), zero outside the image.
+Tensor im2col(const Tensor& x, const Window& window, int64_t height, int64_t width);
+
+// x, and beside its channels x2's: channels_last where there is an x2.
+Tensor joined_images(const Tensor& x, const std::optional<Tensor>& x2);
+
+// The pixels of a batch: (N * H * W, C).
+Tensor pixel_matrix(const Tensor& x);
+
+Tensor transposed(const Tensor& matrix);
+
+// The memory of a dense channels_last tensor: (numel).
+Tensor flattened(const Tensor& images);
+
+// out = a @ b.
+void multiply(const Tensor& a, const Tensor& b, const Tensor& out);
+
+// out = a @ weight.T + bias, rounded once.
+void multiply_transposed(const Tensor& a, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& out);
+
+// ATen's convolution, or transposed convolution; channels_last.
+Tensor convolve(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Window& window,
+                bool transposed, int64_t output_padding_height, int64_t output_padding_width);
+
+// ATen's weight gradient of a convolution that takes `inner` to the size of `outer`; channels_last.
+Tensor convolution_dweight(const Tensor& outer, const Tensor& inner, const Window& window);
+
+// out = act(out), or with a gate out * act'(gate), in place; out is channels_last.
+void activate_in_place(const Tensor& out, int64_t activation, double slope, const std::optional<Tensor>& gate);
+
+// Raises unless the tensors are on the CPU, of x's dtype, and what is said to have a shape has it.
+void check_convolution(const char* operation, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                       const std::optional<Tensor>& gate, const Window& window, int64_t activation,
+                       std::initializer_list<int64_t> out_shape);
+
+}  // namespace fastp2p

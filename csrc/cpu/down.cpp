@@ -1,0 +1,34 @@
+// down on the CPU: ATen's convolution, or im2col and a matrix product where the images are small; then activation or gate
+// in one pass in place, and the statistics of norm_stats.
+#include "cpu/convolution.h"
+#include "cpu/operators.h"
+
+namespace fastp2p {
+
+std::tuple<Tensor, Tensor, Tensor> down_cpu(Tensor x, Tensor weight, std::optional<Tensor> bias,
+                                            std::optional<Tensor> gate, int64_t stride, int64_t padding,
+                                            int64_t activation, double slope, int64_t stat_groups) {
+  FASTP2P_CHECK("down", x.dim() == 4 && weight.dim() == 4 && x.size(1) == weight.size(1), "got x ", describe(x),
+                ", weight ", describe(weight), ", expected (N, C, H, W) and (O, C, KH, KW)");
+  const Window window{weight.size(2), weight.size(3), stride, padding};
+  FASTP2P_CHECK("down", stride > 0, "got stride ", stride, ", expected at least 1");
+  const auto left = [&](int64_t size, int64_t kernel) { return (size + 2 * padding - kernel) / stride + 1; };
+  const int64_t n = x.size(0), channels = weight.size(0);
+  const int64_t height = left(x.size(2), window.height), width = left(x.size(3), window.width);
+  check_convolution("down", x, weight, bias, gate, window, activation, {n, channels, height, width});
+
+  const std::optional<Tensor> matrix =
+      prefers_gemm(Direction::DOWN, x.scalar_type(), n * height * width) ? weight_matrix(weight) : std::nullopt;
+  Tensor out;
+  if (matrix) {
+    out = empty_images(x, n, channels, height, width);
+    multiply_transposed(im2col(x, window, height, width), *matrix, bias, pixel_matrix(out));
+  } else {
+    out = convolve(x, weight, bias, window, false, 0, 0);
+  }
+  activate_in_place(out, activation, slope, gate);
+  const auto [mean, var] = norm_stats_cpu(out, stat_groups);
+  return {out, mean, var};
+}
+
+}  // namespace fastp2p

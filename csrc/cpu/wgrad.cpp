@@ -1,0 +1,44 @@
+// wgrad on the CPU: ATen's weight gradient, or the product of the outer pixels and the inner images' receptive fields,
+// which is the gradient as a channels_last weight lies in memory. Sums are in float. In bfloat16 the result is rounded to
+// that before it is widened to the dtype asked for, as the gradients of PyTorch's own convolutions are; float16, which
+// ATen sums in float16, is widened first.
+#include "cpu/convolution.h"
+#include "cpu/operators.h"
+
+namespace fastp2p {
+
+Tensor wgrad_cpu(Tensor outer, std::optional<Tensor> outer2, Tensor inner, int64_t kernel_height, int64_t kernel_width,
+                 int64_t stride, int64_t padding, ScalarType dtype) {
+  const ScalarType type = inner.scalar_type();
+  for (const Tensor& t : {outer, outer2.value_or(outer), inner}) {
+    FASTP2P_CHECK("wgrad", t.is_cpu() && t.dim() == 4 && t.numel() > 0 && t.scalar_type() == type, "got ", describe(t),
+                  ", expected (N, C, H, W) ", type, " with elements, on the CPU");
+  }
+  FASTP2P_CHECK("wgrad", !outer2 || has_shape(*outer2, {outer.size(0), outer2->size(1), outer.size(2), outer.size(3)}),
+                "got outer2 ", describe(*outer2), ", expected but for the channels the shape of outer ", describe(outer));
+  const Window window{kernel_height, kernel_width, stride, padding};
+  FASTP2P_CHECK("wgrad", stride > 0 && padding >= 0 && std::min(kernel_height, kernel_width) > 0, "got stride ", stride,
+                ", padding ", padding, ", kernel (", kernel_height, ", ", kernel_width, "), expected at least 1, 0, (1, 1)");
+  const auto left = [&](int64_t size, int64_t kernel) { return (size + 2 * padding - kernel) / stride + 1; };
+  const int64_t rows = outer.size(1) + (outer2 ? outer2->size(1) : 0), channels = inner.size(1);
+  FASTP2P_CHECK("wgrad", outer.size(0) == inner.size(0) && left(inner.size(2), kernel_height) == outer.size(2) &&
+                left(inner.size(3), kernel_width) == outer.size(3), "got outer ", describe(outer), ", inner ",
+                describe(inner), ", expected sizes between which a convolution with this window leads");
+
+  Tensor both = joined_images(outer, outer2);
+  if (type == ScalarType::Half) {
+    both = torch::stable::to(both, ScalarType::Float);
+    inner = torch::stable::to(inner, ScalarType::Float);
+  }
+  Tensor dweight;
+  if (prefers_gemm(Direction::WGRAD, type, both.numel() / rows)) {
+    dweight = empty(inner, {rows, channels, kernel_height, kernel_width}, inner.scalar_type(), MemoryFormat::ChannelsLast);
+    multiply(transposed(pixel_matrix(both)), im2col(inner, window, outer.size(2), outer.size(3)),
+             *weight_matrix(dweight));
+  } else {
+    dweight = convolution_dweight(both, inner, window);
+  }
+  return torch::stable::to(dweight, dtype);
+}
+
+}  // namespace fastp2p

@@ -1,0 +1,102 @@
+"""down, up and wgrad by C++ on the CPU, both ways: the matrix product and ATen's convolution."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from gemm_shapes import (
+    DTYPES,
+    SHAPES,
+    SUMS,
+    Shape,
+    assert_half_product,
+    assert_product,
+    convolution_on_the_cpu,
+    random,
+)
+from torch.nn.grad import conv2d_weight
+
+from fastp2p.ops import down, up, wgrad
+
+ALGORITHMS = ["gemm", "direct"]
+
+
+def operands(shape: Shape, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The larger images, the smaller ones, and a weight (O, C, KH, KW) between them."""
+    large = random(shape.n, shape.c, shape.h, shape.w, dtype=dtype)
+    return (
+        large,
+        random(shape.n, shape.o, *shape.out, dtype=dtype),
+        random(shape.o, shape.c, shape.k, shape.k, dtype=dtype),
+    )
+
+
+def check(ours: torch.Tensor, product: torch.Tensor, absolute: torch.Tensor, terms: int) -> None:
+    (assert_product if ours.dtype == torch.float32 else assert_half_product)(ours, product, absolute, terms)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_against_float64(shape: Shape, dtype: torch.dtype, algorithm: str):
+    large, small, weight = operands(shape, dtype)
+    window, size = (shape.stride, shape.padding), (shape.h, shape.w)
+    first, second = small.split([(shape.o + 1) // 2, shape.o // 2], 1)
+    with convolution_on_the_cpu(algorithm):
+        out, _, _ = down(large, weight, stride=shape.stride, padding=shape.padding)
+        back, _, _ = torch.ops.fastp2p.up(
+            first, second if shape.o > 1 else None, weight, None, None, *window, *size, 0, 0.0, 0
+        )
+        dweight = wgrad(small, large, kernel_size=(shape.k, shape.k), stride=shape.stride, padding=shape.padding)
+    wide_large, wide_small, wide_weight = large.double(), small.double(), weight.double()
+
+    def convolve(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(x, w, None, *window)
+
+    def deconvolve(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return torch.nn.grad.conv2d_input(large.shape, w, x, *window)
+
+    def gradient(x: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
+        return conv2d_weight(x, weight.shape, dy, *window)
+
+    for ours, exact, tensors, terms in (
+        (out, convolve, (wide_large, wide_weight), shape.c * shape.k**2),
+        (back, deconvolve, (wide_small, wide_weight), shape.o * math.ceil(shape.k / shape.stride) ** 2),
+        (dweight.to(dtype), gradient, (wide_large, wide_small), shape.n * math.prod(shape.out)),
+    ):
+        check(ours, exact(*tensors), exact(*(tensor.abs() for tensor in tensors)), terms)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_weights_that_are_not_channels_last(algorithm: str):
+    """No matrix: a contiguous weight, a slice of its columns, a slice of its kernel."""
+    x, weight = random(2, 8, 6, 6), random(12, 16, 6, 6)
+    for w in (weight[:, :8, 1:5, 1:5], weight[:, 8:, :4, :4].contiguous(), weight.contiguous()[:, :8, 2:, 2:]):
+        with convolution_on_the_cpu(algorithm):
+            out, _, _ = down(x, w)
+            back, _, _ = up(out, w)
+        torch.testing.assert_close(out, F.conv2d(x, w, None, 2, 1), **SUMS)
+        torch.testing.assert_close(back, F.conv_transpose2d(out, w, None, 2, 1), **SUMS)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_autocast_does_not_reach_inside(algorithm: str):
+    """torch.ops.fastp2p computes in the dtype it is given; the public functions cast."""
+    large, small, weight = operands(SHAPES[1], torch.float32)
+    args = (None, None, 2, 1)
+    with convolution_on_the_cpu(algorithm), torch.autocast("cpu", torch.bfloat16):
+        out, _, _ = torch.ops.fastp2p.down(large, weight, *args, 0, 0.0, 0)
+        back, _, _ = torch.ops.fastp2p.up(small, None, weight, *args, 17, 3, 0, 0.0, 0)
+        dweight = torch.ops.fastp2p.wgrad(small, None, large, 4, 4, 2, 1, torch.float32)
+    torch.testing.assert_close(out, F.conv2d(large, weight, None, 2, 1), **SUMS)
+    torch.testing.assert_close(back, torch.nn.grad.conv2d_input(large.shape, weight, small, 2, 1), **SUMS)
+    torch.testing.assert_close(dweight, conv2d_weight(large, weight.shape, small, 2, 1), **SUMS)
+
+
+def test_an_unknown_algorithm_is_told():
+    with (
+        pytest.raises(ValueError, match="got 'fast', expected 'auto', 'gemm' or 'direct'"),
+        convolution_on_the_cpu("fast"),
+    ):
+        pass
