@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test lint proof compile-check bench gpu-check gpu-rehearse gpu-wheels clean
+.PHONY: train test lint proof compile-check cuda-check bench gpu-check gpu-rehearse gpu-wheels clean
 
 train: .venv/installed
 	$(BIN)/fastp2p train
@@ -19,13 +19,17 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 # Everything, with what make test leaves out for time.
-proof: compile-check
+proof: compile-check cuda-check
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops
 
 # Every Triton kernel and configuration, compiled for every target without a GPU: registers, spills, shared memory.
 compile-check: .venv/installed
 	$(BIN)/python -m fastp2p.kernels.compile_check
+
+# Every CUDA C++ kernel the same way, where there is nvcc.
+cuda-check: .venv/installed
+	$(BIN)/python -m pytest tests/test_cuda_sources.py -s
 
 bench: .venv/installed
 	$(BIN)/python -m pytest benchmarks

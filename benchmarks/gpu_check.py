@@ -33,6 +33,7 @@ NOTES = [
     "method graph: replays of a CUDA graph of these calls; stream: launched one by one, launching included",
     "cold: the calls went in turn through `sets` sets of inputs, of which they read 128 MB or more together; not cold: "
     "one set, which the cache may hold. Outputs and what lies between two kernels of a call may stay in it either way",
+    "served_by, of provider fastp2p: whose kernel it is, Triton's or the extension's, as the dispatcher knows it",
     "bytes: what the operation must move, so inputs, second reads included (norm_act: for the statistics, then to "
     "normalise), and outputs; input_bytes: distinct ones of a set of inputs, each once",
     "flop: of products, padding counted as pixels",

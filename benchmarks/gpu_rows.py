@@ -19,6 +19,8 @@ from jobs import BEST, COMPILED, OURS, Config, Job
 from pointwise_jobs import pointwise_jobs
 from timing import COLD_BYTES, Timing, input_sets, measure
 
+from fastp2p.ops import served_by
+
 CANNOT = (triton.OutOfResources, triton.CompilationError)  # a configuration that this GPU or compiler refuses
 SEARCH_SECONDS = 0.02  # for each configuration
 
@@ -95,6 +97,8 @@ def do(job: Job, device: torch.device, end: float) -> dict[str, Any]:
         config = min(able, key=lambda candidate: candidate["ms"])["config"]
     timing = timed(config, 0.15)
     row = {"case": job.case, "operator": job.operator, "provider": job.provider, **job.facts, **vars(timing)}
+    if job.provider == OURS:
+        row["served_by"] = served_by(job.operator, device.type)
     row |= {"sets": sets, "cold": sets * job.input_bytes >= COLD_BYTES}
     row |= {"bytes": job.n_bytes, "input_bytes": job.input_bytes, "flop": job.flop}
     row |= {"gb_per_s": job.n_bytes / timing.ms / 1e6, "tflops": job.flop / timing.ms / 1e9 or None}

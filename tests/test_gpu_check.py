@@ -55,6 +55,7 @@ def test_a_rehearsal_measures_every_operator(tmp_path: Path):
         assert 0 < row["first_quartile"] <= row["ms"] <= row["third_quartile"]
         assert row["n"] >= 3
         assert row["speedup_over_eager"] == pytest.approx(rows[case, jobs.EAGER]["ms"] / row["ms"], abs=1e-3)
+        assert row.get("served_by") == ("Triton, interpreted" if provider == jobs.OURS else None)
         if provider == jobs.BEST:
             assert row["config"] in [tried["config"] for tried in row["tried"]]
     assert content["parity"]["operators"]["adam"] == ""

@@ -60,15 +60,59 @@ struct Norm {
   Dropout dropout;
 };
 
-// Calls f<WITH_TANH, WITH_DROPOUT>, so that loops without them vectorise or stay short.
+// How a loop is compiled: with what it may have to do, and how many rows it takes at a time, so that the coefficients, or
+// the sums, are loaded once for several rows.
+template <bool GENERAL, bool DROPOUT, bool SECOND, int ROWS>
+struct Way {
+  static constexpr bool tanh = GENERAL, dropout = DROPOUT, second = SECOND;
+  static constexpr int rows = ROWS;
+};
+
+// f(way, begin) for [begin, begin + way.rows), until all rows are done. What is slow anyway, or hardly used, takes single
+// rows: tanh and dropout, float16 and float64. So the build is shorter.
 template <typename T, typename F>
-FASTP2P_INLINE void specialise(const Norm<T>& norm, const F& f) {
-  const bool with_tanh = norm.first.tanh || norm.second.tanh, with_dropout = norm.dropout.probability > 0;
-  if (with_tanh && with_dropout) return f(std::true_type(), std::true_type());
-  if (with_tanh) return f(std::true_type(), std::false_type());
-  if (with_dropout) return f(std::false_type(), std::true_type());
-  return f(std::false_type(), std::false_type());
+FASTP2P_INLINE void for_rows(const Norm<T>& norm, bool with_second, int64_t begin, int64_t end, const F& f) {
+  constexpr bool trained_with = std::is_same_v<T, float> || std::is_same_v<T, BFloat16>;
+  const auto take = [&](auto second) __attribute__((always_inline)) {
+    if constexpr (trained_with) {
+      if (!norm.first.tanh && !norm.second.tanh) {
+        if (norm.dropout.probability > 0) {
+          for (; begin < end; ++begin) f(Way<false, true, second, 1>(), begin);
+        }
+        for (; begin + 4 <= end; begin += 4) f(Way<false, false, second, 4>(), begin);
+        for (; begin < end; ++begin) f(Way<false, false, second, 1>(), begin);
+      }
+    }
+    for (; begin < end; ++begin) f(Way<true, true, second, 1>(), begin);
+  };
+  with_second ? take(std::true_type()) : take(std::false_type());
 }
+
+// The coefficients of a block of channels, and which elements dropout keeps, for the rows that a Way takes.
+template <typename T, typename W>
+struct Block {
+  using A = Wide<T>;
+
+  FASTP2P_INLINE Block(const Norm<T>& norm, int64_t group, int64_t row, int64_t c0)
+      : first(norm.first), second(norm.second), mean(norm.mean.data() + group * norm.channels + c0),
+        scale(norm.scale.data() + group * norm.channels + c0), shift(norm.shift.data() + c0),
+        x(norm.x.template data<T>() + row * norm.stride + c0), stride(norm.stride) {
+    if constexpr (W::dropout) {
+      const int64_t n = std::min(BLOCK, norm.channels - c0);
+      for (int r = 0; r < W::rows; ++r) norm.dropout.factors((row + r) * norm.channels + c0, n, factor[r]);
+    }
+  }
+
+  FASTP2P_INLINE A deviation(int r, int64_t c) const { return widen(x[r * stride + c]) - mean[c]; }
+  FASTP2P_INLINE A z(int r, int64_t c) const { return deviation(r, c) * scale[c] + shift[c]; }
+  FASTP2P_INLINE A keep(int r, int64_t c) const { return W::dropout ? factor[r][c] : A{1}; }
+
+  const Activation<A> first, second;
+  const A *__restrict mean, *__restrict scale, *__restrict shift;
+  const T* __restrict x;
+  const int64_t stride;
+  A factor[W::dropout ? W::rows : 1][W::dropout ? BLOCK : 1];
+};
 
 template <typename T>
 struct Forward {
@@ -78,30 +122,22 @@ struct Forward {
 
 template <typename T>
 FASTP2P_INLINE void forward_rows(const Forward<T>& pass, int64_t group, int64_t begin, int64_t end) {
-  using A = Wide<T>;
   const Norm<T>& norm = pass.norm;
   const int64_t channels = norm.channels, offset = norm.first_row(group);
-  const Activation<A> first = norm.first, second = norm.second;  // in registers: a load under a condition bars vectors
-  specialise(norm, [=](auto with_tanh, auto with_dropout) __attribute__((always_inline)) {
-    A factor[BLOCK];
-    for (int64_t m = offset + begin; m < offset + end; ++m) {
-      for (int64_t c0 = 0; c0 < channels; c0 += BLOCK) {
-        const int64_t n = std::min(BLOCK, channels - c0);
-        const A* __restrict mean = norm.mean.data() + group * channels + c0;
-        const A* __restrict scale = norm.scale.data() + group * channels + c0;
-        const A* __restrict shift = norm.shift.data() + c0;
-        const T* __restrict x = norm.x.template data<T>() + m * norm.stride + c0;
-        T* __restrict y = pass.y + m * channels + c0;
-        T* __restrict y2 = norm.has_second ? pass.y2 + m * channels + c0 : nullptr;
-        if (with_dropout) norm.dropout.factors(m * channels + c0, n, factor);
-        const auto z = [=](int64_t c) __attribute__((always_inline)) { return (widen(x[c]) - mean[c]) * scale[c] + shift[c]; };
-        const auto keep = [=](int64_t c) __attribute__((always_inline)) { return with_dropout ? factor[c] : A{1}; };
-        if (y2 == nullptr) {
-          for (int64_t c = 0; c < n; ++c) y[c] = narrow<T>(first.template apply<with_tanh>(z(c)) * keep(c));
-        } else {
-          for (int64_t c = 0; c < n; ++c) {
-            y[c] = narrow<T>(first.template apply<with_tanh>(z(c)) * keep(c));
-            y2[c] = narrow<T>(second.template apply<with_tanh>(z(c)) * keep(c));
+  for_rows(norm, norm.has_second, offset + begin, offset + end, [&](auto way, int64_t row) __attribute__((always_inline)) {
+    using W = decltype(way);
+    for (int64_t c0 = 0; c0 < channels; c0 += BLOCK) {
+      const int64_t n = std::min(BLOCK, channels - c0);
+      const Block<T, W> block(norm, group, row, c0);
+      T* __restrict y = pass.y + row * channels + c0;
+      T* __restrict y2 = pass.y2 + row * channels + c0;
+#pragma GCC ivdep
+      for (int64_t c = 0; c < n; ++c) {
+#pragma GCC unroll 4
+        for (int r = 0; r < W::rows; ++r) {
+          y[r * channels + c] = narrow<T>(block.first.template apply<W::tanh>(block.z(r, c)) * block.keep(r, c));
+          if (W::second) {
+            y2[r * channels + c] = narrow<T>(block.second.template apply<W::tanh>(block.z(r, c)) * block.keep(r, c));
           }
         }
       }
@@ -111,39 +147,31 @@ FASTP2P_INLINE void forward_rows(const Forward<T>& pass, int64_t group, int64_t 
 
 template <typename T>
 struct Backward {
-  using A = Wide<T>;
   const Norm<T>& norm;
   Pixels dy;
   std::optional<Pixels> dy2;
+};
 
-  // f(m, c0, n, dz): row m's channels from c0, and their gradient before the affine map.
-  template <bool WITH_TANH, bool WITH_DROPOUT, typename F>
-  FASTP2P_INLINE void for_each_row(int64_t group, int64_t begin, int64_t end, int64_t c0, int64_t n, const F& f) const {
-    const int64_t channels = norm.channels, offset = norm.first_row(group);
-    const A* __restrict mean = norm.mean.data() + group * channels + c0;
-    const A* __restrict scale = norm.scale.data() + group * channels + c0;
-    const A* __restrict shift = norm.shift.data() + c0;
-    const Activation<A> first = norm.first, second = norm.second;  // in registers, as in forward_rows
-    A factor[BLOCK];
-    for (int64_t m = offset + begin; m < offset + end; ++m) {
-      const T* __restrict x = norm.x.template data<T>() + m * norm.stride + c0;
-      const T* __restrict grad = dy.template data<T>() + m * dy.stride * norm.repeats + c0;
-      const T* __restrict grad2 = dy2 ? dy2->template data<T>() + m * dy2->stride * norm.repeats + c0 : nullptr;
-      if (WITH_DROPOUT) norm.dropout.factors(m * channels + c0, n, factor);
-      const auto keep = [=](int64_t c) __attribute__((always_inline)) { return WITH_DROPOUT ? factor[c] : A{1}; };
-      const auto z = [=](int64_t c) __attribute__((always_inline)) { return (widen(x[c]) - mean[c]) * scale[c] + shift[c]; };
-      if (grad2 == nullptr) {
-        f(m, x, [=](int64_t c) __attribute__((always_inline)) {
-          return widen(grad[c]) * first.template derivative<WITH_TANH>(z(c)) * keep(c);
-        });
-      } else {
-        f(m, x, [=](int64_t c) __attribute__((always_inline)) {
-          return (widen(grad[c]) * first.template derivative<WITH_TANH>(z(c)) +
-                  widen(grad2[c]) * second.template derivative<WITH_TANH>(z(c))) * keep(c);
-        });
-      }
-    }
+// The rows of a Block and of the gradients that came for them: dz, the gradient before the affine map.
+template <typename T, typename W>
+struct GradientBlock : Block<T, W> {
+  using A = Wide<T>;
+
+  FASTP2P_INLINE GradientBlock(const Backward<T>& pass, int64_t group, int64_t row, int64_t c0)
+      : Block<T, W>(pass.norm, group, row, c0), dy_stride(pass.dy.stride * pass.norm.repeats),
+        dy2_stride(W::second ? pass.dy2->stride * pass.norm.repeats : 0),
+        dy(pass.dy.template data<T>() + row * dy_stride + c0),
+        dy2(W::second ? pass.dy2->template data<T>() + row * dy2_stride + c0 : nullptr) {}
+
+  FASTP2P_INLINE A dz(int r, int64_t c) const {
+    const A z = this->z(r, c);
+    A sum = widen(dy[r * dy_stride + c]) * this->first.template derivative<W::tanh>(z);
+    if (W::second) sum += widen(dy2[r * dy2_stride + c]) * this->second.template derivative<W::tanh>(z);
+    return sum * this->keep(r, c);
   }
+
+  const int64_t dy_stride, dy2_stride;
+  const T *__restrict dy, *__restrict dy2;
 };
 
 // Adds the rows' sums of dz and of dz * (x - mean), for each channel, to sums[0] and sums[channels] on.
@@ -151,28 +179,35 @@ template <typename T>
 FASTP2P_INLINE void sum_rows(const Backward<T>& pass, int64_t group, int64_t begin, int64_t end, double* sums) {
   using A = Wide<T>;
   const Norm<T>& norm = pass.norm;
-  specialise(norm, [&](auto with_tanh, auto with_dropout) __attribute__((always_inline)) {
-    for (int64_t c0 = 0; c0 < norm.channels; c0 += BLOCK) {
-      const int64_t n = std::min(BLOCK, norm.channels - c0);
-      const A* __restrict mean = norm.mean.data() + group * norm.channels + c0;
-      for (int64_t row = begin; row < end; row += FLOAT_ROWS) {
-        A dbias[BLOCK] = {}, dscale[BLOCK] = {};
-        pass.template for_each_row<with_tanh, with_dropout>(
-            group, row, std::min(end, row + FLOAT_ROWS), c0, n,
-            [&](int64_t, const T* __restrict x, const auto& dz) __attribute__((always_inline)) {
-              for (int64_t c = 0; c < n; ++c) {
-                const A gradient = dz(c);
-                dbias[c] += gradient;
-                dscale[c] += gradient * (widen(x[c]) - mean[c]);
-              }
-            });
+  const int64_t channels = norm.channels, offset = norm.first_row(group);
+  for (int64_t c0 = 0; c0 < channels; c0 += BLOCK) {
+    const int64_t n = std::min(BLOCK, channels - c0);
+    for (int64_t from = begin; from < end; from += FLOAT_ROWS) {
+      A dbias[BLOCK] = {}, dscale[BLOCK] = {};
+      const int64_t to = std::min(end, from + FLOAT_ROWS);
+      for_rows(norm, pass.dy2.has_value(), offset + from, offset + to,
+               [&](auto way, int64_t row) __attribute__((always_inline)) {
+        using W = decltype(way);
+        const GradientBlock<T, W> block(pass, group, row, c0);
+#pragma GCC ivdep
         for (int64_t c = 0; c < n; ++c) {
-          sums[c0 + c] += dbias[c];
-          sums[norm.channels + c0 + c] += dscale[c];
+          A dz_sum = 0, deviation_sum = 0;
+#pragma GCC unroll 4
+          for (int r = 0; r < W::rows; ++r) {
+            const A dz = block.dz(r, c);
+            dz_sum += dz;
+            deviation_sum += dz * block.deviation(r, c);
+          }
+          dbias[c] += dz_sum;
+          dscale[c] += deviation_sum;
         }
+      });
+      for (int64_t c = 0; c < n; ++c) {
+        sums[c0 + c] += dbias[c];
+        sums[channels + c0 + c] += dscale[c];
       }
     }
-  });
+  }
 }
 
 // dx = dz * scale - constant - (x - mean) * linear, the last two the ways through mean and variance.
@@ -187,23 +222,25 @@ struct InputGradient {
 template <typename T>
 FASTP2P_INLINE void input_gradient_rows(const InputGradient<T>& out, int64_t group, int64_t begin, int64_t end) {
   using A = Wide<T>;
-  const Norm<T>& norm = out.pass.norm;
-  const int64_t channels = norm.channels;
-  specialise(norm, [&](auto with_tanh, auto with_dropout) __attribute__((always_inline)) {
+  const Backward<T>& pass = out.pass;
+  const int64_t channels = pass.norm.channels, offset = pass.norm.first_row(group);
+  for_rows(pass.norm, pass.dy2.has_value(), offset + begin, offset + end,
+           [&](auto way, int64_t row) __attribute__((always_inline)) {
+    using W = decltype(way);
     for (int64_t c0 = 0; c0 < channels; c0 += BLOCK) {
       const int64_t n = std::min(BLOCK, channels - c0);
-      const A* __restrict mean = norm.mean.data() + group * channels + c0;
-      const A* __restrict scale = norm.scale.data() + group * channels + c0;
+      const GradientBlock<T, W> block(pass, group, row, c0);
       const A* __restrict constant = out.constant.data() + group * channels + c0;
       const A* __restrict linear = out.linear.data() + group * channels + c0;
-      out.pass.template for_each_row<with_tanh, with_dropout>(
-          group, begin, end, c0, n,
-          [&](int64_t m, const T* __restrict x, const auto& dz) __attribute__((always_inline)) {
-            T* __restrict dx = out.dx + m * channels + c0;
-            for (int64_t c = 0; c < n; ++c) {
-              dx[c] = narrow<T>(dz(c) * scale[c] - constant[c] - (widen(x[c]) - mean[c]) * linear[c]);
-            }
-          });
+      T* __restrict dx = out.dx + row * channels + c0;
+#pragma GCC ivdep
+      for (int64_t c = 0; c < n; ++c) {
+#pragma GCC unroll 4
+        for (int r = 0; r < W::rows; ++r) {
+          dx[r * channels + c] =
+              narrow<T>(block.dz(r, c) * block.scale[c] - constant[c] - block.deviation(r, c) * linear[c]);
+        }
+      }
     }
   });
 }

@@ -21,14 +21,15 @@ def buffers(m: int, seed: int = 0) -> list[torch.Tensor]:
 def assert_close(
     ours: list[torch.Tensor], expected: list[torch.Tensor], before: list[torch.Tensor], lr: float, powers: torch.Tensor
 ) -> None:
-    """Within 4 float32 roundings, each relative to the size of the terms that are added: they may cancel."""
+    """Within 4 roundings, each relative to the size of the terms that are added: they may cancel."""
+    eps = torch.finfo(before[0].dtype).eps
     param, grad, exp_avg, exp_avg_sq = (tensor.double() for tensor in before)
     moment = 0.5 * (grad.abs() + exp_avg.abs())
     variance = 0.001 * grad**2 + 0.999 * exp_avg_sq
     correction1, correction2 = 1 - powers
     step = lr / correction1 * moment / ((variance / correction2).sqrt() + 1e-8)
     for one, other, size in zip(ours, expected, (param.abs() + step, grad.abs(), moment, variance), strict=True):
-        bound = 4 * torch.finfo(torch.float32).eps * size + 1e-37  # denormals are flushed, or not
+        bound = 4 * eps * size + 1e-37  # denormals are flushed, or not
         assert ((one.double() - other.double()).abs() <= bound).all()
 
 
@@ -47,6 +48,13 @@ def test_repeats_torch_adam():
         optimizer.step()
     # A step moves a weight by about lr; float32 rounds that to 6e-8 of it, and the weight itself by half an ulp a step.
     torch.testing.assert_close(param.double(), exact.detach(), rtol=20 * 6e-8, atol=20 * 2e-4 * 1e-6)
+
+
+def test_the_first_step_is_the_learning_rate():
+    """Of a weight at 0 nothing hides the step's own error; 1 - 0.999 in float32 would make one of 6e-6."""
+    param, exp_avg, exp_avg_sq = (torch.zeros(100) for _ in range(3))
+    adam(param, 1 + torch.rand(100), exp_avg, exp_avg_sq, lr=torch.tensor(1e-3), powers=betas())
+    torch.testing.assert_close(param, torch.full((100,), -1e-3), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("m", [1, 2, 3, 17, 1023, 1024, 1025, 5000])
@@ -70,6 +78,44 @@ def test_slices_of_a_larger_buffer_are_all_that_changes():
         assert (tensor[:7] == 9).all()
         assert (tensor[107:] == 9).all()
     assert not torch.equal(big[0][7:107], buffers(100)[0])
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 1027])
+@pytest.mark.parametrize(
+    "offsets", [(4, 8, 12, 16, 4), (1, 1, 1, 1, 1), (0, 0, 4, 2, 0), (0, 0, 0, 0, 2), (4, 3, 2, 1, 0)]
+)
+def test_slices_of_any_alignment(m: int, offsets: tuple[int, ...]):
+    """Of four elements at a time for a kernel that moves 16 bytes at once; whether it may depends on every buffer."""
+    low_precision = torch.full((m + 20,), 9.0, dtype=torch.bfloat16)
+    big = [*(torch.full((m + 20,), 9.0) for _ in range(4)), low_precision]
+    slices = [whole[offset : offset + m] for whole, offset in zip(big, offsets, strict=True)]
+    expected = buffers(m)
+    for view, values in zip(slices, expected, strict=False):
+        view.copy_(values)
+    powers = betas() ** 2
+    adam(*slices[:4], lr=torch.tensor(1e-3), powers=powers, low_precision=slices[4])
+    adam_ref(*expected, torch.tensor(1e-3), powers, 0.5, 0.999, 1e-8)
+    assert_close(slices[:4], expected, buffers(m), 1e-3, powers)
+    eps = torch.finfo(torch.bfloat16).eps
+    torch.testing.assert_close(slices[4].float(), slices[0], rtol=eps if INTERPRETED else eps / 2, atol=0)
+    for whole, offset in zip(big, offsets, strict=True):
+        assert (whole[:offset] == 9).all()
+        assert (whole[offset + m :] == 9).all()
+
+
+@pytest.mark.parametrize("lr_dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("low_precision", [None, torch.bfloat16, torch.float16])
+def test_float64(lr_dtype: torch.dtype, low_precision: torch.dtype | None):
+    """For proofs: the operator takes it, the function for users does not."""
+    before = [tensor.double() for tensor in buffers(37)]
+    ours, expected = ([tensor.clone() for tensor in before] for _ in range(2))
+    copies = [None if low_precision is None else torch.empty(37, dtype=low_precision) for _ in range(2)]
+    settings = (torch.tensor(2e-4, dtype=lr_dtype), betas() ** 3, 0.5, 0.999, 1e-8)
+    torch.ops.fastp2p.adam(*ours, *settings, copies[0])
+    adam_ref(*expected, *settings, copies[1])
+    assert_close(ours, expected, before, 2e-4, betas() ** 3)
+    if low_precision is not None:
+        assert torch.equal(copies[0], ours[0].to(low_precision))
 
 
 def test_zero_gradient_from_zero_moments_moves_nothing():

@@ -183,3 +183,30 @@ def test_down_beyond_2_to_the_31():
     expected = torch.nn.functional.conv2d(x[2:, :, 1200:].float(), weight.float(), None, 2, 1)
     bound = torch.finfo(torch.bfloat16).eps
     torch.testing.assert_close(out[2:, :, 602:].float(), expected[:, :, 2:], rtol=bound, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_adam_beyond_2_to_the_31():
+    """The last elements, one of them by itself after the fours, as in buffers of them alone."""
+    need_memory(40)
+    m, last = 2**31 + 2**20 + 1, 2**20 + 4097
+    whole = [torch.randn(m), torch.randn(m), torch.randn(m), torch.rand(m)]  # param, grad, exp_avg, exp_avg_sq
+    alone = [tensor[-last:].clone() for tensor in whole]
+    settings = (torch.tensor(1e-3), torch.tensor([0.5, 0.999], dtype=torch.float64), 0.5, 0.999, 1e-8)
+    for tensors in (whole, alone):
+        operators.adam(*tensors, *settings)
+    assert_same_bits([tensor[-last:] for tensor in whole], alone)
+
+
+@pytest.mark.gpu
+def test_augment_beyond_2_to_the_31():
+    """Resident pairs of more bytes than that: the last of them."""
+    need_memory(6)
+    pairs = torch.randint(0, 256, (4400, 286, 286, 6), dtype=torch.uint8)
+    assert pairs[:-1].numel() > 2**31
+    index, offset = torch.tensor([len(pairs) - 1, 0]), torch.tensor([[30, 30], [0, 7]])
+    ours, expected = (
+        augment(pairs, index, offset, index > 0, 256, 3, torch.bfloat16)
+        for augment in (operators.augment, ops.augment_ref)
+    )
+    assert_same_bits(list(ours), list(expected))

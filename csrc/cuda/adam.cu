@@ -1,0 +1,120 @@
+// adam: reads 16 and writes 12 bytes for each parameter, and writes 2 more for the low-precision weights, in one pass;
+// multi-tensor Adam followed by autocast's casts moves 84. A thread takes 4 elements of each buffer in accesses of 16
+// bytes, all four loads under way at once; buffers that are not so aligned, and float64, go one element a thread.
+// Arithmetic is the parameters' type. The learning rate and the powers of the betas stay in device memory, where each
+// thread makes the bias corrections of them, so nothing waits for the host and a CUDA graph replays with new values;
+// 1 - power is in double, since 1 - 0.999 loses three digits in float.
+#include "cuda/launch.h"
+#include "cuda/operators.h"
+
+namespace fastp2p {
+namespace {
+
+constexpr int THREADS = 256;
+
+template <typename A, typename Low>
+struct Adam {
+  A *param, *exp_avg, *exp_avg_sq;
+  const A* grad;
+  Low* low;  // may be null
+  int64_t count;
+  const A* lr;
+  const double* powers;
+  A beta1, beta2, other1, other2, eps;  // other = 1 - beta
+};
+
+template <int WIDTH, typename A, typename Low>
+__device__ void update(const Adam<A, Low>& adam, int64_t begin) {
+  const auto grad = load<WIDTH>(adam.grad + begin);
+  auto param = load<WIDTH>(adam.param + begin);
+  auto exp_avg = load<WIDTH>(adam.exp_avg + begin);
+  auto exp_avg_sq = load<WIDTH>(adam.exp_avg_sq + begin);
+  const A correction1 = static_cast<A>(1 - adam.powers[0]), correction2 = static_cast<A>(1 - adam.powers[1]);
+  const A step_size = *adam.lr / correction1, root_correction2 = std::sqrt(correction2);
+#pragma unroll
+  for (int i = 0; i < WIDTH; ++i) {
+    const A g = grad.value[i], m = exp_avg.value[i] * adam.beta1 + g * adam.other1;
+    const A v = exp_avg_sq.value[i] * adam.beta2 + g * g * adam.other2;
+    exp_avg.value[i] = m;
+    exp_avg_sq.value[i] = v;
+    param.value[i] -= m / (std::sqrt(v) / root_correction2 + adam.eps) * step_size;
+  }
+  store(adam.param + begin, param);
+  store(adam.exp_avg + begin, exp_avg);
+  store(adam.exp_avg_sq + begin, exp_avg_sq);
+  if (adam.low != nullptr) {
+    Pack<Low, WIDTH> low;
+#pragma unroll
+    for (int i = 0; i < WIDTH; ++i) low.value[i] = static_cast<Low>(static_cast<float>(param.value[i]));
+    store(adam.low + begin, low);
+  }
+}
+
+// The first threads take WIDTH elements each; the few elements that are left, a thread each.
+template <typename A, typename Low, int WIDTH>
+__global__ void __launch_bounds__(THREADS) adam_kernel(const Adam<A, Low> adam) {
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
+  const int64_t packs = adam.count / WIDTH, rest = packs * WIDTH + (thread - packs);
+  if (thread < packs) {
+    update<WIDTH>(adam, thread * WIDTH);
+  } else if (WIDTH > 1 && rest < adam.count) {
+    update<1>(adam, rest);
+  }
+}
+
+bool aligned(const void* data, size_t bytes) { return reinterpret_cast<uintptr_t>(data) % bytes == 0; }
+
+template <typename A, typename Low>
+void step(const Tensor& param, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& lr,
+          const Tensor& powers, double beta1, double beta2, double eps, const std::optional<Tensor>& low) {
+  const auto data = [](const Tensor& t) { return static_cast<A*>(t.data_ptr()); };
+  const Adam<A, Low> adam{data(param), data(exp_avg), data(exp_avg_sq), data(grad),
+                          low ? static_cast<Low*>(low->data_ptr()) : nullptr, param.numel(), data(lr),
+                          static_cast<const double*>(powers.data_ptr()), static_cast<A>(beta1), static_cast<A>(beta2),
+                          static_cast<A>(1 - beta1), static_cast<A>(1 - beta2), static_cast<A>(eps)};
+  const auto launch = [&](auto kernel, int64_t threads) {
+    const int64_t blocks = (threads + THREADS - 1) / THREADS;  // a grid has room for 2^31: more than any memory
+    const Launch here(param);
+    kernel<<<static_cast<unsigned>(blocks), THREADS, 0, here.stream>>>(adam);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  };
+  if constexpr (std::is_same_v<A, float>) {
+    if (aligned(adam.param, 16) && aligned(adam.grad, 16) && aligned(adam.exp_avg, 16) &&
+        aligned(adam.exp_avg_sq, 16) && aligned(adam.low, 8)) {
+      return launch(adam_kernel<A, Low, 4>, adam.count / 4 + adam.count % 4);
+    }
+  }
+  launch(adam_kernel<A, Low, 1>, adam.count);
+}
+
+}  // namespace
+
+void adam_cuda(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, Tensor lr, Tensor powers, double beta1,
+               double beta2, double eps, std::optional<Tensor> low_precision) {
+  const ScalarType type = param.scalar_type();
+  const bool is_double = type == ScalarType::Double;
+  const int64_t m = param.numel();
+  FASTP2P_CHECK("adam", is_double || type == ScalarType::Float, "got param ", describe(param),
+                ", expected Float or Double");
+  for (const Tensor& t : {param, grad, exp_avg, exp_avg_sq}) {
+    FASTP2P_CHECK("adam", on_device_of(t, param) && has_shape(t, {m}) && t.is_contiguous() && t.scalar_type() == type,
+                  "got ", describe(t), ", expected contiguous (", m, ") ", type, " on param's GPU");
+  }
+  const bool half = low_precision && low_precision->scalar_type() == ScalarType::Half;
+  FASTP2P_CHECK("adam", !low_precision || (on_device_of(*low_precision, param) && has_shape(*low_precision, {m}) &&
+                low_precision->is_contiguous() && (half || low_precision->scalar_type() == ScalarType::BFloat16)),
+                "got low_precision ", describe(*low_precision), ", expected contiguous (", m,
+                ") BFloat16 or Half on param's GPU");
+  FASTP2P_CHECK("adam", on_device_of(lr, param) && lr.numel() == 1 && (lr.scalar_type() == ScalarType::Float ||
+                lr.scalar_type() == ScalarType::Double), "got lr ", describe(lr), ", expected () Float on param's GPU");
+  FASTP2P_CHECK("adam", on_device_of(powers, param) && has_shape(powers, {2}) &&
+                powers.scalar_type() == ScalarType::Double, "got powers ", describe(powers),
+                ", expected (2) Double on param's GPU");
+  if (m == 0) return;  // a grid has no fewer than one block
+  const auto take = is_double ? (half ? step<double, Half> : step<double, BFloat16>)
+                              : (half ? step<float, Half> : step<float, BFloat16>);
+  take(param, grad, exp_avg, exp_avg_sq, torch::stable::to(lr, type), torch::stable::contiguous(powers), beta1, beta2,
+       eps, low_precision);
+}
+
+}  // namespace fastp2p

@@ -1,0 +1,129 @@
+// augment: reads 1 byte and writes 4 (float) or 2 (bfloat16) for each pixel and channel: 2.0 or 1.2 MB for a 256 px
+// pair, where each step of the chain crop, flip, cast, divide, scale, split would move about as much again. A block
+// writes one row of A and of B, a thread 4 values side by side, of 16 or 8 bytes; one value where rows do not divide
+// so. The bytes come from a row of the pair that lies in the cache. Arithmetic is float: the result has the reference's
+// bits. Index, offset and flip are read here, so nothing waits for the host, and are not checked:
+// torch.ops.fastp2p.augment trusts its caller, fastp2p.ops.augment does not.
+#include "cuda/launch.h"
+#include "cuda/operators.h"
+
+#include <limits>
+
+namespace fastp2p {
+namespace {
+
+constexpr unsigned THREADS = 128;  // times 4 values: a third of a 256 px row of colour to colour
+constexpr int64_t MOST = std::numeric_limits<int32_t>::max();  // blocks of a grid, and values that a thread counts to
+
+template <typename T>
+struct Batch {
+  const uint8_t* pairs;
+  const int64_t *index, *offset;
+  const bool* flip;
+  T *real_A, *real_B;
+  int64_t height, width;
+  unsigned crop_size, channels, input_nc;
+};
+
+// byte / 255 * 2 - 1. The fused steps give the correctly rounded quotient of each of the 256 bytes, as division would,
+// but without its branch, past which the compiler moves no load. Doubling is exact, so fused or not it is the same.
+template <typename T>
+__device__ T normalise(uint8_t byte) {
+  const float x = byte, estimate = x * (1 / 255.0f);
+  const float quotient = fmaf(fmaf(estimate, -255.0f, x), 1 / 255.0f, estimate);
+  return static_cast<T>(quotient * 2 - 1);
+}
+
+template <typename T, int WIDTH>
+__global__ void __launch_bounds__(THREADS) augment_kernel(const Batch<T> batch) {
+  const unsigned size = batch.crop_size, channels = batch.channels, image = blockIdx.x / size;
+  const unsigned nc_A = batch.input_nc, nc_B = channels - nc_A, values_A = size * nc_A;
+  const int64_t row = batch.offset[2 * image] + blockIdx.x % size, left = batch.offset[2 * image + 1];
+  const bool flip = batch.flip[image];
+  const int step = flip ? -static_cast<int>(channels) : static_cast<int>(channels);  // to the next pixel's bytes
+  const uint8_t* bytes = batch.pairs + ((batch.index[image] * batch.height + row) * batch.width + left) * channels +
+                         (flip ? (size - 1) * channels : 0);
+  T* row_A = batch.real_A + static_cast<int64_t>(blockIdx.x) * size * nc_A;
+  T* row_B = batch.real_B + static_cast<int64_t>(blockIdx.x) * size * nc_B;
+  for (unsigned i = threadIdx.x * WIDTH; i < size * channels; i += THREADS * WIDTH) {  // all of A's row, then B's
+    const bool in_B = i >= values_A;
+    const unsigned nc = in_B ? nc_B : nc_A, place = in_B ? i - values_A : i;
+    const uint8_t* pixel = bytes + static_cast<int>(place / nc) * step + (in_B ? nc_A : 0);
+    unsigned channel = place % nc;
+    Pack<T, WIDTH> pack;
+#pragma unroll
+    for (int k = 0; k < WIDTH; ++k) {
+      pack.value[k] = normalise<T>(__ldg(pixel + channel));
+      if (++channel == nc) {
+        channel = 0;
+        pixel += step;
+      }
+    }
+    store((in_B ? row_B : row_A) + place, pack);
+  }
+}
+
+template <typename T>
+void launch(const Batch<T>& batch, int64_t blocks, cudaStream_t stream) {
+  const unsigned values_A = batch.crop_size * batch.input_nc, values = batch.crop_size * batch.channels;
+  const auto kernel = values_A % 4 == 0 && values % 4 == 0 ? augment_kernel<T, 4> : augment_kernel<T, 1>;
+  kernel<<<static_cast<unsigned>(blocks), THREADS, 0, stream>>>(batch);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+void check(const Tensor& pairs, const Tensor& index, const Tensor& offset, const Tensor& flip, int64_t crop_size,
+           int64_t input_nc) {
+  FASTP2P_CHECK("augment", pairs.is_cuda() && pairs.dim() == 4 && pairs.scalar_type() == ScalarType::Byte,
+                "got pairs ", describe(pairs), ", expected (P, H, W, C) Byte on a GPU");
+  const int64_t n = index.numel();
+  FASTP2P_CHECK("augment", on_device_of(index, pairs) && has_shape(index, {n}) &&
+                index.scalar_type() == ScalarType::Long, "got index ", describe(index),
+                ", expected (N) Long on the GPU of pairs");
+  FASTP2P_CHECK("augment", on_device_of(offset, pairs) && has_shape(offset, {n, 2}) &&
+                offset.scalar_type() == ScalarType::Long, "got offset ", describe(offset), ", expected (", n,
+                ", 2) Long on the GPU of pairs");
+  FASTP2P_CHECK("augment", on_device_of(flip, pairs) && has_shape(flip, {n}) && flip.scalar_type() == ScalarType::Bool,
+                "got flip ", describe(flip), ", expected (", n, ") Bool on the GPU of pairs");
+  FASTP2P_CHECK("augment", crop_size > 0 && crop_size <= std::min(pairs.size(1), pairs.size(2)) && input_nc > 0 &&
+                input_nc < pairs.size(3), "got crop_size ", crop_size, ", input_nc ", input_nc, " for pairs ",
+                describe(pairs));
+  FASTP2P_CHECK("augment", n * crop_size <= MOST && crop_size * pairs.size(3) <= MOST, "got ", n, " crops of ",
+                crop_size, " px from pairs ", describe(pairs), ", expected at most ", MOST,
+                " rows, and as many values in a row");
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> augment_cuda(Tensor pairs, Tensor index, Tensor offset, Tensor flip, int64_t crop_size,
+                                        int64_t input_nc, std::optional<ScalarType> dtype) {
+  check(pairs, index, offset, flip, crop_size, input_nc);
+  const ScalarType type = dtype.value_or(ScalarType::Float);
+  const int64_t n = index.numel(), channels = pairs.size(3);
+  Tensor real_A = empty(pairs, {n, input_nc, crop_size, crop_size}, type, MemoryFormat::ChannelsLast);
+  Tensor real_B = empty(pairs, {n, channels - input_nc, crop_size, crop_size}, type, MemoryFormat::ChannelsLast);
+  const Tensor dense[] = {torch::stable::contiguous(pairs), torch::stable::contiguous(index),
+                          torch::stable::contiguous(offset), torch::stable::contiguous(flip)};
+  const auto run = [&](auto element) {
+    using T = decltype(element);
+    const Batch<T> batch{static_cast<const uint8_t*>(dense[0].data_ptr()),
+                         static_cast<const int64_t*>(dense[1].data_ptr()),
+                         static_cast<const int64_t*>(dense[2].data_ptr()),
+                         static_cast<const bool*>(dense[3].data_ptr()), static_cast<T*>(real_A.data_ptr()),
+                         static_cast<T*>(real_B.data_ptr()), pairs.size(1), pairs.size(2),
+                         static_cast<unsigned>(crop_size), static_cast<unsigned>(channels),
+                         static_cast<unsigned>(input_nc)};
+    const Launch here(pairs);
+    if (n > 0) launch(batch, n * crop_size, here.stream);  // a grid has no fewer than one block
+  };
+  switch (type) {
+    case ScalarType::Float: run(float()); break;
+    case ScalarType::BFloat16: run(BFloat16()); break;
+    case ScalarType::Half: run(Half()); break;
+    case ScalarType::Double: run(double()); break;
+    default:
+      fail("augment", "got ", torch::headeronly::toString(type), ", expected Float, BFloat16, Half or Double");
+  }
+  return {real_A, real_B};
+}
+
+}  // namespace fastp2p
