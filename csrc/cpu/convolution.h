@@ -12,6 +12,12 @@ struct Window {
   int64_t height, width, stride, padding;
 
   int64_t taps() const { return height * width; }
+
+  // Pixels that a convolution leaves of a side; none where the kernel is larger than the padded side.
+  int64_t left_of(int64_t size, int64_t kernel) const {
+    const int64_t room = size + 2 * padding - kernel;
+    return room < 0 ? 0 : room / stride + 1;
+  }
 };
 
 enum class Direction { DOWN, UP, WGRAD };

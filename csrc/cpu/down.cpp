@@ -12,9 +12,8 @@ std::tuple<Tensor, Tensor, Tensor> down_cpu(Tensor x, Tensor weight, std::option
                 ", weight ", describe(weight), ", expected (N, C, H, W) and (O, C, KH, KW)");
   const Window window{weight.size(2), weight.size(3), stride, padding};
   FASTP2P_CHECK("down", stride > 0, "got stride ", stride, ", expected at least 1");
-  const auto left = [&](int64_t size, int64_t kernel) { return (size + 2 * padding - kernel) / stride + 1; };
   const int64_t n = x.size(0), channels = weight.size(0);
-  const int64_t height = left(x.size(2), window.height), width = left(x.size(3), window.width);
+  const int64_t height = window.left_of(x.size(2), window.height), width = window.left_of(x.size(3), window.width);
   check_convolution("down", x, weight, bias, gate, window, activation, {n, channels, height, width});
 
   const std::optional<Tensor> matrix =

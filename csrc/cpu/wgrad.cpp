@@ -19,10 +19,9 @@ Tensor wgrad_cpu(Tensor outer, std::optional<Tensor> outer2, Tensor inner, int64
   const Window window{kernel_height, kernel_width, stride, padding};
   FASTP2P_CHECK("wgrad", stride > 0 && padding >= 0 && std::min(kernel_height, kernel_width) > 0, "got stride ", stride,
                 ", padding ", padding, ", kernel (", kernel_height, ", ", kernel_width, "), expected at least 1, 0, (1, 1)");
-  const auto left = [&](int64_t size, int64_t kernel) { return (size + 2 * padding - kernel) / stride + 1; };
   const int64_t rows = outer.size(1) + (outer2 ? outer2->size(1) : 0), channels = inner.size(1);
-  FASTP2P_CHECK("wgrad", outer.size(0) == inner.size(0) && left(inner.size(2), kernel_height) == outer.size(2) &&
-                left(inner.size(3), kernel_width) == outer.size(3), "got outer ", describe(outer), ", inner ",
+  FASTP2P_CHECK("wgrad", outer.size(0) == inner.size(0) && window.left_of(inner.size(2), kernel_height) == outer.size(2) &&
+                window.left_of(inner.size(3), kernel_width) == outer.size(3), "got outer ", describe(outer), ", inner ",
                 describe(inner), ", expected sizes between which a convolution with this window leads");
 
   Tensor both = joined_images(outer, outer2);

@@ -1,6 +1,6 @@
 """Operators are tested as they are, with TRITON_INTERPRET=1, where Triton's kernels serve the CPU, and on a GPU."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,10 +15,20 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def _poisoned_empty(_device: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.empty and empty_like give NaN (or an integer's largest value): an element that a kernel forgets shows."""
+def _poisoned_empty(_device: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fresh memory holds NaN (or an integer's largest value): an element that a kernel forgets shows.
+
+    Python's torch.empty is replaced; what C++ asks for, PyTorch fills by itself in its deterministic mode.
+    """
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
+    if torch.get_default_device().type != "cpu":
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def _poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
