@@ -3,8 +3,9 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+CSRC := $(shell find csrc -name '*.*')
 
-.PHONY: train test lint proof compile-check cuda-check bench gpu-check gpu-rehearse gpu-wheels clean
+.PHONY: train test lint proof sanitize compile-check cuda-check bench gpu-check gpu-rehearse gpu-wheels clean
 
 train: .venv/installed
 	$(BIN)/fastp2p train
@@ -17,11 +18,23 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CSRC)
 
 # Everything, with what make test leaves out for time.
 proof: compile-check cuda-check
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops
+
+# The operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer, on a build of its own: needs gcc and cmake.
+# The sanitizers' libraries come before python's, and libstdc++ with them: they look for what throws as they start.
+SANITIZERS = $(foreach name,libasan.so libubsan.so libstdc++.so,$(shell $${CXX:-c++} -print-file-name=$(name)))
+sanitize: .venv/installed
+	cmake -B build/sanitize -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DFASTP2P_SANITIZE=address,undefined
+	cmake --build build/sanitize --parallel 2
+	LD_PRELOAD="$(SANITIZERS)" PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
+		UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+		PYTHONPATH=tests FASTP2P_EXTENSION=build/sanitize/_C.abi3.so \
+		$(BIN)/python -m pytest -p load_extension --capture=sys tests/ops tests/nn -m "not slow"
 
 # Every Triton kernel and configuration, compiled for every target without a GPU: registers, spills, shared memory.
 compile-check: .venv/installed
@@ -50,11 +63,12 @@ gpu-wheels:
 		pytest iniconfig pluggy pygments packaging "setuptools>=77"
 
 # Made anew when what is installed changes. PyTorch comes first: the extension is built against it.
-.venv/installed: pyproject.toml setup.py constraints.txt $(shell find csrc -name '*.*')
+.venv/installed: pyproject.toml setup.py constraints.txt $(CSRC)
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'fastp2p needs Python 3.11 or later; set PYTHON=')"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch setuptools ninja
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[dev]"
+	$(BIN)/fastp2p info | grep "^C++ kernels"
 	touch $@
 
 clean:

@@ -1,54 +1,60 @@
 """Builds fastp2p._C from csrc/ on PyTorch's stable ABI; everything else is in pyproject.toml.
 
-FASTP2P_BUILD says what to build: "cpu"; "cuda", with the CUDA kernels as well (TORCH_CUDA_ARCH_LIST chooses the GPUs);
-"none"; or "auto", the default: "cuda" where nvcc and a CUDA build of PyTorch are found, whether or not there is a GPU,
-else "cpu", and "none", with a warning, without a C++ compiler.
-"""
+FASTP2P_BUILD says what to build: "cpu"; "cuda", the CUDA kernels as well (TORCH_CUDA_ARCH_LIST chooses the GPUs; where
+none is seen, all that nvcc 13 knows); "none"; or "auto", the default: "cuda" if nvcc and a CUDA build of PyTorch are
+found, else "cpu", and without a C++ compiler "none", with a warning."""
 
 import os
 import shutil
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import errors, setup
 from torch.utils import cpp_extension
 
-STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DPy_LIMITED_API=0x030b0000"]  # torch 2.11, Python 3.11
-CXX = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0", "-Wall", *STABLE_ABI]
-NVCC = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-lineinfo", "-DUSE_CUDA", *STABLE_ABI]
+STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]  # of torch 2.11; that of Python comes with py_limited_api
+QUIET = ["-g0", "-Wall", "-Wno-maybe-uninitialized"]  # of which gcc 12 believes to see some in std::optional
+CXX = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", *QUIET, *STABLE_ABI]
+NVCC = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden", "-DUSE_CUDA", *STABLE_ABI]
 
 
 def what_to_build() -> str:
-    """The resolved FASTP2P_BUILD."""
     build = os.environ.get("FASTP2P_BUILD", "auto")
     if build not in ("auto", "cpu", "cuda", "none"):
         sys.exit(f"FASTP2P_BUILD: got {build!r}, expected auto, cpu, cuda or none")
     nvcc = cpp_extension.CUDA_HOME is not None and cpp_extension.torch.version.cuda is not None
     if build == "cuda" and not nvcc:
         sys.exit("FASTP2P_BUILD=cuda needs nvcc (CUDA_HOME) and a CUDA build of PyTorch; one of them is missing")
-    if build != "auto":
-        return build
-    if shutil.which(os.environ.get("CXX", "c++").split()[0]) is None:
-        print("warning: no C++ compiler (c++, or $CXX): fastp2p installs without its C++ kernels", file=sys.stderr)
+    compiler = cpp_extension.get_cxx_compiler().split()[0]
+    if build != "none" and shutil.which(compiler) is None:
+        if build != "auto":
+            sys.exit(f"FASTP2P_BUILD={build} needs a C++ compiler; {compiler} ($CXX, or c++) is not on PATH")
+        if any("wheel" in word for word in sys.argv):  # once: the metadata are another call
+            print(f"warning: no C++ compiler ({compiler}): fastp2p installs without its C++ kernels", file=sys.stderr)
         return "none"
-    return "cuda" if nvcc else "cpu"
+    return build if build != "auto" else "cuda" if nvcc else "cpu"
+
+
+class BuildExtension(cpp_extension.BuildExtension):
+    def build_extensions(self) -> None:
+        try:
+            super().build_extensions()
+        except (RuntimeError, errors.CompileError, errors.LinkError) as error:
+            sys.exit(f"{error}: the reason is above. FASTP2P_BUILD=none installs fastp2p without its C++ kernels.")
 
 
 def extensions() -> list[object]:
-    """fastp2p._C, or nothing."""
-    build = what_to_build()
-    if build == "none":
+    if (build := what_to_build()) == "none":
         return []
+    if build == "cuda" and not cpp_extension.torch.cuda.is_available():
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX")
     folders = ["csrc", "csrc/cpu"] + (["csrc/cuda"] if build == "cuda" else [])
-    sources = sorted(str(file) for folder in folders for file in Path(folder).glob("*.c*"))
-    extension = cpp_extension.CUDAExtension if build == "cuda" else cpp_extension.CppExtension
+    sources = sorted(str(f) for folder in folders for kind in ("cpp", "cu") for f in Path(folder).glob(f"*.{kind}"))
     flags = {"cxx": CXX + (["-DUSE_CUDA"] if build == "cuda" else []), "nvcc": NVCC}
-    headers = [os.path.abspath("csrc")]
-    return [extension("fastp2p._C", sources, include_dirs=headers, extra_compile_args=flags, py_limited_api=True)]
+    options = {"include_dirs": [os.path.abspath("csrc")], "extra_compile_args": flags, "py_limited_api": True}
+    make = cpp_extension.CUDAExtension if build == "cuda" else cpp_extension.CppExtension
+    return [make("fastp2p._C", sources, **options)]
 
 
-setup(
-    ext_modules=extensions(),
-    cmdclass={"build_ext": cpp_extension.BuildExtension},
-    options={"bdist_wheel": {"py_limited_api": "cp311"}},
-)
+limited_api = {"bdist_wheel": {"py_limited_api": "cp311"}}
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension}, options=limited_api)

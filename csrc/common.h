@@ -63,7 +63,9 @@ struct Pixels {
   int64_t count, channels, stride;
 
   template <typename T>
-  const T* data() const { return static_cast<const T*>(tensor.data_ptr()); }
+  const T* data() const {
+    return static_cast<const T*>(tensor.data_ptr());
+  }
 };
 
 // The row stride, or -1 where the batch does not lie in rows of pixels.
@@ -101,7 +103,7 @@ template <typename... Parts>
 }  // namespace fastp2p
 
 // Raises RuntimeError unless the condition holds; the parts of the message are made only then.
-#define FASTP2P_CHECK(operation, condition, ...)                \
-  do {                                                          \
+#define FASTP2P_CHECK(operation, condition, ...)               \
+  do {                                                         \
     if (!(condition)) ::fastp2p::fail(operation, __VA_ARGS__); \
   } while (false)

@@ -8,6 +8,7 @@ import torch
 
 from fastp2p import ops
 from fastp2p.device import choose_device, describe_device
+from fastp2p.ops._extension import describe_extension
 
 PACKAGES = ("torch", "triton", "numpy", "pillow", "safetensors", "torchmetrics", "tensorboard", "matplotlib")
 
@@ -22,6 +23,7 @@ def info() -> str:
         "",
         f"device       {device.type}: {describe_device(device)}",
         f"cores        {os.cpu_count()}, CPU capability {torch.backends.cpu.get_cpu_capability()}",
+        f"C++ kernels  {describe_extension()}",
         f"CUDA         {torch.version.cuda or 'not in this PyTorch'}",
         "engine       reference: plain PyTorch autograd",
         "",

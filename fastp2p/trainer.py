@@ -26,6 +26,7 @@ from fastp2p.losses import Losses, read_losses
 from fastp2p.memory import estimate_step_memory
 from fastp2p.metrics import METRICS, evaluate_generator
 from fastp2p.networks import count_parameters, generate
+from fastp2p.ops._extension import WHY_ABSENT
 from fastp2p.recorder import Recorder
 from fastp2p.run_folder import locked, new_folder, reopen_folder, write_config
 from fastp2p.state import TrainState
@@ -128,6 +129,8 @@ def describe(config: ResolvedConfig, state: TrainState, pairs: int, say: Say) ->
         f"{need.state / mib:,.0f} for weights, gradients and Adam, {need.activations / mib:,.0f} for activations; "
         "scratch space comes on top"
     )
+    if state.device.type == "cpu" and WHY_ABSENT is not None:
+        say(f"without C++ kernels plain PyTorch computes every operator, more slowly: {WHY_ABSENT}")
     if need.total > (there := memory_bytes(state.device)):
         say(f"warning: there are only {there / mib:,.0f} MiB; lower --batch-size, --crop-size or --ngf")
 

@@ -9,8 +9,10 @@ import pytest
 import torch
 from conftest import TINY, random_image
 
+from fastp2p import ops
 from fastp2p.config import TrainConfig
 from fastp2p.networks import UnetGenerator
+from fastp2p.ops._extension import describe_extension
 
 
 def test_train_resume_translate_evaluate(fastp2p, aligned: Path, tmp_path: Path):
@@ -55,8 +57,10 @@ def test_convert(fastp2p, tmp_path: Path):
 def test_info_names_the_kernel_of_each_operator(fastp2p):
     done = fastp2p("info")
     assert done.returncode == 0, done.stderr
-    for operator in ("augment", "down", "norm_act_backward"):
-        assert re.search(rf"^{operator} +reference \(PyTorch\)$", done.stdout, re.MULTILINE)
+    (device,) = re.findall(r"^operator +served on (\w+) by$", done.stdout, re.MULTILINE)
+    for operator in ops.operators():
+        assert f"\n{operator:<19}{ops.served_by(operator, device)}\n" in done.stdout
+    assert f"\nC++ kernels  {describe_extension()}\n" in done.stdout
     assert torch.__version__ in done.stdout
 
 

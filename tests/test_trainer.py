@@ -185,6 +185,19 @@ def test_a_batch_larger_than_the_set_and_a_padded_crop_are_said(aligned: Path, t
     assert any("a step of batch 6 holds" in line for line in said)
 
 
+@pytest.mark.parametrize("why", [None, "there is no C++ compiler"])
+def test_slower_operators_are_said_once(
+    aligned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str | None
+):
+    monkeypatch.setattr(trainer, "WHY_ABSENT", why)
+    said: list[str] = []
+    train(config(aligned, tmp_path / "run", "--max-steps", "1"), say=said.append)
+    lines = [line for line in said if "C++" in line]
+    assert lines == (
+        [] if why is None else [f"without C++ kernels plain PyTorch computes every operator, more slowly: {why}"]
+    )
+
+
 def test_a_run_is_resumed_from_any_folder(aligned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(aligned.parent)
     folder = train(config(Path("aligned"), tmp_path / "run", "--max-steps", "2"))

@@ -7,14 +7,16 @@
 
 namespace fastp2p {
 
-// What is linear on either side of 0 is one expression without a branch, so that loops vectorise; tanh is another. A NaN
-// stays one.
+// What is linear on either side of 0 is one expression without a branch, so that loops vectorise; tanh is another. A
+// NaN stays one.
 template <typename A>
 struct Activation {
   enum Kind { NONE, RELU, LEAKY_RELU, TANH };
 
   Activation(int64_t kind, double leaky_slope)
-      : tanh(kind == TANH), slope(static_cast<A>(kind == RELU ? 0 : kind == LEAKY_RELU ? leaky_slope : 1)),
+      : tanh(kind == TANH), slope(static_cast<A>(kind == RELU         ? 0
+                                                 : kind == LEAKY_RELU ? leaky_slope
+                                                                      : 1)),
         lowest(kind == RELU ? std::numeric_limits<A>::lowest() : -std::numeric_limits<A>::infinity()) {}
 
   bool tanh;

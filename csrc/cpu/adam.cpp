@@ -10,7 +10,7 @@ template <typename A, typename Low>
 struct Adam {
   A *param, *exp_avg, *exp_avg_sq;
   const A* grad;
-  Low* low;  // may be null
+  Low* low;                                                          // may be null
   A beta1, beta2, other1, other2, eps, step_size, root_correction2;  // other = 1 - beta
 };
 
@@ -52,9 +52,17 @@ template <typename A, typename Low>
 void step(const Tensor& param, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq, double lr,
           const std::vector<double>& powers, double beta1, double beta2, double eps, const std::optional<Tensor>& low) {
   const auto data = [](const Tensor& t) { return static_cast<A*>(t.data_ptr()); };
-  Adam<A, Low> adam{data(param), data(exp_avg), data(exp_avg_sq), data(grad),
-                    low ? static_cast<Low*>(low->data_ptr()) : nullptr, static_cast<A>(beta1), static_cast<A>(beta2),
-                    static_cast<A>(1 - beta1), static_cast<A>(1 - beta2), static_cast<A>(eps), static_cast<A>(lr / static_cast<A>(1 - powers[0])),
+  Adam<A, Low> adam{data(param),
+                    data(exp_avg),
+                    data(exp_avg_sq),
+                    data(grad),
+                    low ? static_cast<Low*>(low->data_ptr()) : nullptr,
+                    static_cast<A>(beta1),
+                    static_cast<A>(beta2),
+                    static_cast<A>(1 - beta1),
+                    static_cast<A>(1 - beta2),
+                    static_cast<A>(eps),
+                    static_cast<A>(lr / static_cast<A>(1 - powers[0])),
                     std::sqrt(static_cast<A>(1 - powers[1]))};
   torch::stable::parallel_for(0, param.numel(), GRAIN, [&](int64_t begin, int64_t end) { run(adam, begin, end); });
 }
@@ -73,12 +81,15 @@ void adam_cpu(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, Tens
                   describe(t), ", expected contiguous (", m, ") ", type, " on the CPU");
   }
   const bool half = low_precision && low_precision->scalar_type() == ScalarType::Half;
-  FASTP2P_CHECK("adam", !low_precision || (low_precision->is_cpu() && has_shape(*low_precision, {m}) &&
-                low_precision->is_contiguous() && (half || low_precision->scalar_type() == ScalarType::BFloat16)),
-                "got low_precision ", describe(*low_precision), ", expected contiguous (", m,
-                ") BFloat16 or Half on the CPU");
-  FASTP2P_CHECK("adam", lr.is_cpu() && lr.numel() == 1 && (lr.scalar_type() == ScalarType::Float ||
-                lr.scalar_type() == ScalarType::Double), "got lr ", describe(lr), ", expected () Float on the CPU");
+  FASTP2P_CHECK(
+      "adam",
+      !low_precision || (low_precision->is_cpu() && has_shape(*low_precision, {m}) && low_precision->is_contiguous() &&
+                         (half || low_precision->scalar_type() == ScalarType::BFloat16)),
+      "got low_precision ", describe(*low_precision), ", expected contiguous (", m, ") BFloat16 or Half on the CPU");
+  FASTP2P_CHECK("adam",
+                lr.is_cpu() && lr.numel() == 1 &&
+                    (lr.scalar_type() == ScalarType::Float || lr.scalar_type() == ScalarType::Double),
+                "got lr ", describe(lr), ", expected () Float on the CPU");
   FASTP2P_CHECK("adam", powers.is_cpu() && has_shape(powers, {2}) && powers.scalar_type() == ScalarType::Double,
                 "got powers ", describe(powers), ", expected (2) Double on the CPU");
   const double rate = lr.scalar_type() == ScalarType::Double ? values<double>(lr)[0] : values<float>(lr)[0];

@@ -37,9 +37,9 @@ FASTP2P_INLINE void activate_row(const Activation<Wide<T>>& activation, const T*
   }
 }
 
-#define INSTANTIATE(CLONES, T)                                                                                \
-  CLONES void run(const Activation<Wide<T>>& activation, const T* gate, T* out, int64_t n) {                  \
-    activate_row<T>(activation, gate, out, n);                                                                \
+#define INSTANTIATE(CLONES, T)                                                               \
+  CLONES void run(const Activation<Wide<T>>& activation, const T* gate, T* out, int64_t n) { \
+    activate_row<T>(activation, gate, out, n);                                               \
   }
 INSTANTIATE(FASTP2P_CLONES, float)
 INSTANTIATE(FASTP2P_CLONES, BFloat16)
@@ -62,7 +62,7 @@ bool prefers_gemm(Direction direction, ScalarType type, int64_t pixels) {
   switch (direction) {
     case Direction::DOWN: return pixels <= (half ? 256 : 64);
     case Direction::UP: return pixels <= (half ? 256 : 64);
-    default: return pixels <= 1024;
+    default: return pixels <= (half ? 1024 : 512);
   }
 }
 
@@ -113,7 +113,8 @@ Tensor joined_images(const Tensor& x, const std::optional<Tensor>& x2) {
   const Pixels parts[] = {pixels(x), pixels(*x2)};
   Tensor both = empty_images(x, x.size(0), x.size(1) + x2->size(1), x.size(2), x.size(3));
   const int64_t element = static_cast<int64_t>(x.element_size()), row = both.size(1) * element;
-  torch::stable::parallel_for(0, parts[0].count, std::max<int64_t>(1, GRAIN * 4 / row), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, parts[0].count, std::max<int64_t>(1, GRAIN * 4 / row),
+                              [&](int64_t begin, int64_t end) {
     char* to = static_cast<char*>(both.data_ptr()) + begin * row;
     for (int64_t m = begin; m < end; ++m) {
       for (const Pixels& part : parts) {
@@ -149,8 +150,8 @@ Tensor convolve(const Tensor& x, const Tensor& weight, const std::optional<Tenso
   const std::optional<Tensor> rounded = bias ? std::optional(torch::stable::to(*bias, x.scalar_type())) : std::nullopt;
   const Sizes stride(2, window.stride), padding(2, window.padding), dilation{1, 1};
   const Sizes output_padding{output_padding_height, output_padding_width};
-  const Tensor out = call_aten("aten::convolution", "", torch::stable::contiguous(x, MemoryFormat::ChannelsLast), weight,
-                               rounded, stride, padding, dilation, transposed, output_padding, int64_t{1});
+  const Tensor out = call_aten("aten::convolution", "", torch::stable::contiguous(x, MemoryFormat::ChannelsLast),
+                               weight, rounded, stride, padding, dilation, transposed, output_padding, int64_t{1});
   return torch::stable::contiguous(out, MemoryFormat::ChannelsLast);
 }
 
@@ -162,9 +163,16 @@ Tensor convolution_dweight(const Tensor& outer, const Tensor& inner, const Windo
   const bool wanted[] = {false, true, false};
   const torch::headeronly::HeaderOnlyArrayRef<bool> mask(wanted, 3);
   std::array<StableIValue, 11> stack{from(torch::stable::contiguous(outer, MemoryFormat::ChannelsLast)),
-                                     from(torch::stable::contiguous(inner, MemoryFormat::ChannelsLast)), from(weight),
-                                     from(std::optional<Sizes>()), from(stride), from(padding), from(dilation),
-                                     from(false), from(output_padding), from(int64_t{1}), from(mask)};
+                                     from(torch::stable::contiguous(inner, MemoryFormat::ChannelsLast)),
+                                     from(weight),
+                                     from(std::optional<Sizes>()),
+                                     from(stride),
+                                     from(padding),
+                                     from(dilation),
+                                     from(false),
+                                     from(output_padding),
+                                     from(int64_t{1}),
+                                     from(mask)};
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
   const Tensor dx = to<Tensor>(stack[0]), dweight = to<Tensor>(stack[1]), dbias = to<Tensor>(stack[2]);  // to own them
@@ -186,7 +194,8 @@ void activate_in_place(const Tensor& out, int64_t activation, double slope, cons
     const bool flat = !gates || gates->stride == gates->channels;
     const int64_t row = flat ? 1 : out.size(1), gate_step = flat ? 1 : gates->stride;
     const T* gate_data = gates ? gates->template data<T>() : nullptr;
-    torch::stable::parallel_for(0, out.numel() / row, std::max<int64_t>(1, GRAIN / row), [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, out.numel() / row, std::max<int64_t>(1, GRAIN / row),
+                                [&](int64_t begin, int64_t end) {
       if (flat) return run(act, gate_data ? gate_data + begin : nullptr, data + begin, end - begin);
       for (int64_t m = begin; m < end; ++m) run(act, gate_data + m * gate_step, data + m * row, row);
     });

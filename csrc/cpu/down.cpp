@@ -1,5 +1,5 @@
-// down on the CPU: ATen's convolution, or im2col and a matrix product where the images are small; then activation or gate
-// in one pass in place, and the statistics of norm_stats.
+// down on the CPU: ATen's convolution, or im2col and a matrix product where the images are small; then activation or
+// gate in one pass in place, and the statistics of norm_stats.
 #include "cpu/convolution.h"
 #include "cpu/operators.h"
 

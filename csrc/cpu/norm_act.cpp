@@ -1,7 +1,7 @@
 // norm_act and its gradient. Forward reads x once and writes one or two results. Backward reads x and the gradients
-// twice, for the two sums of each channel and for dx, and recomputes the activation rather than keep it. Arithmetic is in
-// float (double for double); sums of at most 32 rows are float, their sums double. Eager PyTorch takes a pass each for
-// normalisation, activation and dropout, and the second activation another.
+// twice, for the two sums of each channel and for dx, and recomputes the activation rather than keep it. Arithmetic is
+// in float (double for double); sums of at most 32 rows are float, their sums double. Eager PyTorch takes a pass each
+// for normalisation, activation and dropout, and the second activation another.
 #include "cpu/activation.h"
 #include "cpu/operators.h"
 #include "cpu/philox.h"
@@ -60,16 +60,16 @@ struct Norm {
   Dropout dropout;
 };
 
-// How a loop is compiled: with what it may have to do, and how many rows it takes at a time, so that the coefficients, or
-// the sums, are loaded once for several rows.
+// How a loop is compiled: with what it may have to do, and how many rows it takes at a time, so that the coefficients,
+// or the sums, are loaded once for several rows.
 template <bool GENERAL, bool DROPOUT, bool SECOND, int ROWS>
 struct Way {
   static constexpr bool tanh = GENERAL, dropout = DROPOUT, second = SECOND;
   static constexpr int rows = ROWS;
 };
 
-// f(way, begin) for [begin, begin + way.rows), until all rows are done. What is slow anyway, or hardly used, takes single
-// rows: tanh and dropout, float16 and float64. So the build is shorter.
+// f(way, begin) for [begin, begin + way.rows), until all rows are done. What is slow anyway, or hardly used, takes
+// single rows: tanh and dropout, float16 and float64. So the build is shorter.
 template <typename T, typename F>
 FASTP2P_INLINE void for_rows(const Norm<T>& norm, bool with_second, int64_t begin, int64_t end, const F& f) {
   constexpr bool trained_with = std::is_same_v<T, float> || std::is_same_v<T, BFloat16>;
@@ -108,7 +108,7 @@ struct Block {
   FASTP2P_INLINE A keep(int r, int64_t c) const { return W::dropout ? factor[r][c] : A{1}; }
 
   const Activation<A> first, second;
-  const A *__restrict mean, *__restrict scale, *__restrict shift;
+  const A* __restrict mean, * __restrict scale, * __restrict shift;
   const T* __restrict x;
   const int64_t stride;
   A factor[W::dropout ? W::rows : 1][W::dropout ? BLOCK : 1];
@@ -124,7 +124,8 @@ template <typename T>
 FASTP2P_INLINE void forward_rows(const Forward<T>& pass, int64_t group, int64_t begin, int64_t end) {
   const Norm<T>& norm = pass.norm;
   const int64_t channels = norm.channels, offset = norm.first_row(group);
-  for_rows(norm, norm.has_second, offset + begin, offset + end, [&](auto way, int64_t row) __attribute__((always_inline)) {
+  for_rows(norm, norm.has_second, offset + begin, offset + end,
+           [&](auto way, int64_t row) __attribute__((always_inline)) {
     using W = decltype(way);
     for (int64_t c0 = 0; c0 < channels; c0 += BLOCK) {
       const int64_t n = std::min(BLOCK, channels - c0);
@@ -171,7 +172,7 @@ struct GradientBlock : Block<T, W> {
   }
 
   const int64_t dy_stride, dy2_stride;
-  const T *__restrict dy, *__restrict dy2;
+  const T* __restrict dy, * __restrict dy2;
 };
 
 // Adds the rows' sums of dz and of dz * (x - mean), for each channel, to sums[0] and sums[channels] on.
@@ -245,15 +246,15 @@ FASTP2P_INLINE void input_gradient_rows(const InputGradient<T>& out, int64_t gro
   });
 }
 
-#define INSTANTIATE(CLONES, T)                                                                                       \
-  CLONES void run(const Forward<T>& pass, int64_t group, int64_t begin, int64_t end) {                       \
-    forward_rows(pass, group, begin, end);                                                                           \
-  }                                                                                                                  \
-  CLONES void run(const Backward<T>& pass, int64_t group, int64_t begin, int64_t end, double* sums) {        \
-    sum_rows(pass, group, begin, end, sums);                                                                         \
-  }                                                                                                                  \
-  CLONES void run(const InputGradient<T>& pass, int64_t group, int64_t begin, int64_t end) {                 \
-    input_gradient_rows(pass, group, begin, end);                                                                    \
+#define INSTANTIATE(CLONES, T)                                                                        \
+  CLONES void run(const Forward<T>& pass, int64_t group, int64_t begin, int64_t end) {                \
+    forward_rows(pass, group, begin, end);                                                            \
+  }                                                                                                   \
+  CLONES void run(const Backward<T>& pass, int64_t group, int64_t begin, int64_t end, double* sums) { \
+    sum_rows(pass, group, begin, end, sums);                                                          \
+  }                                                                                                   \
+  CLONES void run(const InputGradient<T>& pass, int64_t group, int64_t begin, int64_t end) {          \
+    input_gradient_rows(pass, group, begin, end);                                                     \
   }
 INSTANTIATE(FASTP2P_CLONES, float)
 INSTANTIATE(FASTP2P_CLONES, BFloat16)
@@ -270,26 +271,28 @@ void check(const char* operation, const NormActInputs& in) {
                 ", expected (G, C) with G a divisor of ", in.x.size(0), " images");
   for (const Tensor& stats : {in.mean, in.var}) {
     FASTP2P_CHECK(operation, has_shape(stats, {groups, channels}) && stats.scalar_type() == wide && stats.is_cpu(),
-                  "got mean or var ", describe(stats), ", expected (", groups, ", ", channels, ") ", wide, " on the CPU");
+                  "got mean or var ", describe(stats), ", expected (", groups, ", ", channels, ") ", wide,
+                  " on the CPU");
   }
   for (const std::optional<Tensor>& parameter : {in.weight, in.bias}) {
-    FASTP2P_CHECK(operation, !parameter || (has_shape(*parameter, {channels}) && parameter->scalar_type() == wide &&
-                                            parameter->is_cpu()),
-                  "got weight or bias ", describe(*parameter), ", expected (", channels, ") ", wide, " on the CPU");
+    FASTP2P_CHECK(
+        operation,
+        !parameter || (has_shape(*parameter, {channels}) && parameter->scalar_type() == wide && parameter->is_cpu()),
+        "got weight or bias ", describe(*parameter), ", expected (", channels, ") ", wide, " on the CPU");
   }
   FASTP2P_CHECK(operation, is_activation(in.activation) && in.second >= -1 && in.second <= 3, "got activation ",
                 in.activation, ", second ", in.second, ", expected 0 to 3, -1 to 3");
   FASTP2P_CHECK(operation, in.dropout >= 0 && in.dropout < 1, "got dropout ", in.dropout, ", expected 0 to below 1");
-  FASTP2P_CHECK(operation, !in.rng || (has_shape(*in.rng, {2}) && in.rng->scalar_type() == ScalarType::Long &&
-                                       in.rng->is_cpu()),
+  FASTP2P_CHECK(operation,
+                !in.rng || (has_shape(*in.rng, {2}) && in.rng->scalar_type() == ScalarType::Long && in.rng->is_cpu()),
                 "got rng ", describe(*in.rng), ", expected (2) Long on the CPU");
 }
 
 void check_gradient(const NormActInputs& in, const Tensor& dy) {
   const auto s = in.x.sizes();
-  FASTP2P_CHECK("norm_act_backward", has_shape(dy, {s[0], s[1], s[2], s[3]}) && dy.is_cpu() &&
-                dy.scalar_type() == in.x.scalar_type(), "got a gradient ", describe(dy), ", expected x's shape and dtype, ",
-                describe(in.x));
+  FASTP2P_CHECK("norm_act_backward",
+                has_shape(dy, {s[0], s[1], s[2], s[3]}) && dy.is_cpu() && dy.scalar_type() == in.x.scalar_type(),
+                "got a gradient ", describe(dy), ", expected x's shape and dtype, ", describe(in.x));
 }
 
 }  // namespace
@@ -322,7 +325,8 @@ std::tuple<Tensor, Tensor, Tensor> norm_act_backward_cpu(Tensor dy, std::optiona
   if (dy2) check_gradient(in, *dy2);
   FASTP2P_CHECK("norm_act_backward", !dy2 || second >= 0, "got dy2, expected none without a second activation");
   Tensor dx = empty_images(x, x.size(0), x.size(1), x.size(2), x.size(3));
-  Tensor dweight = empty(x, {x.size(1)}, wide_type(x.scalar_type())), dbias = empty(x, {x.size(1)}, wide_type(x.scalar_type()));
+  Tensor dweight = empty(x, {x.size(1)}, wide_type(x.scalar_type())),
+         dbias = empty(x, {x.size(1)}, wide_type(x.scalar_type()));
   dispatch(x.scalar_type(), "norm_act_backward", [&](auto element) {
     using T = decltype(element);
     using A = Wide<T>;

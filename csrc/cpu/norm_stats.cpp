@@ -26,7 +26,8 @@ FASTP2P_INLINE void task_stats(const Pixels& x, int64_t begin, int64_t end, doub
           const T* __restrict p2 = p1 + x.stride;
           const T* __restrict p3 = p2 + x.stride;
           for (int64_t c = 0; c < n; ++c) {
-            part[c] += (term(widen(p0[c]), c) + term(widen(p1[c]), c)) + (term(widen(p2[c]), c) + term(widen(p3[c]), c));
+            part[c] +=
+                (term(widen(p0[c]), c) + term(widen(p1[c]), c)) + (term(widen(p2[c]), c) + term(widen(p3[c]), c));
           }
         }
         for (; m < stop; ++m) {
@@ -39,7 +40,8 @@ FASTP2P_INLINE void task_stats(const Pixels& x, int64_t begin, int64_t end, doub
     add_rows(sum, [](A value, int64_t) __attribute__((always_inline)) { return value; });
     const double count = static_cast<double>(end - begin), per_row = 1 / count;
     for (int64_t c = 0; c < n; ++c) mean[c] = static_cast<A>(sum[c] * per_row);
-    add_rows(m2, [&](A value, int64_t c) __attribute__((always_inline)) { return (value - mean[c]) * (value - mean[c]); });
+    add_rows(m2,
+             [&](A value, int64_t c) __attribute__((always_inline)) { return (value - mean[c]) * (value - mean[c]); });
     for (int64_t c = 0; c < n; ++c) {
       const double exact = sum[c] * per_row, correction = exact - mean[c];  // the deviations were from the rounded mean
       out[c0 + c] = exact;
@@ -51,13 +53,11 @@ FASTP2P_INLINE void task_stats(const Pixels& x, int64_t begin, int64_t end, doub
 template <typename T>
 void run(const Pixels& x, int64_t begin, int64_t end, double* out);
 
-#define INSTANTIATE(CLONES, NAME, T)                                                  \
-  CLONES void NAME(const Pixels& x, int64_t begin, int64_t end, double* out) {        \
-    task_stats<T>(x, begin, end, out);                                                \
-  }                                                                                   \
-  template <>                                                                         \
-  void run<T>(const Pixels& x, int64_t begin, int64_t end, double* out) {             \
-    NAME(x, begin, end, out);                                                         \
+#define INSTANTIATE(CLONES, NAME, T)                                                                                \
+  CLONES void NAME(const Pixels& x, int64_t begin, int64_t end, double* out) { task_stats<T>(x, begin, end, out); } \
+  template <>                                                                                                       \
+  void run<T>(const Pixels& x, int64_t begin, int64_t end, double* out) {                                           \
+    NAME(x, begin, end, out);                                                                                       \
   }
 INSTANTIATE(FASTP2P_CLONES, run_float, float)
 INSTANTIATE(FASTP2P_CLONES, run_bfloat16, BFloat16)
@@ -107,8 +107,8 @@ void update(const Tensor& running_mean, const Tensor& running_var, const Tensor&
 std::tuple<Tensor, Tensor> norm_stats_cpu(Tensor x, int64_t stat_groups) {
   FASTP2P_CHECK("norm_stats", x.is_cpu() && x.dim() == 4 && x.numel() > 0, "got x ", describe(x),
                 ", expected (N, C, H, W) on the CPU, with elements");
-  FASTP2P_CHECK("norm_stats", stat_groups >= 0 && (stat_groups == 0 || x.size(0) % stat_groups == 0), "got stat_groups ",
-                stat_groups, ", expected 0 or a divisor of ", x.size(0), " images");
+  FASTP2P_CHECK("norm_stats", stat_groups >= 0 && (stat_groups == 0 || x.size(0) % stat_groups == 0),
+                "got stat_groups ", stat_groups, ", expected 0 or a divisor of ", x.size(0), " images");
   const ScalarType wide = wide_type(x.scalar_type());
   Tensor mean = empty(x, {stat_groups, x.size(1)}, wide), var = empty(x, {stat_groups, x.size(1)}, wide);
   if (stat_groups == 0) return {mean, var};
@@ -130,14 +130,17 @@ void running_stats_cpu(Tensor running_mean, Tensor running_var, Tensor mean, Ten
                        double momentum) {
   const int64_t channels = running_mean.numel(), groups = mean.dim() == 2 ? mean.size(0) : 0;
   for (const Tensor& t : {running_mean, running_var}) {
-    FASTP2P_CHECK("running_stats", t.is_cpu() && has_shape(t, {channels}) && t.is_contiguous() &&
-                  t.scalar_type() == wide_type(running_mean.scalar_type()) , "got running_mean or running_var ",
-                  describe(t), ", expected (", channels, ") Float or Double, contiguous, on the CPU");
+    FASTP2P_CHECK("running_stats",
+                  t.is_cpu() && has_shape(t, {channels}) && t.is_contiguous() &&
+                      t.scalar_type() == wide_type(running_mean.scalar_type()),
+                  "got running_mean or running_var ", describe(t), ", expected (", channels,
+                  ") Float or Double, contiguous, on the CPU");
   }
   for (const Tensor& t : {mean, var}) {
-    FASTP2P_CHECK("running_stats", t.is_cpu() && has_shape(t, {groups, channels}) &&
-                  t.scalar_type() == running_mean.scalar_type(), "got mean or var ", describe(t), ", expected (G, ",
-                  channels, ") of running_mean's dtype, on the CPU");
+    FASTP2P_CHECK("running_stats",
+                  t.is_cpu() && has_shape(t, {groups, channels}) && t.scalar_type() == running_mean.scalar_type(),
+                  "got mean or var ", describe(t), ", expected (G, ", channels,
+                  ") of running_mean's dtype, on the CPU");
   }
   FASTP2P_CHECK("running_stats", n_values >= 2, "got ", n_values, " values per channel, expected 2 or more");
   const double unbiased = static_cast<double>(n_values) / static_cast<double>(n_values - 1);

@@ -1,5 +1,5 @@
-// patch_loss: the mean of a pointwise loss and its gradient; x and the target are read once, dx is written once. Sums of
-// a few values are in the type of arithmetic, the rest in double, over tasks that do not depend on the threads.
+// patch_loss: the mean of a pointwise loss and its gradient; x and the target are read once, dx is written once. Sums
+// of a few values are in the type of arithmetic, the rest in double, over tasks that do not depend on the threads.
 #include "cpu/operators.h"
 #include "cpu/sums.h"
 
@@ -35,7 +35,7 @@ template <typename T, typename Target>
 struct PatchLoss {
   using A = Wide<T>;
   const T* x;
-  const Target* target;  // may be null: then target_value
+  const Target* target;    // may be null: then target_value
   A target_value, weight;  // the weight of one value
   bool through_tanh;
   T* dx;
@@ -87,9 +87,9 @@ FASTP2P_INLINE double sum_rational(const PatchLoss<T, Target>& loss, int64_t kin
   }
 }
 
-#define INSTANTIATE(CLONES, T, TARGET)                                                                      \
+#define INSTANTIATE(CLONES, T, TARGET)                                                                        \
   CLONES double sum_rational_of(const PatchLoss<T, TARGET>& loss, int64_t kind, int64_t begin, int64_t end) { \
-    return sum_rational(loss, kind, begin, end);                                                            \
+    return sum_rational(loss, kind, begin, end);                                                              \
   }
 INSTANTIATE(FASTP2P_CLONES, float, float)
 INSTANTIATE(FASTP2P_CLONES, BFloat16, float)
@@ -106,13 +106,15 @@ void compute(const Tensor& x, const std::optional<Tensor>& target, int64_t kind,
   const double count = static_cast<double>(x.numel());
   const PatchLoss<T, Target> pass{static_cast<const T*>(x.data_ptr()),
                                   target ? static_cast<const Target*>(target->data_ptr()) : nullptr,
-                                  static_cast<A>(target_value), static_cast<A>(weight / count), through_tanh,
+                                  static_cast<A>(target_value),
+                                  static_cast<A>(weight / count),
+                                  through_tanh,
                                   static_cast<T*>(dx.data_ptr())};
   const std::vector<double> total =
       sum_tasks({1, x.numel(), 1}, 1, [&](int64_t, int64_t begin, int64_t end, double* sum) {
-        // A map of logits is small: its exp and log1p are not vectorised.
-        *sum += kind == BCE ? sum_kind<BCE>(pass, begin, end) : sum_rational_of(pass, kind, begin, end);
-      });
+    // A map of logits is small: its exp and log1p are not vectorised.
+    *sum += kind == BCE ? sum_kind<BCE>(pass, begin, end) : sum_rational_of(pass, kind, begin, end);
+  });
   *static_cast<A*>(loss.data_ptr()) = static_cast<A>(weight * total[0] / count);
 }
 
@@ -123,14 +125,16 @@ std::tuple<Tensor, Tensor> patch_loss_cpu(Tensor x, std::optional<Tensor> target
   const ScalarType type = x.scalar_type(), wide = wide_type(type);
   FASTP2P_CHECK("patch_loss", x.is_cpu() && x.numel() > 0, "got x ", describe(x), ", expected elements, on the CPU");
   FASTP2P_CHECK("patch_loss", 0 <= kind && kind <= L1, "got kind ", kind, ", expected 0 to ", int{L1});
-  FASTP2P_CHECK("patch_loss", !target || (target->is_cpu() && std::equal(x.sizes().begin(), x.sizes().end(),
-                target->sizes().begin(), target->sizes().end())), "got target ", describe(*target),
-                ", expected x's shape, on the CPU, for x ", describe(x));
+  FASTP2P_CHECK("patch_loss",
+                !target || (target->is_cpu() && std::equal(x.sizes().begin(), x.sizes().end(), target->sizes().begin(),
+                                                           target->sizes().end())),
+                "got target ", describe(*target), ", expected x's shape, on the CPU, for x ", describe(x));
   // Values are taken in memory's order, for which both must lie alike.
   const bool images = x.dim() == 4 && !x.is_contiguous() && pixel_stride(x) == x.size(1);
   const MemoryFormat format = images ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
   const Tensor dense = torch::stable::contiguous(x, format);
-  if (target && target->scalar_type() != type && target->scalar_type() != wide) target = torch::stable::to(*target, wide);
+  if (target && target->scalar_type() != type && target->scalar_type() != wide)
+    target = torch::stable::to(*target, wide);
   if (target) target = torch::stable::contiguous(*target, format);
   const bool same_type = !target || target->scalar_type() == type;
 

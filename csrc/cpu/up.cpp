@@ -1,5 +1,5 @@
-// up on the CPU: ATen's transposed convolution, or a matrix product into every tap's share of every pixel, which are then
-// added up in float, with bias and activation, where they overlap. The shares are rounded to x's dtype once each.
+// up on the CPU: ATen's transposed convolution, or a matrix product into every tap's share of every pixel, which are
+// then added up in float, with bias and activation, where they overlap. The shares are rounded to x's dtype once each.
 #include "cpu/activation.h"
 #include "cpu/convolution.h"
 #include "cpu/operators.h"
@@ -60,10 +60,17 @@ void col2im(const Tensor& shares, const Tensor& x, const Window& window, const s
   dispatch(out.scalar_type(), "up", [&](auto element) {
     using T = decltype(element);
     const ScalarType wide = wide_type(out.scalar_type());
-    const std::vector<Wide<T>> biases = bias ? values<Wide<T>>(torch::stable::to(*bias, wide))
-                                             : std::vector<Wide<T>>(out.size(1), 0);
-    const Col2Im<T> job{static_cast<const T*>(shares.data_ptr()), static_cast<T*>(out.data_ptr()), window, x.size(2),
-                        x.size(3), out.size(2), out.size(3), out.size(1), biases};
+    const std::vector<Wide<T>> biases =
+        bias ? values<Wide<T>>(torch::stable::to(*bias, wide)) : std::vector<Wide<T>>(out.size(1), 0);
+    const Col2Im<T> job{static_cast<const T*>(shares.data_ptr()),
+                        static_cast<T*>(out.data_ptr()),
+                        window,
+                        x.size(2),
+                        x.size(3),
+                        out.size(2),
+                        out.size(3),
+                        out.size(1),
+                        biases};
     torch::stable::parallel_for(0, out.numel() / out.size(1), std::max<int64_t>(1, GRAIN / 4 / out.size(1)),
                                 [&](int64_t begin, int64_t end) { run(job, begin, end); });
   });
@@ -76,9 +83,11 @@ std::tuple<Tensor, Tensor, Tensor> up_cpu(Tensor x, std::optional<Tensor> x2, Te
                                           int64_t width, int64_t activation, double slope, int64_t stat_groups) {
   FASTP2P_CHECK("up", x.dim() == 4 && weight.dim() == 4, "got x ", describe(x), ", weight ", describe(weight),
                 ", expected (N, C, H, W) and (C + C2, O, KH, KW)");
-  FASTP2P_CHECK("up", !x2 || (x2->is_cpu() && x2->numel() > 0 && x2->scalar_type() == x.scalar_type() &&
-                has_shape(*x2, {x.size(0), x2->size(1), x.size(2), x.size(3)})), "got x2 ", describe(*x2),
-                ", expected x's dtype and, but for the channels, its shape, for x ", describe(x));
+  FASTP2P_CHECK("up",
+                !x2 || (x2->is_cpu() && x2->numel() > 0 && x2->scalar_type() == x.scalar_type() &&
+                        has_shape(*x2, {x.size(0), x2->size(1), x.size(2), x.size(3)})),
+                "got x2 ", describe(*x2), ", expected x's dtype and, but for the channels, its shape, for x ",
+                describe(x));
   FASTP2P_CHECK("up", weight.size(0) == x.size(1) + (x2 ? x2->size(1) : 0), "got weight ", describe(weight),
                 ", expected as many rows as x and x2 have channels, for x ", describe(x));
   const Window window{weight.size(2), weight.size(3), stride, padding};

@@ -9,7 +9,7 @@
 
 // On a function whose loops are hot. What it calls must be FASTP2P_INLINE, or it is not compiled with it. For float and
 // bfloat16; float16 and float64, which nobody trains with on a CPU, do without, and the build is shorter for it.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && !defined(FASTP2P_SANITIZED)
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && !defined(FASTP2P_SANITIZED)
 #define FASTP2P_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define FASTP2P_CLONES
@@ -20,9 +20,13 @@ namespace fastp2p {
 
 // The type of arithmetic for elements stored as T.
 template <typename T>
-struct WideOf { using type = float; };
+struct WideOf {
+  using type = float;
+};
 template <>
-struct WideOf<double> { using type = double; };
+struct WideOf<double> {
+  using type = double;
+};
 template <typename T>
 using Wide = typename WideOf<T>::type;
 
@@ -51,8 +55,8 @@ FASTP2P_INLINE T narrow(Wide<T> x) {
 
 constexpr int64_t GRAIN = 16384;  // elements worth a task of their own: a few microseconds
 
-// f(group, begin, end) over tasks of about GRAIN elements, each within one group of `rows` rows. The tasks do not depend
-// on the number of threads, so neither do sums over them.
+// f(group, begin, end) over tasks of about GRAIN elements, each within one group of `rows` rows. The tasks do not
+// depend on the number of threads, so neither do sums over them.
 struct Tasks {
   int64_t groups, rows, row_size;
   int64_t rows_per_task = std::max<int64_t>(1, GRAIN / std::max<int64_t>(row_size, 1));
@@ -83,8 +87,7 @@ auto dispatch(ScalarType type, const char* operation, const F& f) {
     case ScalarType::BFloat16: return f(BFloat16());
     case ScalarType::Half: return f(Half());
     case ScalarType::Double: return f(double());
-    default:
-      fail(operation, "got ", torch::headeronly::toString(type), ", expected Float, BFloat16, Half or Double");
+    default: fail(operation, "got ", torch::headeronly::toString(type), ", expected Float, BFloat16, Half or Double");
   }
 }
 

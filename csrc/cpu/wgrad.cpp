@@ -1,7 +1,7 @@
 // wgrad on the CPU: ATen's weight gradient, or the product of the outer pixels and the inner images' receptive fields,
-// which is the gradient as a channels_last weight lies in memory. Sums are in float. In bfloat16 the result is rounded to
-// that before it is widened to the dtype asked for, as the gradients of PyTorch's own convolutions are; float16, which
-// ATen sums in float16, is widened first.
+// which is the gradient as a channels_last weight lies in memory. Sums are in float. In bfloat16 the result is rounded
+// to that before it is widened to the dtype asked for, as the gradients of PyTorch's own convolutions are; float16,
+// which ATen sums in float16, is widened first.
 #include "cpu/convolution.h"
 #include "cpu/operators.h"
 
@@ -15,14 +15,18 @@ Tensor wgrad_cpu(Tensor outer, std::optional<Tensor> outer2, Tensor inner, int64
                   ", expected (N, C, H, W) ", type, " with elements, on the CPU");
   }
   FASTP2P_CHECK("wgrad", !outer2 || has_shape(*outer2, {outer.size(0), outer2->size(1), outer.size(2), outer.size(3)}),
-                "got outer2 ", describe(*outer2), ", expected but for the channels the shape of outer ", describe(outer));
+                "got outer2 ", describe(*outer2), ", expected but for the channels the shape of outer ",
+                describe(outer));
   const Window window{kernel_height, kernel_width, stride, padding};
   FASTP2P_CHECK("wgrad", stride > 0 && padding >= 0 && std::min(kernel_height, kernel_width) > 0, "got stride ", stride,
-                ", padding ", padding, ", kernel (", kernel_height, ", ", kernel_width, "), expected at least 1, 0, (1, 1)");
+                ", padding ", padding, ", kernel (", kernel_height, ", ", kernel_width,
+                "), expected at least 1, 0, (1, 1)");
   const int64_t rows = outer.size(1) + (outer2 ? outer2->size(1) : 0), channels = inner.size(1);
-  FASTP2P_CHECK("wgrad", outer.size(0) == inner.size(0) && window.left_of(inner.size(2), kernel_height) == outer.size(2) &&
-                window.left_of(inner.size(3), kernel_width) == outer.size(3), "got outer ", describe(outer), ", inner ",
-                describe(inner), ", expected sizes between which a convolution with this window leads");
+  FASTP2P_CHECK("wgrad",
+                outer.size(0) == inner.size(0) && window.left_of(inner.size(2), kernel_height) == outer.size(2) &&
+                    window.left_of(inner.size(3), kernel_width) == outer.size(3),
+                "got outer ", describe(outer), ", inner ", describe(inner),
+                ", expected sizes between which a convolution with this window leads");
 
   Tensor both = joined_images(outer, outer2);
   if (type == ScalarType::Half) {
@@ -31,7 +35,8 @@ Tensor wgrad_cpu(Tensor outer, std::optional<Tensor> outer2, Tensor inner, int64
   }
   Tensor dweight;
   if (prefers_gemm(Direction::WGRAD, type, both.numel() / rows)) {
-    dweight = empty(inner, {rows, channels, kernel_height, kernel_width}, inner.scalar_type(), MemoryFormat::ChannelsLast);
+    dweight =
+        empty(inner, {rows, channels, kernel_height, kernel_width}, inner.scalar_type(), MemoryFormat::ChannelsLast);
     multiply(transposed(pixel_matrix(both)), im2col(inner, window, outer.size(2), outer.size(3)),
              *weight_matrix(dweight));
   } else {

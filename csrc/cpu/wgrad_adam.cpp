@@ -11,9 +11,10 @@ void wgrad_adam_cpu(Tensor outer, std::optional<Tensor> outer2, Tensor inner, Te
   const Tensor grad =
       wgrad_cpu(outer, outer2, inner, param.size(2), param.size(3), stride, padding, param.scalar_type());
   const auto flat = [&](const Tensor& t) {
-    FASTP2P_CHECK("wgrad_adam", has_shape(t, {grad.size(0), grad.size(1), grad.size(2), grad.size(3)}) &&
-                  pixel_stride(t) == t.size(1), "got ", describe(t), ", expected channels_last, of the shape of ",
-                  describe(grad));
+    FASTP2P_CHECK(
+        "wgrad_adam",
+        has_shape(t, {grad.size(0), grad.size(1), grad.size(2), grad.size(3)}) && pixel_stride(t) == t.size(1), "got ",
+        describe(t), ", expected channels_last, of the shape of ", describe(grad));
     return flattened(t);
   };
   adam_cpu(flat(param), flat(grad), flat(exp_avg), flat(exp_avg_sq), lr, powers, beta1, beta2, eps,

@@ -68,10 +68,19 @@ template <typename A, typename Low>
 void step(const Tensor& param, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& lr,
           const Tensor& powers, double beta1, double beta2, double eps, const std::optional<Tensor>& low) {
   const auto data = [](const Tensor& t) { return static_cast<A*>(t.data_ptr()); };
-  const Adam<A, Low> adam{data(param), data(exp_avg), data(exp_avg_sq), data(grad),
-                          low ? static_cast<Low*>(low->data_ptr()) : nullptr, param.numel(), data(lr),
-                          static_cast<const double*>(powers.data_ptr()), static_cast<A>(beta1), static_cast<A>(beta2),
-                          static_cast<A>(1 - beta1), static_cast<A>(1 - beta2), static_cast<A>(eps)};
+  const Adam<A, Low> adam{data(param),
+                          data(exp_avg),
+                          data(exp_avg_sq),
+                          data(grad),
+                          low ? static_cast<Low*>(low->data_ptr()) : nullptr,
+                          param.numel(),
+                          data(lr),
+                          static_cast<const double*>(powers.data_ptr()),
+                          static_cast<A>(beta1),
+                          static_cast<A>(beta2),
+                          static_cast<A>(1 - beta1),
+                          static_cast<A>(1 - beta2),
+                          static_cast<A>(eps)};
   const auto launch = [&](auto kernel, int64_t threads) {
     const int64_t blocks = (threads + THREADS - 1) / THREADS;  // a grid has room for 2^31: more than any memory
     const Launch here(param);
@@ -101,15 +110,19 @@ void adam_cuda(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, Ten
                   "got ", describe(t), ", expected contiguous (", m, ") ", type, " on param's GPU");
   }
   const bool half = low_precision && low_precision->scalar_type() == ScalarType::Half;
-  FASTP2P_CHECK("adam", !low_precision || (on_device_of(*low_precision, param) && has_shape(*low_precision, {m}) &&
-                low_precision->is_contiguous() && (half || low_precision->scalar_type() == ScalarType::BFloat16)),
+  FASTP2P_CHECK("adam",
+                !low_precision ||
+                    (on_device_of(*low_precision, param) && has_shape(*low_precision, {m}) &&
+                     low_precision->is_contiguous() && (half || low_precision->scalar_type() == ScalarType::BFloat16)),
                 "got low_precision ", describe(*low_precision), ", expected contiguous (", m,
                 ") BFloat16 or Half on param's GPU");
-  FASTP2P_CHECK("adam", on_device_of(lr, param) && lr.numel() == 1 && (lr.scalar_type() == ScalarType::Float ||
-                lr.scalar_type() == ScalarType::Double), "got lr ", describe(lr), ", expected () Float on param's GPU");
-  FASTP2P_CHECK("adam", on_device_of(powers, param) && has_shape(powers, {2}) &&
-                powers.scalar_type() == ScalarType::Double, "got powers ", describe(powers),
-                ", expected (2) Double on param's GPU");
+  FASTP2P_CHECK("adam",
+                on_device_of(lr, param) && lr.numel() == 1 &&
+                    (lr.scalar_type() == ScalarType::Float || lr.scalar_type() == ScalarType::Double),
+                "got lr ", describe(lr), ", expected () Float on param's GPU");
+  FASTP2P_CHECK("adam",
+                on_device_of(powers, param) && has_shape(powers, {2}) && powers.scalar_type() == ScalarType::Double,
+                "got powers ", describe(powers), ", expected (2) Double on param's GPU");
   if (m == 0) return;  // a grid has no fewer than one block
   const auto take = is_double ? (half ? step<double, Half> : step<double, BFloat16>)
                               : (half ? step<float, Half> : step<float, BFloat16>);

@@ -4,10 +4,10 @@
 // so. The bytes come from a row of the pair that lies in the cache. Arithmetic is float: the result has the reference's
 // bits. Index, offset and flip are read here, so nothing waits for the host, and are not checked:
 // torch.ops.fastp2p.augment trusts its caller, fastp2p.ops.augment does not.
+#include <limits>
+
 #include "cuda/launch.h"
 #include "cuda/operators.h"
-
-#include <limits>
 
 namespace fastp2p {
 namespace {
@@ -73,20 +73,21 @@ void launch(const Batch<T>& batch, int64_t blocks, cudaStream_t stream) {
 
 void check(const Tensor& pairs, const Tensor& index, const Tensor& offset, const Tensor& flip, int64_t crop_size,
            int64_t input_nc) {
-  FASTP2P_CHECK("augment", pairs.is_cuda() && pairs.dim() == 4 && pairs.scalar_type() == ScalarType::Byte,
-                "got pairs ", describe(pairs), ", expected (P, H, W, C) Byte on a GPU");
+  FASTP2P_CHECK("augment", pairs.is_cuda() && pairs.dim() == 4 && pairs.scalar_type() == ScalarType::Byte, "got pairs ",
+                describe(pairs), ", expected (P, H, W, C) Byte on a GPU");
   const int64_t n = index.numel();
-  FASTP2P_CHECK("augment", on_device_of(index, pairs) && has_shape(index, {n}) &&
-                index.scalar_type() == ScalarType::Long, "got index ", describe(index),
-                ", expected (N) Long on the GPU of pairs");
-  FASTP2P_CHECK("augment", on_device_of(offset, pairs) && has_shape(offset, {n, 2}) &&
-                offset.scalar_type() == ScalarType::Long, "got offset ", describe(offset), ", expected (", n,
-                ", 2) Long on the GPU of pairs");
+  FASTP2P_CHECK("augment",
+                on_device_of(index, pairs) && has_shape(index, {n}) && index.scalar_type() == ScalarType::Long,
+                "got index ", describe(index), ", expected (N) Long on the GPU of pairs");
+  FASTP2P_CHECK("augment",
+                on_device_of(offset, pairs) && has_shape(offset, {n, 2}) && offset.scalar_type() == ScalarType::Long,
+                "got offset ", describe(offset), ", expected (", n, ", 2) Long on the GPU of pairs");
   FASTP2P_CHECK("augment", on_device_of(flip, pairs) && has_shape(flip, {n}) && flip.scalar_type() == ScalarType::Bool,
                 "got flip ", describe(flip), ", expected (", n, ") Bool on the GPU of pairs");
-  FASTP2P_CHECK("augment", crop_size > 0 && crop_size <= std::min(pairs.size(1), pairs.size(2)) && input_nc > 0 &&
-                input_nc < pairs.size(3), "got crop_size ", crop_size, ", input_nc ", input_nc, " for pairs ",
-                describe(pairs));
+  FASTP2P_CHECK(
+      "augment",
+      crop_size > 0 && crop_size <= std::min(pairs.size(1), pairs.size(2)) && input_nc > 0 && input_nc < pairs.size(3),
+      "got crop_size ", crop_size, ", input_nc ", input_nc, " for pairs ", describe(pairs));
   FASTP2P_CHECK("augment", n * crop_size <= MOST && crop_size * pairs.size(3) <= MOST, "got ", n, " crops of ",
                 crop_size, " px from pairs ", describe(pairs), ", expected at most ", MOST,
                 " rows, and as many values in a row");
@@ -108,9 +109,13 @@ std::tuple<Tensor, Tensor> augment_cuda(Tensor pairs, Tensor index, Tensor offse
     const Batch<T> batch{static_cast<const uint8_t*>(dense[0].data_ptr()),
                          static_cast<const int64_t*>(dense[1].data_ptr()),
                          static_cast<const int64_t*>(dense[2].data_ptr()),
-                         static_cast<const bool*>(dense[3].data_ptr()), static_cast<T*>(real_A.data_ptr()),
-                         static_cast<T*>(real_B.data_ptr()), pairs.size(1), pairs.size(2),
-                         static_cast<unsigned>(crop_size), static_cast<unsigned>(channels),
+                         static_cast<const bool*>(dense[3].data_ptr()),
+                         static_cast<T*>(real_A.data_ptr()),
+                         static_cast<T*>(real_B.data_ptr()),
+                         pairs.size(1),
+                         pairs.size(2),
+                         static_cast<unsigned>(crop_size),
+                         static_cast<unsigned>(channels),
                          static_cast<unsigned>(input_nc)};
     const Launch here(pairs);
     if (n > 0) launch(batch, n * crop_size, here.stream);  // a grid has no fewer than one block
@@ -120,8 +125,7 @@ std::tuple<Tensor, Tensor> augment_cuda(Tensor pairs, Tensor index, Tensor offse
     case ScalarType::BFloat16: run(BFloat16()); break;
     case ScalarType::Half: run(Half()); break;
     case ScalarType::Double: run(double()); break;
-    default:
-      fail("augment", "got ", torch::headeronly::toString(type), ", expected Float, BFloat16, Half or Double");
+    default: fail("augment", "got ", torch::headeronly::toString(type), ", expected Float, BFloat16, Half or Double");
   }
   return {real_A, real_B};
 }

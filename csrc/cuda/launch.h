@@ -28,12 +28,18 @@ struct Launch {
 
 // What a thread moves at once: 16 bytes for 4 floats, 8 for 4 halves. Its place in memory is a multiple of its size.
 template <typename T, int WIDTH>
-struct alignas(WIDTH * sizeof(T)) Pack { T value[WIDTH]; };
+struct alignas(WIDTH * sizeof(T)) Pack {
+  T value[WIDTH];
+};
 
 template <int WIDTH, typename T>
-__device__ Pack<T, WIDTH> load(const T* data) { return *reinterpret_cast<const Pack<T, WIDTH>*>(data); }
+__device__ Pack<T, WIDTH> load(const T* data) {
+  return *reinterpret_cast<const Pack<T, WIDTH>*>(data);
+}
 
 template <int WIDTH, typename T>
-__device__ void store(T* data, const Pack<T, WIDTH>& pack) { *reinterpret_cast<Pack<T, WIDTH>*>(data) = pack; }
+__device__ void store(T* data, const Pack<T, WIDTH>& pack) {
+  *reinterpret_cast<Pack<T, WIDTH>*>(data) = pack;
+}
 
 }  // namespace fastp2p

@@ -1,9 +1,14 @@
-"""fastp2p._C, the kernels in C++ and CUDA: importing it registers them; where it cannot be, why."""
+"""fastp2p._C, the kernels in C++ and CUDA: importing it registers them; where it cannot be, why, and what to do."""
 
 import importlib
+import importlib.metadata
 import importlib.util
+import json
 import os
+import shlex
+import shutil
 import warnings
+from urllib.parse import unquote
 
 import torch
 
@@ -18,21 +23,33 @@ def _load() -> str | None:
     if INTERPRETED:
         return "TRITON_INTERPRET=1 gives the CPU to Triton's kernels"
     if importlib.util.find_spec("fastp2p._C") is None:
-        return "it was not built: there was no C++ compiler, or FASTP2P_BUILD=none"
+        compiler = os.environ.get("CXX", "c++").split()[0]
+        if shutil.which(compiler) is None:
+            return f"there is no C++ compiler ({compiler}); install one, then: {_reinstall()}"
+        return f"it was not built: FASTP2P_BUILD=none, or there was no C++ compiler then; now: {_reinstall()}"
     try:
         importlib.import_module("fastp2p._C")
     except ImportError as error:
-        reason = f"it does not load with torch {torch.__version__}: {error}"
-        warnings.warn(f"fastp2p's C++ kernels: {reason}; install fastp2p again", stacklevel=2)
+        reason = f"it does not load with torch {torch.__version__}: {error}; build it again: {_reinstall()}"
+        warnings.warn(f"fastp2p's C++ kernels: {reason}", stacklevel=2)
         return reason
     return None
+
+
+def _reinstall() -> str:
+    """The command that installs fastp2p again from the folder it came from, as pip noted it (PEP 610)."""
+    origin = json.loads(importlib.metadata.distribution("fastp2p").read_text("direct_url.json") or "{}")
+    if "dir_info" not in origin:  # a wheel, from wherever
+        return "pip install SOURCE_FOLDER"
+    editable = "--editable " if origin["dir_info"].get("editable") else ""
+    return f"pip install {editable}{shlex.quote(unquote(origin['url'].removeprefix('file://')))}"
 
 
 WHY_ABSENT = _load()
 
 
 def describe_extension() -> str:
-    """For a report: what it was built for, or why there is none."""
+    """For a report: what it was built for, or why there is none and what to do."""
     if WHY_ABSENT is not None:
         return f"none: {WHY_ABSENT}"
     return str(importlib.import_module("fastp2p._C").BUILT_FOR)

@@ -69,7 +69,8 @@ def wgrad(
 
     where i, k are (row, column). For `down` outer is the gradient of its result and inner its x; for `up` outer is its
     x (and outer2 its x2) and inner the gradient of its result. Accumulates in float32 (float64 for float64);
-    float32 on a GPU as in `down`. No gradient of its own.
+    float32 on a GPU as in `down`. On a CPU bfloat16 inputs give values that were rounded to bfloat16, as PyTorch's own
+    weight gradients are. No gradient of its own.
 
     Args:
         outer, outer2: (N, O, H', W') and (N, O2, H', W'), floating.
