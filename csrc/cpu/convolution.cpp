@@ -54,14 +54,14 @@ Algorithm& forced_algorithm() {
   return algorithm;
 }
 
-bool prefers_gemm(Direction direction, ScalarType type, int64_t pixels) {
+bool prefers_gemm(Direction direction, ScalarType type, int64_t pixels, int64_t channels) {
   if (forced_algorithm() != Algorithm::AUTO) return forced_algorithm() == Algorithm::GEMM;
-  // Measured for every layer of unet_256 and the PatchGAN at batch 1 and 4, with weights that are not in the cache: see
-  // benchmarks/NOTES.md. The sum over the layers is within 3 % of that of the better one for each.
+  // Measured for every layer of unet_256 and the PatchGAN at batch 1 and 4, with weights that are not in the cache:
+  // benchmarks/cpu_convolution.py, figures in NOTES.md. The sum over the layers is within 5 % of the better of the two.
   const bool half = type == ScalarType::BFloat16;
   switch (direction) {
     case Direction::DOWN: return pixels <= (half ? 256 : 64);
-    case Direction::UP: return pixels <= (half ? 256 : 64);
+    case Direction::UP: return pixels <= (half ? 256 : 64) || channels <= 3;
     default: return pixels <= (half ? 1024 : 512);
   }
 }

@@ -22,8 +22,9 @@ struct Window {
 
 enum class Direction { DOWN, UP, WGRAD };
 
-// Whether to take the matrix product, with so many pixels in the smaller images.
-bool prefers_gemm(Direction direction, ScalarType type, int64_t pixels);
+// Whether to take the matrix product, with so many pixels in the smaller images and so many channels in the larger
+// ones.
+bool prefers_gemm(Direction direction, ScalarType type, int64_t pixels, int64_t channels);
 
 enum class Algorithm { AUTO, GEMM, DIRECT };
 Algorithm& forced_algorithm();  // AUTO but in tests and measurements

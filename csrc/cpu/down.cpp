@@ -16,8 +16,9 @@ std::tuple<Tensor, Tensor, Tensor> down_cpu(Tensor x, Tensor weight, std::option
   const int64_t height = window.left_of(x.size(2), window.height), width = window.left_of(x.size(3), window.width);
   check_convolution("down", x, weight, bias, gate, window, activation, {n, channels, height, width});
 
-  const std::optional<Tensor> matrix =
-      prefers_gemm(Direction::DOWN, x.scalar_type(), n * height * width) ? weight_matrix(weight) : std::nullopt;
+  const std::optional<Tensor> matrix = prefers_gemm(Direction::DOWN, x.scalar_type(), n * height * width, x.size(1))
+                                           ? weight_matrix(weight)
+                                           : std::nullopt;
   Tensor out;
   if (matrix) {
     out = empty_images(x, n, channels, height, width);

@@ -99,8 +99,9 @@ std::tuple<Tensor, Tensor, Tensor> up_cpu(Tensor x, std::optional<Tensor> x2, Te
                 "got height ", height, ", width ", width, ", expected what a convolution of stride ", stride,
                 " takes to x ", describe(x));
 
-  const std::optional<Tensor> matrix =
-      prefers_gemm(Direction::UP, x.scalar_type(), n * x.size(2) * x.size(3)) ? weight_matrix(weight) : std::nullopt;
+  const std::optional<Tensor> matrix = prefers_gemm(Direction::UP, x.scalar_type(), n * x.size(2) * x.size(3), channels)
+                                           ? weight_matrix(weight)
+                                           : std::nullopt;
   Tensor out;
   if (matrix) {
     out = empty_images(x, n, channels, height, width);

@@ -34,7 +34,7 @@ Tensor wgrad_cpu(Tensor outer, std::optional<Tensor> outer2, Tensor inner, int64
     inner = torch::stable::to(inner, ScalarType::Float);
   }
   Tensor dweight;
-  if (prefers_gemm(Direction::WGRAD, type, both.numel() / rows)) {
+  if (prefers_gemm(Direction::WGRAD, type, both.numel() / rows, channels)) {
     dweight =
         empty(inner, {rows, channels, kernel_height, kernel_width}, inner.scalar_type(), MemoryFormat::ChannelsLast);
     multiply(transposed(pixel_matrix(both)), im2col(inner, window, outer.size(2), outer.size(3)),
