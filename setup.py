@@ -1,7 +1,7 @@
 """Builds fastp2p._C from csrc/ on PyTorch's stable ABI; everything else is in pyproject.toml.
 
 FASTP2P_BUILD says what to build: "cpu"; "cuda", the CUDA kernels as well (TORCH_CUDA_ARCH_LIST chooses the GPUs; where
-none is seen, all that nvcc 13 knows); "none"; or "auto", the default: "cuda" if nvcc and a CUDA build of PyTorch are
+none is seen, sm_75 to sm_120); "none"; or "auto", the default: "cuda" if nvcc and a CUDA build of PyTorch are
 found, else "cpu", and without a C++ compiler "none", with a warning."""
 
 import os
@@ -13,7 +13,7 @@ from setuptools import errors, setup
 from torch.utils import cpp_extension
 
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]  # of torch 2.11; that of Python comes with py_limited_api
-QUIET = ["-g0", "-Wall", "-Wno-maybe-uninitialized"]  # of which gcc 12 believes to see some in std::optional
+QUIET = ["-g0", "-Wall", "-Wno-maybe-uninitialized"]  # the last is a false alarm of gcc 12 within std::optional
 CXX = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", *QUIET, *STABLE_ABI]
 NVCC = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden", "-DUSE_CUDA", *STABLE_ABI]
 

@@ -1,33 +1,8 @@
-// The extension's entry: which C++ function serves which operator. Importing the module registers them; the schemas are
-// in fastp2p/ops/, once.
+// The extension's module. Importing it loads the library, and with it each file's STABLE_TORCH_LIBRARY_IMPL registers
+// its operator; the schemas are in fastp2p/ops/, once.
 #include <Python.h>
 
 #include "cpu/convolution.h"
-#include "cpu/operators.h"
-#ifdef USE_CUDA
-#include "cuda/operators.h"
-#endif
-
-STABLE_TORCH_LIBRARY_IMPL(fastp2p, CPU, m) {
-  m.impl("adam", TORCH_BOX(&fastp2p::adam_cpu));
-  m.impl("augment", TORCH_BOX(&fastp2p::augment_cpu));
-  m.impl("down", TORCH_BOX(&fastp2p::down_cpu));
-  m.impl("norm_act", TORCH_BOX(&fastp2p::norm_act_cpu));
-  m.impl("norm_act_backward", TORCH_BOX(&fastp2p::norm_act_backward_cpu));
-  m.impl("norm_stats", TORCH_BOX(&fastp2p::norm_stats_cpu));
-  m.impl("patch_loss", TORCH_BOX(&fastp2p::patch_loss_cpu));
-  m.impl("running_stats", TORCH_BOX(&fastp2p::running_stats_cpu));
-  m.impl("up", TORCH_BOX(&fastp2p::up_cpu));
-  m.impl("wgrad", TORCH_BOX(&fastp2p::wgrad_cpu));
-  m.impl("wgrad_adam", TORCH_BOX(&fastp2p::wgrad_adam_cpu));
-}
-
-#ifdef USE_CUDA
-STABLE_TORCH_LIBRARY_IMPL(fastp2p, CUDA, m) {
-  m.impl("adam", TORCH_BOX(&fastp2p::adam_cuda));
-  m.impl("augment", TORCH_BOX(&fastp2p::augment_cuda));
-}
-#endif
 
 namespace {
 

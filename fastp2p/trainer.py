@@ -130,7 +130,7 @@ def describe(config: ResolvedConfig, state: TrainState, pairs: int, say: Say) ->
         "scratch space comes on top"
     )
     if state.device.type == "cpu" and WHY_ABSENT is not None:
-        say(f"without C++ kernels plain PyTorch computes every operator, more slowly: {WHY_ABSENT}")
+        say(f"no C++ kernels, so plain PyTorch serves the operators, more slowly: {WHY_ABSENT}")
     if need.total > (there := memory_bytes(state.device)):
         say(f"warning: there are only {there / mib:,.0f} MiB; lower --batch-size, --crop-size or --ngf")
 

@@ -75,12 +75,14 @@ def test_each_operator_has_its_files(op: str):
     folders = ("fastp2p/ops/", "kernels/", "tests/ops/test_", "benchmarks/ops/bench_")
     for path in (f"{folder}{file_of(op)}.py" for folder in folders):
         assert (ROOT / path).is_file(), f"operator {op} lacks {path}"
+    assert (ROOT / f"csrc/cpu/{file_of(op)}.cpp").is_file(), f"operator {op} lacks its C++"
     assert hasattr(ops, file_of(op))
     assert hasattr(ops, f"{op}_ref")
 
 
 def test_no_file_is_a_hall():
-    long = [path for path in MODULES if len(path.read_text().splitlines()) > 400]
+    files = [*MODULES, *(ROOT / "csrc").rglob("*.*")]
+    long = [path for path in files if len(path.read_text().splitlines()) > 400]
     assert not long, f"over 400 lines: {long}"
 
 

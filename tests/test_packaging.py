@@ -124,7 +124,7 @@ def test_without_a_compiler(checkout: Path, python: Path, aligned: Path, tmp_pat
     train = (python.parent / "fastp2p", "train", *TINY, "--data", aligned, "--max-steps", 1)
     said = run(*train, cwd=tmp_path / "empty", PATH=str(tools))
     assert said.count("C++") == 2
-    assert f"\nwithout C++ kernels plain PyTorch computes every operator, more slowly: {why}\n" in said
+    assert f"\nno C++ kernels, so plain PyTorch serves the operators, more slowly: {why}\n" in said
 
 
 def test_a_compiler_that_fails_fails_the_installation(checkout: Path, python: Path, tmp_path: Path):

@@ -194,7 +194,7 @@ def test_slower_operators_are_said_once(
     train(config(aligned, tmp_path / "run", "--max-steps", "1"), say=said.append)
     lines = [line for line in said if "C++" in line]
     assert lines == (
-        [] if why is None else [f"without C++ kernels plain PyTorch computes every operator, more slowly: {why}"]
+        [] if why is None else [f"no C++ kernels, so plain PyTorch serves the operators, more slowly: {why}"]
     )
 
 

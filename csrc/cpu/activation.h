@@ -7,12 +7,12 @@
 
 namespace fastp2p {
 
+enum ActivationKind { NONE, RELU, LEAKY_RELU, TANH };
+
 // What is linear on either side of 0 is one expression without a branch, so that loops vectorise; tanh is another. A
 // NaN stays one.
 template <typename A>
 struct Activation {
-  enum Kind { NONE, RELU, LEAKY_RELU, TANH };
-
   Activation(int64_t kind, double leaky_slope)
       : tanh(kind == TANH), slope(static_cast<A>(kind == RELU         ? 0
                                                  : kind == LEAKY_RELU ? leaky_slope
@@ -39,15 +39,9 @@ struct Activation {
     }
     return z > 0 ? A{1} : slope;
   }
-
-  // From y = act(z).
-  FASTP2P_INLINE A derivative_of_result(A y) const {
-    if (tanh) return 1 - y * y;
-    return y > 0 ? A{1} : slope;
-  }
 };
 
 // Whether an index in an operator's schema names an activation.
-inline bool is_activation(int64_t kind) { return 0 <= kind && kind <= 3; }
+inline bool is_activation(int64_t kind) { return NONE <= kind && kind <= TANH; }
 
 }  // namespace fastp2p

@@ -1,6 +1,6 @@
-// augment: each byte of the crop is read once, each value written once. A row is normalised through a table of the 256
-// values, and dealt out to A and B from there; eager PyTorch makes some eight passes and a copy of each crop.
-#include "cpu/operators.h"
+// augment: each byte of the crop is read once, each value written once, through a table of the 256 normalised values,
+// which are made in float; eager PyTorch makes some eight passes and a copy of each crop. Threads take rows of crops.
+#include "checks.h"
 #include "cpu/vector.h"
 
 namespace fastp2p {
@@ -42,29 +42,15 @@ void copy_rows(const Batch<T>& batch, int64_t begin, int64_t end) {
   }
 }
 
-void check(const Tensor& pairs, const Tensor& index, const Tensor& offset, const Tensor& flip, int64_t crop_size,
-           int64_t input_nc) {
-  FASTP2P_CHECK("augment", pairs.is_cpu() && pairs.dim() == 4 && pairs.scalar_type() == ScalarType::Byte, "got pairs ",
-                describe(pairs), ", expected (P, H, W, C) Byte on the CPU");
-  const int64_t n = index.numel();
-  FASTP2P_CHECK("augment", index.is_cpu() && has_shape(index, {n}) && index.scalar_type() == ScalarType::Long,
-                "got index ", describe(index), ", expected (N) Long on the CPU");
-  FASTP2P_CHECK("augment", offset.is_cpu() && has_shape(offset, {n, 2}) && offset.scalar_type() == ScalarType::Long,
-                "got offset ", describe(offset), ", expected (", n, ", 2) Long on the CPU");
-  FASTP2P_CHECK("augment", flip.is_cpu() && has_shape(flip, {n}) && flip.scalar_type() == ScalarType::Bool, "got flip ",
-                describe(flip), ", expected (", n, ") Bool on the CPU");
-  FASTP2P_CHECK(
-      "augment",
-      crop_size > 0 && crop_size <= std::min(pairs.size(1), pairs.size(2)) && input_nc > 0 && input_nc < pairs.size(3),
-      "got crop_size ", crop_size, ", input_nc ", input_nc, " for pairs ", describe(pairs));
+void check_crops(const Tensor& pairs, const Tensor& index, const Tensor& offset, int64_t crop_size) {
   const std::vector<int64_t> pair = values<int64_t>(index), corner = values<int64_t>(offset);
-  for (int64_t i = 0; i < n; ++i) {
+  for (size_t i = 0; i < pair.size(); ++i) {
     const int64_t top = corner[2 * i], left = corner[2 * i + 1];
     FASTP2P_CHECK("augment",
-                  0 <= pair[i] && pair[i] < pairs.size(0) && 0 <= top && top + crop_size <= pairs.size(1) &&
-                      0 <= left && left + crop_size <= pairs.size(2),
+                  0 <= pair[i] && pair[i] < pairs.size(0) && 0 <= top && top <= pairs.size(1) - crop_size &&
+                      0 <= left && left <= pairs.size(2) - crop_size,
                   "got index ", pair[i], ", offset (", top, ", ", left, "), crop_size ", crop_size, " for pairs ",
-                  describe(pairs));
+                  describe(pairs), ", expected a pair that is there and a crop within it");
   }
 }
 
@@ -72,27 +58,28 @@ void check(const Tensor& pairs, const Tensor& index, const Tensor& offset, const
 
 std::tuple<Tensor, Tensor> augment_cpu(Tensor pairs, Tensor index, Tensor offset, Tensor flip, int64_t crop_size,
                                        int64_t input_nc, std::optional<ScalarType> dtype) {
-  check(pairs, index, offset, flip, crop_size, input_nc);
+  check_augment(pairs, index, offset, flip, crop_size, input_nc);
+  check_crops(pairs, index, offset, crop_size);
   const ScalarType type = dtype.value_or(ScalarType::Float);
   const int64_t n = index.numel(), channels = pairs.size(3);
   Tensor real_A = empty(pairs, {n, input_nc, crop_size, crop_size}, type, MemoryFormat::ChannelsLast);
   Tensor real_B = empty(pairs, {n, channels - input_nc, crop_size, crop_size}, type, MemoryFormat::ChannelsLast);
-  const Tensor dense[] = {torch::stable::contiguous(pairs), torch::stable::contiguous(index),
-                          torch::stable::contiguous(offset), torch::stable::contiguous(flip)};
+  const Tensor dense_pairs = torch::stable::contiguous(pairs), dense_index = torch::stable::contiguous(index);
+  const Tensor dense_offset = torch::stable::contiguous(offset), dense_flip = torch::stable::contiguous(flip);
   dispatch(type, "augment", [&](auto element) {
     using T = decltype(element);
-    Batch<T> batch{static_cast<const uint8_t*>(dense[0].data_ptr()),
-                   pairs.size(1),
-                   pairs.size(2),
-                   channels,
-                   static_cast<const int64_t*>(dense[1].data_ptr()),
-                   static_cast<const int64_t*>(dense[2].data_ptr()),
-                   static_cast<const bool*>(dense[3].data_ptr()),
-                   crop_size,
-                   input_nc,
-                   static_cast<T*>(real_A.data_ptr()),
-                   static_cast<T*>(real_B.data_ptr()),
-                   {}};
+    Batch<T> batch{.pairs = static_cast<const uint8_t*>(dense_pairs.data_ptr()),
+                   .height = pairs.size(1),
+                   .width = pairs.size(2),
+                   .channels = channels,
+                   .index = static_cast<const int64_t*>(dense_index.data_ptr()),
+                   .offset = static_cast<const int64_t*>(dense_offset.data_ptr()),
+                   .flip = static_cast<const bool*>(dense_flip.data_ptr()),
+                   .crop_size = crop_size,
+                   .input_nc = input_nc,
+                   .real_A = static_cast<T*>(real_A.data_ptr()),
+                   .real_B = static_cast<T*>(real_B.data_ptr()),
+                   .value = {}};
     for (int byte = 0; byte < 256; ++byte) {
       batch.value[byte] = narrow<T>(static_cast<float>(byte) / 255.0f * 2 - 1);  // in float for double, too
     }
@@ -104,3 +91,5 @@ std::tuple<Tensor, Tensor> augment_cpu(Tensor pairs, Tensor index, Tensor offset
 }
 
 }  // namespace fastp2p
+
+STABLE_TORCH_LIBRARY_IMPL(fastp2p, CPU, m) { m.impl("augment", TORCH_BOX(&fastp2p::augment_cpu)); }

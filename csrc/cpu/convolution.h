@@ -14,7 +14,7 @@ struct Window {
   int64_t taps() const { return height * width; }
 
   // Pixels that a convolution leaves of a side; none where the kernel is larger than the padded side.
-  int64_t left_of(int64_t size, int64_t kernel) const {
+  int64_t output_size(int64_t size, int64_t kernel) const {
     const int64_t room = size + 2 * padding - kernel;
     return room < 0 ? 0 : room / stride + 1;
   }
@@ -36,12 +36,12 @@ std::optional<Tensor> weight_matrix(const Tensor& weight);
 Tensor im2col(const Tensor& x, const Window& window, int64_t height, int64_t width);
 
 // x, and beside its channels x2's: channels_last where there is an x2.
-Tensor joined_images(const Tensor& x, const std::optional<Tensor>& x2);
+Tensor concatenate(const Tensor& x, const std::optional<Tensor>& x2);
 
 // The pixels of a batch: (N * H * W, C).
 Tensor pixel_matrix(const Tensor& x);
 
-Tensor transposed(const Tensor& matrix);
+Tensor transpose(const Tensor& matrix);
 
 // The memory of a dense channels_last tensor: (numel).
 Tensor flattened(const Tensor& images);
@@ -50,7 +50,7 @@ Tensor flattened(const Tensor& images);
 void multiply(const Tensor& a, const Tensor& b, const Tensor& out);
 
 // out = a @ weight.T + bias, rounded once.
-void multiply_transposed(const Tensor& a, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& out);
+void linear(const Tensor& a, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& out);
 
 // ATen's convolution, or transposed convolution; channels_last.
 Tensor convolve(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Window& window,
@@ -62,9 +62,8 @@ Tensor convolution_dweight(const Tensor& outer, const Tensor& inner, const Windo
 // out = act(out), or with a gate out * act'(gate), in place; out is channels_last.
 void activate_in_place(const Tensor& out, int64_t activation, double slope, const std::optional<Tensor>& gate);
 
-// Raises unless the tensors are on the CPU, of x's dtype, and what is said to have a shape has it.
+// Raises unless the tensors go together and something is left of the images.
 void check_convolution(const char* operation, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                       const std::optional<Tensor>& gate, const Window& window, int64_t activation,
-                       std::initializer_list<int64_t> out_shape);
+                       const std::optional<Tensor>& gate, const Window& window, int64_t activation, Shape out_shape);
 
 }  // namespace fastp2p

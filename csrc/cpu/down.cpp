@@ -11,9 +11,10 @@ std::tuple<Tensor, Tensor, Tensor> down_cpu(Tensor x, Tensor weight, std::option
   FASTP2P_CHECK("down", x.dim() == 4 && weight.dim() == 4 && x.size(1) == weight.size(1), "got x ", describe(x),
                 ", weight ", describe(weight), ", expected (N, C, H, W) and (O, C, KH, KW)");
   const Window window{weight.size(2), weight.size(3), stride, padding};
-  FASTP2P_CHECK("down", stride > 0, "got stride ", stride, ", expected at least 1");
+  FASTP2P_CHECK("down", stride > 0, "got stride ", stride, ", expected at least 1");  // output_size divides by it
   const int64_t n = x.size(0), channels = weight.size(0);
-  const int64_t height = window.left_of(x.size(2), window.height), width = window.left_of(x.size(3), window.width);
+  const int64_t height = window.output_size(x.size(2), window.height),
+                width = window.output_size(x.size(3), window.width);
   check_convolution("down", x, weight, bias, gate, window, activation, {n, channels, height, width});
 
   const std::optional<Tensor> matrix = prefers_gemm(Direction::DOWN, x.scalar_type(), n * height * width, x.size(1))
@@ -22,7 +23,7 @@ std::tuple<Tensor, Tensor, Tensor> down_cpu(Tensor x, Tensor weight, std::option
   Tensor out;
   if (matrix) {
     out = empty_images(x, n, channels, height, width);
-    multiply_transposed(im2col(x, window, height, width), *matrix, bias, pixel_matrix(out));
+    linear(im2col(x, window, height, width), *matrix, bias, pixel_matrix(out));
   } else {
     out = convolve(x, weight, bias, window, false, 0, 0);
   }
@@ -32,3 +33,5 @@ std::tuple<Tensor, Tensor, Tensor> down_cpu(Tensor x, Tensor weight, std::option
 }
 
 }  // namespace fastp2p
+
+STABLE_TORCH_LIBRARY_IMPL(fastp2p, CPU, m) { m.impl("down", TORCH_BOX(&fastp2p::down_cpu)); }

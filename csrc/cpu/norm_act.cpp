@@ -1,14 +1,25 @@
 // norm_act and its gradient. Forward reads x once and writes one or two results. Backward reads x and the gradients
-// twice, for the two sums of each channel and for dx, and recomputes the activation rather than keep it. Arithmetic is
-// in float (double for double); sums of at most 32 rows are float, their sums double. Eager PyTorch takes a pass each
-// for normalisation, activation and dropout, and the second activation another.
+// twice, for the two sums of each channel and for dx, and recomputes the activation rather than keep it: forward moves
+// 2 elements for each (3 with a second result), backward 5 (7). Threads take parts of some 16384 elements. Arithmetic
+// is in float (double for double); sums of at most 32 rows are float, their sums double. Eager PyTorch takes a pass
+// each for normalisation, activation and dropout, and the second activation another.
 #include "cpu/activation.h"
-#include "cpu/operators.h"
 #include "cpu/philox.h"
 #include "cpu/sums.h"
 
 namespace fastp2p {
 namespace {
+
+struct Inputs {
+  const Tensor &x, &mean, &var;
+  const std::optional<Tensor>&weight, &bias, &rng;
+  double eps;
+  int64_t activation;
+  double slope;
+  int64_t second;
+  double dropout;
+  int64_t layer;
+};
 
 // The arguments that both directions share, ready to use: x as rows, coefficients of each group and channel. Where few
 // channels lie dense, a row is several pixels and the coefficients are repeated, so that loops are long enough.
@@ -16,11 +27,11 @@ template <typename T>
 struct Norm {
   using A = Wide<T>;
 
-  Norm(const NormActInputs& in, Pixels images, bool gradients_are_dense)
+  Norm(const Inputs& in, Pixels images, bool others_are_dense)
       : groups(in.mean.size(0)), x(images), first(in.activation, in.slope),
         second(std::max<int64_t>(in.second, 0), in.slope), has_second(in.second >= 0) {
     const int64_t pixels = x.count / groups;
-    if (x.stride == x.channels && gradients_are_dense) {
+    if (x.stride == x.channels && others_are_dense) {
       while (pixels % (2 * repeats) == 0 && 2 * repeats * x.channels <= BLOCK) repeats *= 2;
     }
     channels = x.channels * repeats;
@@ -62,14 +73,14 @@ struct Norm {
 
 // How a loop is compiled: with what it may have to do, and how many rows it takes at a time, so that the coefficients,
 // or the sums, are loaded once for several rows.
-template <bool GENERAL, bool DROPOUT, bool SECOND, int ROWS>
-struct Way {
-  static constexpr bool tanh = GENERAL, dropout = DROPOUT, second = SECOND;
+template <bool TANH, bool DROPOUT, bool SECOND, int ROWS>
+struct Variant {
+  static constexpr bool tanh = TANH, dropout = DROPOUT, second = SECOND;
   static constexpr int rows = ROWS;
 };
 
-// f(way, begin) for [begin, begin + way.rows), until all rows are done. What is slow anyway, or hardly used, takes
-// single rows: tanh and dropout, float16 and float64. So the build is shorter.
+// f(variant, begin) for [begin, begin + variant.rows), until all rows are done. What is slow anyway, or hardly used,
+// takes single rows: tanh and dropout, float16 and float64. So the build is shorter.
 template <typename T, typename F>
 FASTP2P_INLINE void for_rows(const Norm<T>& norm, bool with_second, int64_t begin, int64_t end, const F& f) {
   constexpr bool trained_with = std::is_same_v<T, float> || std::is_same_v<T, BFloat16>;
@@ -77,19 +88,21 @@ FASTP2P_INLINE void for_rows(const Norm<T>& norm, bool with_second, int64_t begi
     if constexpr (trained_with) {
       if (!norm.first.tanh && !norm.second.tanh) {
         if (norm.dropout.probability > 0) {
-          for (; begin < end; ++begin) f(Way<false, true, second, 1>(), begin);
+          for (; begin < end; ++begin) f(Variant<false, true, second, 1>(), begin);
+          return;
         }
-        for (; begin + 4 <= end; begin += 4) f(Way<false, false, second, 4>(), begin);
-        for (; begin < end; ++begin) f(Way<false, false, second, 1>(), begin);
+        for (; begin + 4 <= end; begin += 4) f(Variant<false, false, second, 4>(), begin);
+        for (; begin < end; ++begin) f(Variant<false, false, second, 1>(), begin);
+        return;
       }
     }
-    for (; begin < end; ++begin) f(Way<true, true, second, 1>(), begin);
+    for (; begin < end; ++begin) f(Variant<true, true, second, 1>(), begin);
   };
   with_second ? take(std::true_type()) : take(std::false_type());
 }
 
-// The coefficients of a block of channels, and which elements dropout keeps, for the rows that a Way takes.
-template <typename T, typename W>
+// The coefficients of a block of channels, and which elements dropout keeps, for the rows that a Variant takes.
+template <typename T, typename V>
 struct Block {
   using A = Wide<T>;
 
@@ -97,21 +110,21 @@ struct Block {
       : first(norm.first), second(norm.second), mean(norm.mean.data() + group * norm.channels + c0),
         scale(norm.scale.data() + group * norm.channels + c0), shift(norm.shift.data() + c0),
         x(norm.x.template data<T>() + row * norm.stride + c0), stride(norm.stride) {
-    if constexpr (W::dropout) {
+    if constexpr (V::dropout) {
       const int64_t n = std::min(BLOCK, norm.channels - c0);
-      for (int r = 0; r < W::rows; ++r) norm.dropout.factors((row + r) * norm.channels + c0, n, factor[r]);
+      for (int r = 0; r < V::rows; ++r) norm.dropout.factors((row + r) * norm.channels + c0, n, factor[r]);
     }
   }
 
   FASTP2P_INLINE A deviation(int r, int64_t c) const { return widen(x[r * stride + c]) - mean[c]; }
   FASTP2P_INLINE A z(int r, int64_t c) const { return deviation(r, c) * scale[c] + shift[c]; }
-  FASTP2P_INLINE A keep(int r, int64_t c) const { return W::dropout ? factor[r][c] : A{1}; }
+  FASTP2P_INLINE A keep(int r, int64_t c) const { return V::dropout ? factor[r][c] : A{1}; }
 
   const Activation<A> first, second;
   const A* __restrict mean, * __restrict scale, * __restrict shift;
   const T* __restrict x;
   const int64_t stride;
-  A factor[W::dropout ? W::rows : 1][W::dropout ? BLOCK : 1];
+  A factor[V::dropout ? V::rows : 1][V::dropout ? BLOCK : 1];
 };
 
 template <typename T>
@@ -125,20 +138,20 @@ FASTP2P_INLINE void forward_rows(const Forward<T>& pass, int64_t group, int64_t 
   const Norm<T>& norm = pass.norm;
   const int64_t channels = norm.channels, offset = norm.first_row(group);
   for_rows(norm, norm.has_second, offset + begin, offset + end,
-           [&](auto way, int64_t row) __attribute__((always_inline)) {
-    using W = decltype(way);
+           [&](auto variant, int64_t row) __attribute__((always_inline)) {
+    using V = decltype(variant);
     for (int64_t c0 = 0; c0 < channels; c0 += BLOCK) {
       const int64_t n = std::min(BLOCK, channels - c0);
-      const Block<T, W> block(norm, group, row, c0);
+      const Block<T, V> block(norm, group, row, c0);
       T* __restrict y = pass.y + row * channels + c0;
       T* __restrict y2 = pass.y2 + row * channels + c0;
 #pragma GCC ivdep
       for (int64_t c = 0; c < n; ++c) {
 #pragma GCC unroll 4
-        for (int r = 0; r < W::rows; ++r) {
-          y[r * channels + c] = narrow<T>(block.first.template apply<W::tanh>(block.z(r, c)) * block.keep(r, c));
-          if (W::second) {
-            y2[r * channels + c] = narrow<T>(block.second.template apply<W::tanh>(block.z(r, c)) * block.keep(r, c));
+        for (int r = 0; r < V::rows; ++r) {
+          y[r * channels + c] = narrow<T>(block.first.template apply<V::tanh>(block.z(r, c)) * block.keep(r, c));
+          if (V::second) {
+            y2[r * channels + c] = narrow<T>(block.second.template apply<V::tanh>(block.z(r, c)) * block.keep(r, c));
           }
         }
       }
@@ -154,20 +167,20 @@ struct Backward {
 };
 
 // The rows of a Block and of the gradients that came for them: dz, the gradient before the affine map.
-template <typename T, typename W>
-struct GradientBlock : Block<T, W> {
+template <typename T, typename V>
+struct GradientBlock : Block<T, V> {
   using A = Wide<T>;
 
   FASTP2P_INLINE GradientBlock(const Backward<T>& pass, int64_t group, int64_t row, int64_t c0)
-      : Block<T, W>(pass.norm, group, row, c0), dy_stride(pass.dy.stride * pass.norm.repeats),
-        dy2_stride(W::second ? pass.dy2->stride * pass.norm.repeats : 0),
+      : Block<T, V>(pass.norm, group, row, c0), dy_stride(pass.dy.stride * pass.norm.repeats),
+        dy2_stride(V::second ? pass.dy2->stride * pass.norm.repeats : 0),
         dy(pass.dy.template data<T>() + row * dy_stride + c0),
-        dy2(W::second ? pass.dy2->template data<T>() + row * dy2_stride + c0 : nullptr) {}
+        dy2(V::second ? pass.dy2->template data<T>() + row * dy2_stride + c0 : nullptr) {}
 
   FASTP2P_INLINE A dz(int r, int64_t c) const {
     const A z = this->z(r, c);
-    A sum = widen(dy[r * dy_stride + c]) * this->first.template derivative<W::tanh>(z);
-    if (W::second) sum += widen(dy2[r * dy2_stride + c]) * this->second.template derivative<W::tanh>(z);
+    A sum = widen(dy[r * dy_stride + c]) * this->first.template derivative<V::tanh>(z);
+    if (V::second) sum += widen(dy2[r * dy2_stride + c]) * this->second.template derivative<V::tanh>(z);
     return sum * this->keep(r, c);
   }
 
@@ -187,14 +200,14 @@ FASTP2P_INLINE void sum_rows(const Backward<T>& pass, int64_t group, int64_t beg
       A dbias[BLOCK] = {}, dscale[BLOCK] = {};
       const int64_t to = std::min(end, from + FLOAT_ROWS);
       for_rows(norm, pass.dy2.has_value(), offset + from, offset + to,
-               [&](auto way, int64_t row) __attribute__((always_inline)) {
-        using W = decltype(way);
-        const GradientBlock<T, W> block(pass, group, row, c0);
+               [&](auto variant, int64_t row) __attribute__((always_inline)) {
+        using V = decltype(variant);
+        const GradientBlock<T, V> block(pass, group, row, c0);
 #pragma GCC ivdep
         for (int64_t c = 0; c < n; ++c) {
           A dz_sum = 0, deviation_sum = 0;
 #pragma GCC unroll 4
-          for (int r = 0; r < W::rows; ++r) {
+          for (int r = 0; r < V::rows; ++r) {
             const A dz = block.dz(r, c);
             dz_sum += dz;
             deviation_sum += dz * block.deviation(r, c);
@@ -226,18 +239,18 @@ FASTP2P_INLINE void input_gradient_rows(const InputGradient<T>& out, int64_t gro
   const Backward<T>& pass = out.pass;
   const int64_t channels = pass.norm.channels, offset = pass.norm.first_row(group);
   for_rows(pass.norm, pass.dy2.has_value(), offset + begin, offset + end,
-           [&](auto way, int64_t row) __attribute__((always_inline)) {
-    using W = decltype(way);
+           [&](auto variant, int64_t row) __attribute__((always_inline)) {
+    using V = decltype(variant);
     for (int64_t c0 = 0; c0 < channels; c0 += BLOCK) {
       const int64_t n = std::min(BLOCK, channels - c0);
-      const GradientBlock<T, W> block(pass, group, row, c0);
+      const GradientBlock<T, V> block(pass, group, row, c0);
       const A* __restrict constant = out.constant.data() + group * channels + c0;
       const A* __restrict linear = out.linear.data() + group * channels + c0;
       T* __restrict dx = out.dx + row * channels + c0;
 #pragma GCC ivdep
       for (int64_t c = 0; c < n; ++c) {
 #pragma GCC unroll 4
-        for (int r = 0; r < W::rows; ++r) {
+        for (int r = 0; r < V::rows; ++r) {
           dx[r * channels + c] =
               narrow<T>(block.dz(r, c) * block.scale[c] - constant[c] - block.deviation(r, c) * linear[c]);
         }
@@ -262,49 +275,74 @@ INSTANTIATE(, Half)
 INSTANTIATE(, double)
 #undef INSTANTIATE
 
-void check(const char* operation, const NormActInputs& in) {
-  const ScalarType wide = wide_type(in.x.scalar_type());
-  const auto channels = in.x.dim() == 4 ? in.x.size(1) : 0, groups = in.mean.dim() == 2 ? in.mean.size(0) : 0;
-  FASTP2P_CHECK(operation, in.x.is_cpu() && in.x.dim() == 4 && in.x.numel() > 0, "got x ", describe(in.x),
-                ", expected (N, C, H, W) on the CPU, with elements");
-  FASTP2P_CHECK(operation, groups > 0 && in.x.size(0) % groups == 0, "got mean ", describe(in.mean),
-                ", expected (G, C) with G a divisor of ", in.x.size(0), " images");
-  for (const Tensor& stats : {in.mean, in.var}) {
-    FASTP2P_CHECK(operation, has_shape(stats, {groups, channels}) && stats.scalar_type() == wide && stats.is_cpu(),
-                  "got mean or var ", describe(stats), ", expected (", groups, ", ", channels, ") ", wide,
-                  " on the CPU");
+// From the sums over rows: dx's coefficients for each group and channel, dweight and dbias.
+template <typename T>
+void finish_sums(const std::vector<double>& row_sums, bool fixed_stats, InputGradient<T>& out, Wide<T>* dweight,
+                 Wide<T>* dbias) {
+  using A = Wide<T>;
+  const Norm<T>& norm = out.pass.norm;
+  const int64_t channels = norm.x.channels;
+  std::vector<double> totals(2 * channels);
+  const double per_value = fixed_stats ? 0 : 1.0 / static_cast<double>(norm.rows * norm.repeats);
+  for (int64_t group = 0; group < norm.groups; ++group) {
+    std::vector<double> sums(2 * channels);  // of dz and dz * (x - mean), the repeats together
+    const double* row_sum = row_sums.data() + 2 * group * norm.channels;
+    for (int64_t repeat = 0; repeat < norm.repeats; ++repeat, row_sum += channels) {
+      for (int64_t c = 0; c < channels; ++c) {
+        sums[c] += row_sum[c];
+        sums[channels + c] += row_sum[norm.channels + c];
+      }
+    }
+    for (int64_t repeat = 0; repeat < norm.repeats; ++repeat) {
+      for (int64_t c = 0; c < channels; ++c) {
+        const int64_t i = (group * norm.repeats + repeat) * channels + c;
+        const double rstd = norm.rstd[i], scale = norm.scale[i] * per_value;
+        out.constant[i] = static_cast<A>(scale * sums[c]);
+        out.linear[i] = static_cast<A>(scale * rstd * rstd * sums[channels + c]);
+      }
+    }
+    for (int64_t c = 0; c < channels; ++c) {
+      totals[c] += sums[c];
+      totals[channels + c] += sums[channels + c] * norm.rstd[group * norm.channels + c];
+    }
   }
-  for (const std::optional<Tensor>& parameter : {in.weight, in.bias}) {
-    FASTP2P_CHECK(
-        operation,
-        !parameter || (has_shape(*parameter, {channels}) && parameter->scalar_type() == wide && parameter->is_cpu()),
-        "got weight or bias ", describe(*parameter), ", expected (", channels, ") ", wide, " on the CPU");
+  for (int64_t c = 0; c < channels; ++c) {
+    dbias[c] = static_cast<A>(totals[c]);
+    dweight[c] = static_cast<A>(totals[channels + c]);
   }
-  FASTP2P_CHECK(operation, is_activation(in.activation) && in.second >= -1 && in.second <= 3, "got activation ",
-                in.activation, ", second ", in.second, ", expected 0 to 3, -1 to 3");
-  FASTP2P_CHECK(operation, in.dropout >= 0 && in.dropout < 1, "got dropout ", in.dropout, ", expected 0 to below 1");
-  FASTP2P_CHECK(operation,
-                !in.rng || (has_shape(*in.rng, {2}) && in.rng->scalar_type() == ScalarType::Long && in.rng->is_cpu()),
-                "got rng ", describe(*in.rng), ", expected (2) Long on the CPU");
 }
 
-void check_gradient(const NormActInputs& in, const Tensor& dy) {
-  const auto s = in.x.sizes();
-  FASTP2P_CHECK("norm_act_backward",
-                has_shape(dy, {s[0], s[1], s[2], s[3]}) && dy.is_cpu() && dy.scalar_type() == in.x.scalar_type(),
-                "got a gradient ", describe(dy), ", expected x's shape and dtype, ", describe(in.x));
+void check(const char* operation, const Inputs& in) {
+  check_images(operation, "x", in.x);
+  const ScalarType wide = wide_type(in.x.scalar_type());
+  const int64_t channels = in.x.size(1), groups = in.mean.dim() == 2 ? in.mean.size(0) : 0;
+  FASTP2P_CHECK(operation, groups > 0 && in.x.size(0) % groups == 0, "got mean ", describe(in.mean),
+                ", expected (G, C) with G a divisor of ", in.x.size(0), " images");
+  check_tensor(operation, "mean", in.mean, in.x, {groups, channels}, wide);
+  check_tensor(operation, "var", in.var, in.x, {groups, channels}, wide);
+  if (in.weight) check_tensor(operation, "weight", *in.weight, in.x, {channels}, wide);
+  if (in.bias) check_tensor(operation, "bias", *in.bias, in.x, {channels}, wide);
+  if (in.rng) check_tensor(operation, "rng", *in.rng, in.x, {2}, ScalarType::Long);
+  FASTP2P_CHECK(operation, is_activation(in.activation) && (in.second == -1 || is_activation(in.second)),
+                "got activation ", in.activation, ", second ", in.second, ", expected 0 to 3, -1 to 3");
+  FASTP2P_CHECK(operation, in.dropout >= 0 && in.dropout < 1, "got dropout ", in.dropout, ", expected 0 to below 1");
 }
+
+void check_gradient(const char* name, const Tensor& gradient, const Tensor& x) {
+  check_tensor("norm_act_backward", name, gradient, x, {x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type());
+}
+
+Tensor empty_like_images(const Tensor& x) { return empty_images(x, x.size(0), x.size(1), x.size(2), x.size(3)); }
 
 }  // namespace
 
 std::tuple<Tensor, Tensor> norm_act_cpu(Tensor x, Tensor mean, Tensor var, std::optional<Tensor> weight,
                                         std::optional<Tensor> bias, std::optional<Tensor> rng, double eps,
                                         int64_t activation, double slope, int64_t second, double dropout, int64_t layer,
-                                        bool) {
-  const NormActInputs in{x, mean, var, weight, bias, rng, eps, activation, slope, second, dropout, layer};
+                                        bool /* fixed_stats: of the gradient alone */) {
+  const Inputs in{x, mean, var, weight, bias, rng, eps, activation, slope, second, dropout, layer};
   check("norm_act", in);
-  Tensor y = empty_images(x, x.size(0), x.size(1), x.size(2), x.size(3));
-  Tensor y2 = second < 0 ? empty(x, {0}, x.scalar_type()) : empty_images(x, x.size(0), x.size(1), x.size(2), x.size(3));
+  Tensor y = empty_like_images(x), y2 = second < 0 ? empty(x, {0}, x.scalar_type()) : empty_like_images(x);
   dispatch(x.scalar_type(), "norm_act", [&](auto element) {
     using T = decltype(element);
     const Norm<T> norm(in, pixels(x), true);
@@ -319,14 +357,13 @@ std::tuple<Tensor, Tensor, Tensor> norm_act_backward_cpu(Tensor dy, std::optiona
                                                          std::optional<Tensor> bias, std::optional<Tensor> rng,
                                                          double eps, int64_t activation, double slope, int64_t second,
                                                          double dropout, int64_t layer, bool fixed_stats) {
-  const NormActInputs in{x, mean, var, weight, bias, rng, eps, activation, slope, second, dropout, layer};
+  const Inputs in{x, mean, var, weight, bias, rng, eps, activation, slope, second, dropout, layer};
   check("norm_act_backward", in);
-  check_gradient(in, dy);
-  if (dy2) check_gradient(in, *dy2);
+  check_gradient("dy", dy, x);
+  if (dy2) check_gradient("dy2", *dy2, x);
   FASTP2P_CHECK("norm_act_backward", !dy2 || second >= 0, "got dy2, expected none without a second activation");
-  Tensor dx = empty_images(x, x.size(0), x.size(1), x.size(2), x.size(3));
-  Tensor dweight = empty(x, {x.size(1)}, wide_type(x.scalar_type())),
-         dbias = empty(x, {x.size(1)}, wide_type(x.scalar_type()));
+  const ScalarType wide = wide_type(x.scalar_type());
+  Tensor dx = empty_like_images(x), dweight = empty(x, {x.size(1)}, wide), dbias = empty(x, {x.size(1)}, wide);
   dispatch(x.scalar_type(), "norm_act_backward", [&](auto element) {
     using T = decltype(element);
     using A = Wide<T>;
@@ -337,41 +374,19 @@ std::tuple<Tensor, Tensor, Tensor> norm_act_backward_cpu(Tensor dy, std::optiona
     const Backward<T> pass{norm, grad, grad2};
     const std::vector<double> row_sums =
         sum_tasks(norm.tasks(), 2 * norm.channels, [&](auto... range) { run(pass, range...); });
-
-    const int64_t channels = norm.x.channels;
-    InputGradient<T> out{pass, std::vector<A>(norm.mean.size()), std::vector<A>(norm.mean.size()),
-                         static_cast<T*>(dx.data_ptr())};
-    std::vector<double> totals(2 * channels);
-    const double per_value = fixed_stats ? 0 : 1.0 / static_cast<double>(norm.rows * norm.repeats);
-    for (int64_t group = 0; group < norm.groups; ++group) {
-      std::vector<double> sums(2 * channels);  // of dz and dz * (x - mean), the repeats together
-      const double* row_sum = row_sums.data() + 2 * group * norm.channels;
-      for (int64_t repeat = 0; repeat < norm.repeats; ++repeat, row_sum += channels) {
-        for (int64_t c = 0; c < channels; ++c) {
-          sums[c] += row_sum[c];
-          sums[channels + c] += row_sum[norm.channels + c];
-        }
-      }
-      for (int64_t repeat = 0; repeat < norm.repeats; ++repeat) {
-        for (int64_t c = 0; c < channels; ++c) {
-          const int64_t i = (group * norm.repeats + repeat) * channels + c;
-          const double rstd = norm.rstd[i], scale = norm.scale[i] * per_value;
-          out.constant[i] = static_cast<A>(scale * sums[c]);
-          out.linear[i] = static_cast<A>(scale * rstd * rstd * sums[channels + c]);
-        }
-      }
-      for (int64_t c = 0; c < channels; ++c) {
-        totals[c] += sums[c];
-        totals[channels + c] += sums[channels + c] * norm.rstd[group * norm.channels + c];
-      }
-    }
-    for (int64_t c = 0; c < channels; ++c) {
-      static_cast<A*>(dbias.data_ptr())[c] = static_cast<A>(totals[c]);
-      static_cast<A*>(dweight.data_ptr())[c] = static_cast<A>(totals[channels + c]);
-    }
+    InputGradient<T> out{.pass = pass,
+                         .constant = std::vector<A>(norm.mean.size()),
+                         .linear = std::vector<A>(norm.mean.size()),
+                         .dx = static_cast<T*>(dx.data_ptr())};
+    finish_sums(row_sums, fixed_stats, out, static_cast<A*>(dweight.data_ptr()), static_cast<A*>(dbias.data_ptr()));
     norm.tasks().run([&](int64_t, int64_t group, int64_t begin, int64_t end) { run(out, group, begin, end); });
   });
   return {dx, dweight, dbias};
 }
 
 }  // namespace fastp2p
+
+STABLE_TORCH_LIBRARY_IMPL(fastp2p, CPU, m) {
+  m.impl("norm_act", TORCH_BOX(&fastp2p::norm_act_cpu));
+  m.impl("norm_act_backward", TORCH_BOX(&fastp2p::norm_act_backward_cpu));
+}

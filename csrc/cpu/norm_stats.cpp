@@ -1,6 +1,6 @@
-// norm_stats: x is read once from memory and twice from the cache, for the mean of a few thousand elements and then for
-// their deviations from it; (mean, M2) of the parts are merged by Chan's formula in double.
-// running_stats: a few hundred elements, in one call instead of five for each group.
+// norm_stats: x is read once from memory and twice from the cache, for the mean of some 16384 elements and then for
+// their deviations from it; threads take such parts, whose (mean, M2) are merged by Chan's formula. Sums of at most 32
+// rows are in the type of arithmetic, float or double, the rest in double, and the same bits for any number of threads.
 #include "cpu/operators.h"
 #include "cpu/sums.h"
 
@@ -50,19 +50,12 @@ FASTP2P_INLINE void task_stats(const Pixels& x, int64_t begin, int64_t end, doub
   }
 }
 
-template <typename T>
-void run(const Pixels& x, int64_t begin, int64_t end, double* out);
-
-#define INSTANTIATE(CLONES, NAME, T)                                                                                \
-  CLONES void NAME(const Pixels& x, int64_t begin, int64_t end, double* out) { task_stats<T>(x, begin, end, out); } \
-  template <>                                                                                                       \
-  void run<T>(const Pixels& x, int64_t begin, int64_t end, double* out) {                                           \
-    NAME(x, begin, end, out);                                                                                       \
-  }
-INSTANTIATE(FASTP2P_CLONES, run_float, float)
-INSTANTIATE(FASTP2P_CLONES, run_bfloat16, BFloat16)
-INSTANTIATE(, run_half, Half)
-INSTANTIATE(, run_double, double)
+#define INSTANTIATE(CLONES, T) \
+  CLONES void run(T, const Pixels& x, int64_t begin, int64_t end, double* out) { task_stats<T>(x, begin, end, out); }
+INSTANTIATE(FASTP2P_CLONES, float)
+INSTANTIATE(FASTP2P_CLONES, BFloat16)
+INSTANTIATE(, Half)
+INSTANTIATE(, double)
 #undef INSTANTIATE
 
 // Merges the parts of each group, in their order.
@@ -89,24 +82,10 @@ void merge(const Tasks& tasks, int64_t channels, const std::vector<double>& part
   }
 }
 
-template <typename A>
-void update(const Tensor& running_mean, const Tensor& running_var, const Tensor& mean, const Tensor& var,
-            double momentum, double unbiased) {
-  const std::vector<A> means = values<A>(mean), vars = values<A>(var);
-  A* running[] = {static_cast<A*>(running_mean.data_ptr()), static_cast<A*>(running_var.data_ptr())};
-  const int64_t channels = running_mean.numel();
-  for (size_t i = 0; i < means.size(); ++i) {
-    A &old_mean = running[0][i % channels], &old_var = running[1][i % channels];
-    old_mean = old_mean * static_cast<A>(1 - momentum) + means[i] * static_cast<A>(momentum);
-    old_var = old_var * static_cast<A>(1 - momentum) + vars[i] * static_cast<A>(momentum * unbiased);
-  }
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor> norm_stats_cpu(Tensor x, int64_t stat_groups) {
-  FASTP2P_CHECK("norm_stats", x.is_cpu() && x.dim() == 4 && x.numel() > 0, "got x ", describe(x),
-                ", expected (N, C, H, W) on the CPU, with elements");
+  check_images("norm_stats", "x", x);
   FASTP2P_CHECK("norm_stats", stat_groups >= 0 && (stat_groups == 0 || x.size(0) % stat_groups == 0),
                 "got stat_groups ", stat_groups, ", expected 0 or a divisor of ", x.size(0), " images");
   const ScalarType wide = wide_type(x.scalar_type());
@@ -116,39 +95,16 @@ std::tuple<Tensor, Tensor> norm_stats_cpu(Tensor x, int64_t stat_groups) {
   const Tasks tasks{stat_groups, rows.count / stat_groups, rows.channels};
   std::vector<double> parts(tasks.count() * 2 * rows.channels);
   dispatch(x.scalar_type(), "norm_stats", [&](auto element) {
-    using T = decltype(element);
+    using A = Wide<decltype(element)>;
     tasks.run([&](int64_t task, int64_t group, int64_t begin, int64_t end) {
-      run<T>(rows, group * tasks.rows + begin, group * tasks.rows + end, parts.data() + task * 2 * rows.channels);
+      const int64_t first = group * tasks.rows;
+      run(element, rows, first + begin, first + end, parts.data() + task * 2 * rows.channels);
     });
-    using A = Wide<T>;
     merge(tasks, rows.channels, parts, static_cast<A*>(mean.data_ptr()), static_cast<A*>(var.data_ptr()));
   });
   return {mean, var};
 }
 
-void running_stats_cpu(Tensor running_mean, Tensor running_var, Tensor mean, Tensor var, int64_t n_values,
-                       double momentum) {
-  const int64_t channels = running_mean.numel(), groups = mean.dim() == 2 ? mean.size(0) : 0;
-  for (const Tensor& t : {running_mean, running_var}) {
-    FASTP2P_CHECK("running_stats",
-                  t.is_cpu() && has_shape(t, {channels}) && t.is_contiguous() &&
-                      t.scalar_type() == wide_type(running_mean.scalar_type()),
-                  "got running_mean or running_var ", describe(t), ", expected (", channels,
-                  ") Float or Double, contiguous, on the CPU");
-  }
-  for (const Tensor& t : {mean, var}) {
-    FASTP2P_CHECK("running_stats",
-                  t.is_cpu() && has_shape(t, {groups, channels}) && t.scalar_type() == running_mean.scalar_type(),
-                  "got mean or var ", describe(t), ", expected (G, ", channels,
-                  ") of running_mean's dtype, on the CPU");
-  }
-  FASTP2P_CHECK("running_stats", n_values >= 2, "got ", n_values, " values per channel, expected 2 or more");
-  const double unbiased = static_cast<double>(n_values) / static_cast<double>(n_values - 1);
-  if (mean.scalar_type() == ScalarType::Double) {
-    update<double>(running_mean, running_var, mean, var, momentum, unbiased);
-  } else {
-    update<float>(running_mean, running_var, mean, var, momentum, unbiased);
-  }
-}
-
 }  // namespace fastp2p
+
+STABLE_TORCH_LIBRARY_IMPL(fastp2p, CPU, m) { m.impl("norm_stats", TORCH_BOX(&fastp2p::norm_stats_cpu)); }

@@ -1,6 +1,6 @@
-// patch_loss: the mean of a pointwise loss and its gradient; x and the target are read once, dx is written once. Sums
-// of a few values are in the type of arithmetic, the rest in double, over tasks that do not depend on the threads.
-#include "cpu/operators.h"
+// patch_loss: the mean of a pointwise loss and its gradient; x and the target are read once, dx is written once.
+// Threads take parts of 16384 values. Arithmetic, and sums of at most 32 values, are in float (double for double), the
+// rest of the sum in double, and the same bits for any number of threads.
 #include "cpu/sums.h"
 
 namespace fastp2p {
@@ -78,7 +78,7 @@ FASTP2P_INLINE double sum_kind(const PatchLoss<T, Target>& loss, int64_t begin, 
 }
 
 template <typename T, typename Target>
-FASTP2P_INLINE double sum_rational(const PatchLoss<T, Target>& loss, int64_t kind, int64_t begin, int64_t end) {
+FASTP2P_INLINE double sum_without_exp(const PatchLoss<T, Target>& loss, int64_t kind, int64_t begin, int64_t end) {
   switch (kind) {
     case SQUARE: return sum_kind<SQUARE>(loss, begin, end);
     case HINGE: return sum_kind<HINGE>(loss, begin, end);
@@ -87,9 +87,9 @@ FASTP2P_INLINE double sum_rational(const PatchLoss<T, Target>& loss, int64_t kin
   }
 }
 
-#define INSTANTIATE(CLONES, T, TARGET)                                                                        \
-  CLONES double sum_rational_of(const PatchLoss<T, TARGET>& loss, int64_t kind, int64_t begin, int64_t end) { \
-    return sum_rational(loss, kind, begin, end);                                                              \
+#define INSTANTIATE(CLONES, T, TARGET)                                                            \
+  CLONES double run(const PatchLoss<T, TARGET>& loss, int64_t kind, int64_t begin, int64_t end) { \
+    return sum_without_exp(loss, kind, begin, end);                                               \
   }
 INSTANTIATE(FASTP2P_CLONES, float, float)
 INSTANTIATE(FASTP2P_CLONES, BFloat16, float)
@@ -104,16 +104,16 @@ void compute(const Tensor& x, const std::optional<Tensor>& target, int64_t kind,
              bool through_tanh, const Tensor& loss, const Tensor& dx) {
   using A = Wide<T>;
   const double count = static_cast<double>(x.numel());
-  const PatchLoss<T, Target> pass{static_cast<const T*>(x.data_ptr()),
-                                  target ? static_cast<const Target*>(target->data_ptr()) : nullptr,
-                                  static_cast<A>(target_value),
-                                  static_cast<A>(weight / count),
-                                  through_tanh,
-                                  static_cast<T*>(dx.data_ptr())};
+  const PatchLoss<T, Target> pass{.x = static_cast<const T*>(x.data_ptr()),
+                                  .target = target ? static_cast<const Target*>(target->data_ptr()) : nullptr,
+                                  .target_value = static_cast<A>(target_value),
+                                  .weight = static_cast<A>(weight / count),
+                                  .through_tanh = through_tanh,
+                                  .dx = static_cast<T*>(dx.data_ptr())};
   const std::vector<double> total =
       sum_tasks({1, x.numel(), 1}, 1, [&](int64_t, int64_t begin, int64_t end, double* sum) {
     // A map of logits is small: its exp and log1p are not vectorised.
-    *sum += kind == BCE ? sum_kind<BCE>(pass, begin, end) : sum_rational_of(pass, kind, begin, end);
+    *sum += kind == BCE ? sum_kind<BCE>(pass, begin, end) : run(pass, kind, begin, end);
   });
   *static_cast<A*>(loss.data_ptr()) = static_cast<A>(weight * total[0] / count);
 }
@@ -123,12 +123,13 @@ void compute(const Tensor& x, const std::optional<Tensor>& target, int64_t kind,
 std::tuple<Tensor, Tensor> patch_loss_cpu(Tensor x, std::optional<Tensor> target, int64_t kind, double target_value,
                                           double weight, bool through_tanh) {
   const ScalarType type = x.scalar_type(), wide = wide_type(type);
-  FASTP2P_CHECK("patch_loss", x.is_cpu() && x.numel() > 0, "got x ", describe(x), ", expected elements, on the CPU");
+  FASTP2P_CHECK("patch_loss", x.numel() > 0 && is_computed(type), "got x ", describe(x),
+                ", expected elements of Float, BFloat16, Half or Double");
   FASTP2P_CHECK("patch_loss", 0 <= kind && kind <= L1, "got kind ", kind, ", expected 0 to ", int{L1});
-  FASTP2P_CHECK("patch_loss",
-                !target || (target->is_cpu() && std::equal(x.sizes().begin(), x.sizes().end(), target->sizes().begin(),
-                                                           target->sizes().end())),
-                "got target ", describe(*target), ", expected x's shape, on the CPU, for x ", describe(x));
+  FASTP2P_CHECK(
+      "patch_loss",
+      !target || (target->device() == x.device() && describe_list(target->sizes()) == describe_list(x.sizes())),
+      "got target ", describe(*target), ", expected the shape and device of x ", describe(x));
   // Values are taken in memory's order, for which both must lie alike.
   const bool images = x.dim() == 4 && !x.is_contiguous() && pixel_stride(x) == x.size(1);
   const MemoryFormat format = images ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
@@ -150,3 +151,5 @@ std::tuple<Tensor, Tensor> patch_loss_cpu(Tensor x, std::optional<Tensor> target
 }
 
 }  // namespace fastp2p
+
+STABLE_TORCH_LIBRARY_IMPL(fastp2p, CPU, m) { m.impl("patch_loss", TORCH_BOX(&fastp2p::patch_loss_cpu)); }

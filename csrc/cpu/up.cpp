@@ -1,6 +1,5 @@
 // up on the CPU: ATen's transposed convolution, or a matrix product into every tap's share of every pixel, which are
 // then added up in float, with bias and activation, where they overlap. The shares are rounded to x's dtype once each.
-#include "cpu/activation.h"
 #include "cpu/convolution.h"
 #include "cpu/operators.h"
 #include "cpu/sums.h"
@@ -62,15 +61,15 @@ void col2im(const Tensor& shares, const Tensor& x, const Window& window, const s
     const ScalarType wide = wide_type(out.scalar_type());
     const std::vector<Wide<T>> biases =
         bias ? values<Wide<T>>(torch::stable::to(*bias, wide)) : std::vector<Wide<T>>(out.size(1), 0);
-    const Col2Im<T> job{static_cast<const T*>(shares.data_ptr()),
-                        static_cast<T*>(out.data_ptr()),
-                        window,
-                        x.size(2),
-                        x.size(3),
-                        out.size(2),
-                        out.size(3),
-                        out.size(1),
-                        biases};
+    const Col2Im<T> job{.shares = static_cast<const T*>(shares.data_ptr()),
+                        .out = static_cast<T*>(out.data_ptr()),
+                        .window = window,
+                        .in_height = x.size(2),
+                        .in_width = x.size(3),
+                        .height = out.size(2),
+                        .width = out.size(3),
+                        .channels = out.size(1),
+                        .bias = biases};
     torch::stable::parallel_for(0, out.numel() / out.size(1), std::max<int64_t>(1, GRAIN / 4 / out.size(1)),
                                 [&](int64_t begin, int64_t end) { run(job, begin, end); });
   });
@@ -83,11 +82,10 @@ std::tuple<Tensor, Tensor, Tensor> up_cpu(Tensor x, std::optional<Tensor> x2, Te
                                           int64_t width, int64_t activation, double slope, int64_t stat_groups) {
   FASTP2P_CHECK("up", x.dim() == 4 && weight.dim() == 4, "got x ", describe(x), ", weight ", describe(weight),
                 ", expected (N, C, H, W) and (C + C2, O, KH, KW)");
-  FASTP2P_CHECK("up",
-                !x2 || (x2->is_cpu() && x2->numel() > 0 && x2->scalar_type() == x.scalar_type() &&
-                        has_shape(*x2, {x.size(0), x2->size(1), x.size(2), x.size(3)})),
-                "got x2 ", describe(*x2), ", expected x's dtype and, but for the channels, its shape, for x ",
-                describe(x));
+  if (x2) {
+    check_images("up", "x2", *x2);
+    check_tensor("up", "x2", *x2, x, {x.size(0), x2->size(1), x.size(2), x.size(3)}, x.scalar_type());
+  }
   FASTP2P_CHECK("up", weight.size(0) == x.size(1) + (x2 ? x2->size(1) : 0), "got weight ", describe(weight),
                 ", expected as many rows as x and x2 have channels, for x ", describe(x));
   const Window window{weight.size(2), weight.size(3), stride, padding};
@@ -106,10 +104,10 @@ std::tuple<Tensor, Tensor, Tensor> up_cpu(Tensor x, std::optional<Tensor> x2, Te
   if (matrix) {
     out = empty_images(x, n, channels, height, width);
     Tensor shares = empty(x, {n * x.size(2) * x.size(3), matrix->size(1)}, x.scalar_type());
-    multiply(pixel_matrix(joined_images(x, x2)), *matrix, shares);
+    multiply(pixel_matrix(concatenate(x, x2)), *matrix, shares);
     col2im(shares, x, window, bias, out);
   } else {
-    out = convolve(joined_images(x, x2), weight, bias, window, true, extra_height, extra_width);
+    out = convolve(concatenate(x, x2), weight, bias, window, true, extra_height, extra_width);
   }
   activate_in_place(out, activation, slope, gate);
   const auto [mean, var] = norm_stats_cpu(out, stat_groups);
@@ -117,3 +115,5 @@ std::tuple<Tensor, Tensor, Tensor> up_cpu(Tensor x, std::optional<Tensor> x2, Te
 }
 
 }  // namespace fastp2p
+
+STABLE_TORCH_LIBRARY_IMPL(fastp2p, CPU, m) { m.impl("up", TORCH_BOX(&fastp2p::up_cpu)); }

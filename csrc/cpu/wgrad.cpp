@@ -10,25 +10,26 @@ namespace fastp2p {
 Tensor wgrad_cpu(Tensor outer, std::optional<Tensor> outer2, Tensor inner, int64_t kernel_height, int64_t kernel_width,
                  int64_t stride, int64_t padding, ScalarType dtype) {
   const ScalarType type = inner.scalar_type();
-  for (const Tensor& t : {outer, outer2.value_or(outer), inner}) {
-    FASTP2P_CHECK("wgrad", t.is_cpu() && t.dim() == 4 && t.numel() > 0 && t.scalar_type() == type, "got ", describe(t),
-                  ", expected (N, C, H, W) ", type, " with elements, on the CPU");
+  check_images("wgrad", "outer", outer);
+  check_images("wgrad", "inner", inner);
+  check_alike("wgrad", "outer", outer, inner);
+  if (outer2) {
+    check_images("wgrad", "outer2", *outer2);
+    check_tensor("wgrad", "outer2", *outer2, outer, {outer.size(0), outer2->size(1), outer.size(2), outer.size(3)},
+                 type);
   }
-  FASTP2P_CHECK("wgrad", !outer2 || has_shape(*outer2, {outer.size(0), outer2->size(1), outer.size(2), outer.size(3)}),
-                "got outer2 ", describe(*outer2), ", expected but for the channels the shape of outer ",
-                describe(outer));
   const Window window{kernel_height, kernel_width, stride, padding};
   FASTP2P_CHECK("wgrad", stride > 0 && padding >= 0 && std::min(kernel_height, kernel_width) > 0, "got stride ", stride,
                 ", padding ", padding, ", kernel (", kernel_height, ", ", kernel_width,
                 "), expected at least 1, 0, (1, 1)");
   const int64_t rows = outer.size(1) + (outer2 ? outer2->size(1) : 0), channels = inner.size(1);
   FASTP2P_CHECK("wgrad",
-                outer.size(0) == inner.size(0) && window.left_of(inner.size(2), kernel_height) == outer.size(2) &&
-                    window.left_of(inner.size(3), kernel_width) == outer.size(3),
+                outer.size(0) == inner.size(0) && window.output_size(inner.size(2), kernel_height) == outer.size(2) &&
+                    window.output_size(inner.size(3), kernel_width) == outer.size(3),
                 "got outer ", describe(outer), ", inner ", describe(inner),
                 ", expected sizes between which a convolution with this window leads");
 
-  Tensor both = joined_images(outer, outer2);
+  Tensor both = concatenate(outer, outer2);
   if (type == ScalarType::Half) {
     both = torch::stable::to(both, ScalarType::Float);
     inner = torch::stable::to(inner, ScalarType::Float);
@@ -37,7 +38,7 @@ Tensor wgrad_cpu(Tensor outer, std::optional<Tensor> outer2, Tensor inner, int64
   if (prefers_gemm(Direction::WGRAD, type, both.numel() / rows, channels)) {
     dweight =
         empty(inner, {rows, channels, kernel_height, kernel_width}, inner.scalar_type(), MemoryFormat::ChannelsLast);
-    multiply(transposed(pixel_matrix(both)), im2col(inner, window, outer.size(2), outer.size(3)),
+    multiply(transpose(pixel_matrix(both)), im2col(inner, window, outer.size(2), outer.size(3)),
              *weight_matrix(dweight));
   } else {
     dweight = convolution_dweight(both, inner, window);
@@ -46,3 +47,5 @@ Tensor wgrad_cpu(Tensor outer, std::optional<Tensor> outer2, Tensor inner, int64
 }
 
 }  // namespace fastp2p
+
+STABLE_TORCH_LIBRARY_IMPL(fastp2p, CPU, m) { m.impl("wgrad", TORCH_BOX(&fastp2p::wgrad_cpu)); }

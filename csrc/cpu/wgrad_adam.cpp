@@ -22,3 +22,5 @@ void wgrad_adam_cpu(Tensor outer, std::optional<Tensor> outer2, Tensor inner, Te
 }
 
 }  // namespace fastp2p
+
+STABLE_TORCH_LIBRARY_IMPL(fastp2p, CPU, m) { m.impl("wgrad_adam", TORCH_BOX(&fastp2p::wgrad_adam_cpu)); }

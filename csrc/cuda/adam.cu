@@ -4,8 +4,8 @@
 // Arithmetic is the parameters' type. The learning rate and the powers of the betas stay in device memory, where each
 // thread makes the bias corrections of them, so nothing waits for the host and a CUDA graph replays with new values;
 // 1 - power is in double, since 1 - 0.999 loses three digits in float.
+#include "checks.h"
 #include "cuda/launch.h"
-#include "cuda/operators.h"
 
 namespace fastp2p {
 namespace {
@@ -20,7 +20,7 @@ struct Adam {
   int64_t count;
   const A* lr;
   const double* powers;
-  A beta1, beta2, other1, other2, eps;  // other = 1 - beta
+  A beta1, beta2, one_minus_beta1, one_minus_beta2, eps;
 };
 
 template <int WIDTH, typename A, typename Low>
@@ -33,8 +33,8 @@ __device__ void update(const Adam<A, Low>& adam, int64_t begin) {
   const A step_size = *adam.lr / correction1, root_correction2 = std::sqrt(correction2);
 #pragma unroll
   for (int i = 0; i < WIDTH; ++i) {
-    const A g = grad.value[i], m = exp_avg.value[i] * adam.beta1 + g * adam.other1;
-    const A v = exp_avg_sq.value[i] * adam.beta2 + g * g * adam.other2;
+    const A g = grad.value[i], m = exp_avg.value[i] * adam.beta1 + g * adam.one_minus_beta1;
+    const A v = exp_avg_sq.value[i] * adam.beta2 + g * g * adam.one_minus_beta2;
     exp_avg.value[i] = m;
     exp_avg_sq.value[i] = v;
     param.value[i] -= m / (std::sqrt(v) / root_correction2 + adam.eps) * step_size;
@@ -68,23 +68,23 @@ template <typename A, typename Low>
 void step(const Tensor& param, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& lr,
           const Tensor& powers, double beta1, double beta2, double eps, const std::optional<Tensor>& low) {
   const auto data = [](const Tensor& t) { return static_cast<A*>(t.data_ptr()); };
-  const Adam<A, Low> adam{data(param),
-                          data(exp_avg),
-                          data(exp_avg_sq),
-                          data(grad),
-                          low ? static_cast<Low*>(low->data_ptr()) : nullptr,
-                          param.numel(),
-                          data(lr),
-                          static_cast<const double*>(powers.data_ptr()),
-                          static_cast<A>(beta1),
-                          static_cast<A>(beta2),
-                          static_cast<A>(1 - beta1),
-                          static_cast<A>(1 - beta2),
-                          static_cast<A>(eps)};
+  const Adam<A, Low> adam{.param = data(param),
+                          .exp_avg = data(exp_avg),
+                          .exp_avg_sq = data(exp_avg_sq),
+                          .grad = data(grad),
+                          .low = low ? static_cast<Low*>(low->data_ptr()) : nullptr,
+                          .count = param.numel(),
+                          .lr = data(lr),
+                          .powers = static_cast<const double*>(powers.data_ptr()),
+                          .beta1 = static_cast<A>(beta1),
+                          .beta2 = static_cast<A>(beta2),
+                          .one_minus_beta1 = static_cast<A>(1 - beta1),
+                          .one_minus_beta2 = static_cast<A>(1 - beta2),
+                          .eps = static_cast<A>(eps)};
   const auto launch = [&](auto kernel, int64_t threads) {
     const int64_t blocks = (threads + THREADS - 1) / THREADS;  // a grid has room for 2^31: more than any memory
-    const Launch here(param);
-    kernel<<<static_cast<unsigned>(blocks), THREADS, 0, here.stream>>>(adam);
+    const CurrentStream on(param);
+    kernel<<<static_cast<unsigned>(blocks), THREADS, 0, on.stream>>>(adam);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   };
   if constexpr (std::is_same_v<A, float>) {
@@ -100,34 +100,16 @@ void step(const Tensor& param, const Tensor& grad, const Tensor& exp_avg, const 
 
 void adam_cuda(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, Tensor lr, Tensor powers, double beta1,
                double beta2, double eps, std::optional<Tensor> low_precision) {
-  const ScalarType type = param.scalar_type();
-  const bool is_double = type == ScalarType::Double;
-  const int64_t m = param.numel();
-  FASTP2P_CHECK("adam", is_double || type == ScalarType::Float, "got param ", describe(param),
-                ", expected Float or Double");
-  for (const Tensor& t : {param, grad, exp_avg, exp_avg_sq}) {
-    FASTP2P_CHECK("adam", on_device_of(t, param) && has_shape(t, {m}) && t.is_contiguous() && t.scalar_type() == type,
-                  "got ", describe(t), ", expected contiguous (", m, ") ", type, " on param's GPU");
-  }
+  check_adam(param, grad, exp_avg, exp_avg_sq, lr, powers, low_precision);
+  const bool is_double = param.scalar_type() == ScalarType::Double;
   const bool half = low_precision && low_precision->scalar_type() == ScalarType::Half;
-  FASTP2P_CHECK("adam",
-                !low_precision ||
-                    (on_device_of(*low_precision, param) && has_shape(*low_precision, {m}) &&
-                     low_precision->is_contiguous() && (half || low_precision->scalar_type() == ScalarType::BFloat16)),
-                "got low_precision ", describe(*low_precision), ", expected contiguous (", m,
-                ") BFloat16 or Half on param's GPU");
-  FASTP2P_CHECK("adam",
-                on_device_of(lr, param) && lr.numel() == 1 &&
-                    (lr.scalar_type() == ScalarType::Float || lr.scalar_type() == ScalarType::Double),
-                "got lr ", describe(lr), ", expected () Float on param's GPU");
-  FASTP2P_CHECK("adam",
-                on_device_of(powers, param) && has_shape(powers, {2}) && powers.scalar_type() == ScalarType::Double,
-                "got powers ", describe(powers), ", expected (2) Double on param's GPU");
-  if (m == 0) return;  // a grid has no fewer than one block
-  const auto take = is_double ? (half ? step<double, Half> : step<double, BFloat16>)
-                              : (half ? step<float, Half> : step<float, BFloat16>);
-  take(param, grad, exp_avg, exp_avg_sq, torch::stable::to(lr, type), torch::stable::contiguous(powers), beta1, beta2,
-       eps, low_precision);
+  if (param.numel() == 0) return;  // a grid has no fewer than one block
+  const auto kernel = is_double ? (half ? step<double, Half> : step<double, BFloat16>)
+                                : (half ? step<float, Half> : step<float, BFloat16>);
+  kernel(param, grad, exp_avg, exp_avg_sq, torch::stable::to(lr, param.scalar_type()),
+         torch::stable::contiguous(powers), beta1, beta2, eps, low_precision);
 }
 
 }  // namespace fastp2p
+
+STABLE_TORCH_LIBRARY_IMPL(fastp2p, CUDA, m) { m.impl("adam", TORCH_BOX(&fastp2p::adam_cuda)); }

@@ -6,8 +6,8 @@
 // torch.ops.fastp2p.augment trusts its caller, fastp2p.ops.augment does not.
 #include <limits>
 
+#include "checks.h"
 #include "cuda/launch.h"
-#include "cuda/operators.h"
 
 namespace fastp2p {
 namespace {
@@ -71,63 +71,38 @@ void launch(const Batch<T>& batch, int64_t blocks, cudaStream_t stream) {
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-void check(const Tensor& pairs, const Tensor& index, const Tensor& offset, const Tensor& flip, int64_t crop_size,
-           int64_t input_nc) {
-  FASTP2P_CHECK("augment", pairs.is_cuda() && pairs.dim() == 4 && pairs.scalar_type() == ScalarType::Byte, "got pairs ",
-                describe(pairs), ", expected (P, H, W, C) Byte on a GPU");
-  const int64_t n = index.numel();
-  FASTP2P_CHECK("augment",
-                on_device_of(index, pairs) && has_shape(index, {n}) && index.scalar_type() == ScalarType::Long,
-                "got index ", describe(index), ", expected (N) Long on the GPU of pairs");
-  FASTP2P_CHECK("augment",
-                on_device_of(offset, pairs) && has_shape(offset, {n, 2}) && offset.scalar_type() == ScalarType::Long,
-                "got offset ", describe(offset), ", expected (", n, ", 2) Long on the GPU of pairs");
-  FASTP2P_CHECK("augment", on_device_of(flip, pairs) && has_shape(flip, {n}) && flip.scalar_type() == ScalarType::Bool,
-                "got flip ", describe(flip), ", expected (", n, ") Bool on the GPU of pairs");
-  FASTP2P_CHECK(
-      "augment",
-      crop_size > 0 && crop_size <= std::min(pairs.size(1), pairs.size(2)) && input_nc > 0 && input_nc < pairs.size(3),
-      "got crop_size ", crop_size, ", input_nc ", input_nc, " for pairs ", describe(pairs));
-  FASTP2P_CHECK("augment", n * crop_size <= MOST && crop_size * pairs.size(3) <= MOST, "got ", n, " crops of ",
-                crop_size, " px from pairs ", describe(pairs), ", expected at most ", MOST,
-                " rows, and as many values in a row");
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor> augment_cuda(Tensor pairs, Tensor index, Tensor offset, Tensor flip, int64_t crop_size,
                                         int64_t input_nc, std::optional<ScalarType> dtype) {
-  check(pairs, index, offset, flip, crop_size, input_nc);
+  check_augment(pairs, index, offset, flip, crop_size, input_nc);
   const ScalarType type = dtype.value_or(ScalarType::Float);
   const int64_t n = index.numel(), channels = pairs.size(3);
+  FASTP2P_CHECK("augment", n * crop_size <= MOST && crop_size * channels <= MOST, "got ", n, " crops of ", crop_size,
+                " px from pairs ", describe(pairs), ", expected at most ", MOST, " rows, and as many values in a row");
   Tensor real_A = empty(pairs, {n, input_nc, crop_size, crop_size}, type, MemoryFormat::ChannelsLast);
   Tensor real_B = empty(pairs, {n, channels - input_nc, crop_size, crop_size}, type, MemoryFormat::ChannelsLast);
-  const Tensor dense[] = {torch::stable::contiguous(pairs), torch::stable::contiguous(index),
-                          torch::stable::contiguous(offset), torch::stable::contiguous(flip)};
-  const auto run = [&](auto element) {
+  const Tensor dense_pairs = torch::stable::contiguous(pairs), dense_index = torch::stable::contiguous(index);
+  const Tensor dense_offset = torch::stable::contiguous(offset), dense_flip = torch::stable::contiguous(flip);
+  dispatch(type, "augment", [&](auto element) {
     using T = decltype(element);
-    const Batch<T> batch{static_cast<const uint8_t*>(dense[0].data_ptr()),
-                         static_cast<const int64_t*>(dense[1].data_ptr()),
-                         static_cast<const int64_t*>(dense[2].data_ptr()),
-                         static_cast<const bool*>(dense[3].data_ptr()),
-                         static_cast<T*>(real_A.data_ptr()),
-                         static_cast<T*>(real_B.data_ptr()),
-                         pairs.size(1),
-                         pairs.size(2),
-                         static_cast<unsigned>(crop_size),
-                         static_cast<unsigned>(channels),
-                         static_cast<unsigned>(input_nc)};
-    const Launch here(pairs);
-    if (n > 0) launch(batch, n * crop_size, here.stream);  // a grid has no fewer than one block
-  };
-  switch (type) {
-    case ScalarType::Float: run(float()); break;
-    case ScalarType::BFloat16: run(BFloat16()); break;
-    case ScalarType::Half: run(Half()); break;
-    case ScalarType::Double: run(double()); break;
-    default: fail("augment", "got ", torch::headeronly::toString(type), ", expected Float, BFloat16, Half or Double");
-  }
+    const Batch<T> batch{.pairs = static_cast<const uint8_t*>(dense_pairs.data_ptr()),
+                         .index = static_cast<const int64_t*>(dense_index.data_ptr()),
+                         .offset = static_cast<const int64_t*>(dense_offset.data_ptr()),
+                         .flip = static_cast<const bool*>(dense_flip.data_ptr()),
+                         .real_A = static_cast<T*>(real_A.data_ptr()),
+                         .real_B = static_cast<T*>(real_B.data_ptr()),
+                         .height = pairs.size(1),
+                         .width = pairs.size(2),
+                         .crop_size = static_cast<unsigned>(crop_size),
+                         .channels = static_cast<unsigned>(channels),
+                         .input_nc = static_cast<unsigned>(input_nc)};
+    const CurrentStream on(pairs);
+    if (n > 0) launch(batch, n * crop_size, on.stream);  // a grid has no fewer than one block
+  });
   return {real_A, real_B};
 }
 
 }  // namespace fastp2p
+
+STABLE_TORCH_LIBRARY_IMPL(fastp2p, CUDA, m) { m.impl("augment", TORCH_BOX(&fastp2p::augment_cuda)); }

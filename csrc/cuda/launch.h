@@ -9,17 +9,13 @@
 
 namespace fastp2p {
 
-inline bool on_device_of(const Tensor& t, const Tensor& like) {
-  return t.is_cuda() && t.get_device_index() == like.get_device_index();
-}
-
 // While one lives, its tensor's device is the current one. Not PyTorch's default stream but its current one: that is
 // the one that a CUDA graph is captured on.
-struct Launch {
+struct CurrentStream {
   torch::stable::accelerator::DeviceGuard guard;
   cudaStream_t stream;
 
-  explicit Launch(const Tensor& t) : guard(t.get_device_index()) {
+  explicit CurrentStream(const Tensor& t) : guard(t.get_device_index()) {
     void* current = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &current));
     stream = static_cast<cudaStream_t>(current);

@@ -79,7 +79,7 @@ def _count_versions(name: str) -> None:
 def serve_by_triton(name: str) -> None:
     """Let fastp2p.kernels.NAME.NAME serve CUDA tensors; under TRITON_INTERPRET=1, CPU tensors instead.
 
-    Unless the extension serves them already.
+    Not where the extension serves them already.
 
     A backward operator's launcher lies beside its forward's: X_backward in fastp2p.kernels.X.
 

@@ -5,7 +5,7 @@ import torch
 from on_device import generator
 from torch import Tensor
 
-from fastp2p.ops import norm_act, norm_act_backward_ref, norm_act_ref, norm_stats, norm_stats_ref
+from fastp2p.ops import norm_act, norm_act_backward_ref, norm_act_ref, norm_stats, norm_stats_ref, served_by
 from fastp2p.ops._activation import ACTIVATIONS
 from fastp2p.ops._library import INTERPRETED
 
@@ -296,6 +296,20 @@ def test_twice_the_same_bits():
         [*torch.ops.fastp2p.norm_act(*args), *torch.ops.fastp2p.norm_act_backward(dy, dy2, *args)] for _ in "12"
     )
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.skipif(served_by("norm_act", "cpu") != "C++", reason="C++ does not serve the CPU here")
+def test_gradients_of_the_same_bits_with_any_number_of_threads():
+    args = arguments(4, 64, 32, 32, stat_groups=2)
+    dy, dy2 = gradients(args)
+    n_threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append(torch.ops.fastp2p.norm_act_backward(dy, dy2, *args))
+    finally:
+        torch.set_num_threads(n_threads)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
 def test_float64_is_computed_in_float64():

@@ -4,7 +4,7 @@ from on_device import generator
 from torch import Tensor
 
 from fastp2p.errors import InputError
-from fastp2p.ops import norm_stats, norm_stats_ref
+from fastp2p.ops import norm_stats, norm_stats_ref, served_by
 
 UNIT = torch.finfo(torch.float32).eps / 2  # one rounding
 SHAPES = [(1, 1, 1, 1), (1, 3, 1, 2), (2, 5, 3, 17), (3, 33, 2, 3), (4, 64, 2, 1), (4, 1, 3, 3), (2, 3, 17, 17)]
@@ -103,6 +103,18 @@ def test_float64_is_computed_in_float64():
     for ours, exact in zip(norm_stats(x, stat_groups=2), norm_stats_ref(x, 2), strict=True):
         assert ours.dtype == torch.float64
         torch.testing.assert_close(ours, exact, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.skipif(served_by("norm_stats", "cpu") != "C++", reason="C++ does not serve the CPU here")
+def test_the_same_bits_with_any_number_of_threads():
+    x, n_threads, results = values(4, 64, 64, 64), torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append(norm_stats(x, stat_groups=2))
+    finally:
+        torch.set_num_threads(n_threads)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
 def test_has_no_gradient_of_its_own():

@@ -4,7 +4,7 @@ from on_device import generator
 
 from fastp2p.errors import InputError
 from fastp2p.losses import GANLoss
-from fastp2p.ops import patch_loss, patch_loss_ref
+from fastp2p.ops import patch_loss, patch_loss_ref, served_by
 from fastp2p.ops._library import INTERPRETED
 from fastp2p.ops.patch_loss import KINDS
 
@@ -126,6 +126,18 @@ def test_float64_is_computed_in_float64():
     for ours, exact in zip(patch_loss(x, "bce", target=1.0), patch_loss_ref(x, None, 0, 1.0, 1.0, False), strict=True):
         assert ours.dtype == torch.float64
         torch.testing.assert_close(ours, exact, rtol=1e-13, atol=1e-15)  # dx is a share of the mean, about 1 / 35
+
+
+@pytest.mark.skipif(served_by("patch_loss", "cpu") != "C++", reason="C++ does not serve the CPU here")
+def test_the_same_bits_with_any_number_of_threads():
+    x, n_threads, results = values(4, 3, 128, 128), torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append(patch_loss(x, "square", target=1.0)[0])
+    finally:
+        torch.set_num_threads(n_threads)
+    assert results[0] == results[1] == results[2]
 
 
 def test_twice_the_same_bits():
