@@ -28,7 +28,7 @@ FASTP2P_INLINE void update(const Adam<A, Low>& adam, int64_t begin, int64_t end)
   const A eps = adam.eps, step_size = adam.step_size, root_correction2 = adam.root_correction2;
   const auto updated = [&](int64_t i) __attribute__((always_inline)) {
     const A m = exp_avg[i] * beta1 + grad[i] * one_minus_beta1,
-            v = exp_avg_sq[i] * beta2 + grad[i] * grad[i] * one_minus_beta2;
+            v = exp_avg_sq[i] * beta2 + one_minus_beta2 * grad[i] * grad[i];
     exp_avg[i] = m;
     exp_avg_sq[i] = v;
     return param[i] - m / (std::sqrt(v) / root_correction2 + eps) * step_size;

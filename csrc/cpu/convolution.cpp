@@ -4,6 +4,9 @@
 
 #include "cpu/activation.h"
 
+// The last error's message; PyTorch has it from 2.13 on.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+
 namespace fastp2p {
 
 namespace {
@@ -12,11 +15,18 @@ using Sizes = std::vector<int64_t>;
 using torch::stable::detail::from;
 using torch::stable::detail::to;
 
-// A call of PyTorch's dispatcher, of an operator that returns one tensor.
+// Calls PyTorch's dispatcher, which replaces the arguments on the stack by the results.
+void call_dispatcher(const char* name, const char* overload, StableIValue* stack) {
+  if (torch_call_dispatcher(name, overload, stack, TORCH_ABI_VERSION) == AOTI_TORCH_SUCCESS) return;
+  const bool told = torch_exception_get_what_without_backtrace != nullptr;
+  fail(name, told ? torch_exception_get_what_without_backtrace() : "failed; from PyTorch 2.13 on it is said why");
+}
+
+// Of an operator that returns one tensor.
 template <typename... Args>
 Tensor call_aten(const char* name, const char* overload, const Args&... args) {
   std::array<StableIValue, sizeof...(Args)> stack{from(args)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+  call_dispatcher(name, overload, stack.data());
   return to<Tensor>(stack[0]);
 }
 
@@ -174,8 +184,7 @@ Tensor convolution_dweight(const Tensor& outer, const Tensor& inner, const Windo
                                      from(output_padding),
                                      from(int64_t{1}),
                                      from(mask)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
+  call_dispatcher("aten::convolution_backward", "", stack.data());
   const Tensor dx = to<Tensor>(stack[0]), dweight = to<Tensor>(stack[1]), dbias = to<Tensor>(stack[2]);  // to own them
   return torch::stable::contiguous(dweight, MemoryFormat::ChannelsLast);
 }
@@ -203,13 +212,19 @@ void activate_in_place(const Tensor& out, int64_t activation, double slope, cons
   });
 }
 
+void check_window(const char* operation, const Window& window) {
+  constexpr int64_t MOST = 1 << 30;  // so that no sum of sizes overflows
+  FASTP2P_CHECK(operation, 0 < window.stride && window.stride <= MOST && 0 <= window.padding && window.padding <= MOST,
+                "got stride ", window.stride, ", padding ", window.padding,
+                ", expected at least 1 and 0, at most 2^30");
+}
+
 void check_convolution(const char* operation, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                        const std::optional<Tensor>& gate, const Window& window, int64_t activation, Shape out_shape) {
   check_images(operation, "x", x);
   check_images(operation, "weight", weight);
   check_alike(operation, "weight", weight, x);
-  FASTP2P_CHECK(operation, window.stride > 0 && window.padding >= 0, "got stride ", window.stride, ", padding ",
-                window.padding, ", expected at least 1 and 0");
+  check_window(operation, window);
   FASTP2P_CHECK(operation, is_activation(activation), "got activation ", activation, ", expected 0 to 3");
   FASTP2P_CHECK(operation, std::all_of(out_shape.begin(), out_shape.end(), [](int64_t size) { return size > 0; }),
                 "got x ", describe(x), ", weight ", describe(weight), ", expected something to be left of the image");

@@ -18,6 +18,19 @@ struct Window {
     const int64_t room = size + 2 * padding - kernel;
     return room < 0 ? 0 : room / stride + 1;
   }
+
+  // Whether each tap of the kernel's side meets a pixel of the image's side somewhere, and not padding alone.
+  bool every_tap_meets_a_pixel(int64_t size, int64_t kernel) const {
+    for (int64_t tap = 0; tap < kernel; ++tap) {
+      bool meets = false;
+      for (int64_t i = 0; i < output_size(size, kernel) && !meets; ++i) {
+        const int64_t place = i * stride - padding + tap;
+        meets = 0 <= place && place < size;
+      }
+      if (!meets) return false;
+    }
+    return true;
+  }
 };
 
 enum class Direction { DOWN, UP, WGRAD };
@@ -61,6 +74,9 @@ Tensor convolution_dweight(const Tensor& outer, const Tensor& inner, const Windo
 
 // out = act(out), or with a gate out * act'(gate), in place; out is channels_last.
 void activate_in_place(const Tensor& out, int64_t activation, double slope, const std::optional<Tensor>& gate);
+
+// Raises unless the window is possible; before output_size, which divides by the stride.
+void check_window(const char* operation, const Window& window);
 
 // Raises unless the tensors go together and something is left of the images.
 void check_convolution(const char* operation, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,

@@ -11,7 +11,7 @@ std::tuple<Tensor, Tensor, Tensor> down_cpu(Tensor x, Tensor weight, std::option
   FASTP2P_CHECK("down", x.dim() == 4 && weight.dim() == 4 && x.size(1) == weight.size(1), "got x ", describe(x),
                 ", weight ", describe(weight), ", expected (N, C, H, W) and (O, C, KH, KW)");
   const Window window{weight.size(2), weight.size(3), stride, padding};
-  FASTP2P_CHECK("down", stride > 0, "got stride ", stride, ", expected at least 1");  // output_size divides by it
+  check_window("down", window);
   const int64_t n = x.size(0), channels = weight.size(0);
   const int64_t height = window.output_size(x.size(2), window.height),
                 width = window.output_size(x.size(3), window.width);

@@ -144,7 +144,7 @@ FASTP2P_INLINE void forward_rows(const Forward<T>& pass, int64_t group, int64_t 
       const int64_t n = std::min(BLOCK, channels - c0);
       const Block<T, V> block(norm, group, row, c0);
       T* __restrict y = pass.y + row * channels + c0;
-      T* __restrict y2 = pass.y2 + row * channels + c0;
+      T* __restrict y2 = V::second ? pass.y2 + row * channels + c0 : nullptr;
 #pragma GCC ivdep
       for (int64_t c = 0; c < n; ++c) {
 #pragma GCC unroll 4
@@ -230,6 +230,7 @@ struct InputGradient {
   using A = Wide<T>;
   const Backward<T>& pass;
   std::vector<A> constant, linear;  // (groups, channels)
+  bool fixed_stats;                 // then dx = dz * scale, also where a pixel is infinite
   T* dx;
 };
 
@@ -238,6 +239,7 @@ FASTP2P_INLINE void input_gradient_rows(const InputGradient<T>& out, int64_t gro
   using A = Wide<T>;
   const Backward<T>& pass = out.pass;
   const int64_t channels = pass.norm.channels, offset = pass.norm.first_row(group);
+  const bool fixed_stats = out.fixed_stats;
   for_rows(pass.norm, pass.dy2.has_value(), offset + begin, offset + end,
            [&](auto variant, int64_t row) __attribute__((always_inline)) {
     using V = decltype(variant);
@@ -251,8 +253,8 @@ FASTP2P_INLINE void input_gradient_rows(const InputGradient<T>& out, int64_t gro
       for (int64_t c = 0; c < n; ++c) {
 #pragma GCC unroll 4
         for (int r = 0; r < V::rows; ++r) {
-          dx[r * channels + c] =
-              narrow<T>(block.dz(r, c) * block.scale[c] - constant[c] - block.deviation(r, c) * linear[c]);
+          const A through_stats = constant[c] + block.deviation(r, c) * linear[c];
+          dx[r * channels + c] = narrow<T>(block.dz(r, c) * block.scale[c] - (fixed_stats ? A{0} : through_stats));
         }
       }
     }
@@ -277,13 +279,12 @@ INSTANTIATE(, double)
 
 // From the sums over rows: dx's coefficients for each group and channel, dweight and dbias.
 template <typename T>
-void finish_sums(const std::vector<double>& row_sums, bool fixed_stats, InputGradient<T>& out, Wide<T>* dweight,
-                 Wide<T>* dbias) {
+void finish_sums(const std::vector<double>& row_sums, InputGradient<T>& out, Wide<T>* dweight, Wide<T>* dbias) {
   using A = Wide<T>;
   const Norm<T>& norm = out.pass.norm;
   const int64_t channels = norm.x.channels;
   std::vector<double> totals(2 * channels);
-  const double per_value = fixed_stats ? 0 : 1.0 / static_cast<double>(norm.rows * norm.repeats);
+  const double per_value = 1.0 / static_cast<double>(norm.rows * norm.repeats);
   for (int64_t group = 0; group < norm.groups; ++group) {
     std::vector<double> sums(2 * channels);  // of dz and dz * (x - mean), the repeats together
     const double* row_sum = row_sums.data() + 2 * group * norm.channels;
@@ -326,6 +327,7 @@ void check(const char* operation, const Inputs& in) {
   FASTP2P_CHECK(operation, is_activation(in.activation) && (in.second == -1 || is_activation(in.second)),
                 "got activation ", in.activation, ", second ", in.second, ", expected 0 to 3, -1 to 3");
   FASTP2P_CHECK(operation, in.dropout >= 0 && in.dropout < 1, "got dropout ", in.dropout, ", expected 0 to below 1");
+  FASTP2P_CHECK(operation, 0 <= in.layer && in.layer <= 0xFFFFFFFF, "got layer ", in.layer, ", expected 0 to 2^32 - 1");
 }
 
 void check_gradient(const char* name, const Tensor& gradient, const Tensor& x) {
@@ -377,8 +379,9 @@ std::tuple<Tensor, Tensor, Tensor> norm_act_backward_cpu(Tensor dy, std::optiona
     InputGradient<T> out{.pass = pass,
                          .constant = std::vector<A>(norm.mean.size()),
                          .linear = std::vector<A>(norm.mean.size()),
+                         .fixed_stats = fixed_stats,
                          .dx = static_cast<T*>(dx.data_ptr())};
-    finish_sums(row_sums, fixed_stats, out, static_cast<A*>(dweight.data_ptr()), static_cast<A*>(dbias.data_ptr()));
+    finish_sums(row_sums, out, static_cast<A*>(dweight.data_ptr()), static_cast<A*>(dbias.data_ptr()));
     norm.tasks().run([&](int64_t, int64_t group, int64_t begin, int64_t end) { run(out, group, begin, end); });
   });
   return {dx, dweight, dbias};

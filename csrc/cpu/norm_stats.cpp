@@ -37,13 +37,17 @@ FASTP2P_INLINE void task_stats(const Pixels& x, int64_t begin, int64_t end, doub
         for (int64_t c = 0; c < n; ++c) total[c] += part[c];
       }
     };
-    add_rows(sum, [](A value, int64_t) __attribute__((always_inline)) { return value; });
+    const T* origin = x.data<T>() + begin * x.stride + c0;  // values minus the first one: small where the mean is large
+    A first[BLOCK];
+    for (int64_t c = 0; c < n; ++c) first[c] = widen(origin[c]);
+    add_rows(sum, [&](A value, int64_t c) __attribute__((always_inline)) { return value - first[c]; });
     const double count = static_cast<double>(end - begin), per_row = 1 / count;
-    for (int64_t c = 0; c < n; ++c) mean[c] = static_cast<A>(sum[c] * per_row);
+    for (int64_t c = 0; c < n; ++c) mean[c] = static_cast<A>(first[c] + sum[c] * per_row);
     add_rows(m2,
              [&](A value, int64_t c) __attribute__((always_inline)) { return (value - mean[c]) * (value - mean[c]); });
     for (int64_t c = 0; c < n; ++c) {
-      const double exact = sum[c] * per_row, correction = exact - mean[c];  // the deviations were from the rounded mean
+      const double exact = first[c] + sum[c] * per_row,
+                   correction = exact - mean[c];  // the deviations were from the rounded mean
       out[c0 + c] = exact;
       out[x.channels + c0 + c] = std::max(0.0, m2[c] - count * correction * correction);
     }

@@ -14,7 +14,7 @@ FASTP2P_INLINE A pointwise(A x, A t, A& slope) {
   if constexpr (KIND == BCE) {
     const A e = std::exp(-std::abs(x));
     slope = (x >= 0 ? 1 / (1 + e) : e / (1 + e)) - t;
-    return (x <= 0 ? A{0} : x) - x * t + std::log1p(e);
+    return (1 - t) * x + (x >= 0 ? A{0} : -x) + std::log1p(e);  // in this form also for an infinite x
   } else if constexpr (KIND == SQUARE) {
     slope = 2 * (x - t);
     return (x - t) * (x - t);

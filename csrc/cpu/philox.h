@@ -28,6 +28,10 @@ struct Dropout {
   // factors[i] = 0 where element + i is dropped, else 1 / (1 - probability); elements counted in NHWC order.
   template <typename A>
   FASTP2P_INLINE void factors(int64_t element, int64_t n, A* out) const {
+    if (probability == 0) {
+      std::fill(out, out + n, A{1});
+      return;
+    }
     const auto k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
     const auto drop_below = static_cast<uint64_t>(std::nearbyint(probability * 4294967296.0));
     const A kept = static_cast<A>(1 / (1 - probability));

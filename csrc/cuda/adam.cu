@@ -34,7 +34,7 @@ __device__ void update(const Adam<A, Low>& adam, int64_t begin) {
 #pragma unroll
   for (int i = 0; i < WIDTH; ++i) {
     const A g = grad.value[i], m = exp_avg.value[i] * adam.beta1 + g * adam.one_minus_beta1;
-    const A v = exp_avg_sq.value[i] * adam.beta2 + g * g * adam.one_minus_beta2;
+    const A v = exp_avg_sq.value[i] * adam.beta2 + adam.one_minus_beta2 * g * g;
     exp_avg.value[i] = m;
     exp_avg_sq.value[i] = v;
     param.value[i] -= m / (std::sqrt(v) / root_correction2 + adam.eps) * step_size;

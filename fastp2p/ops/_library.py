@@ -71,7 +71,8 @@ def _count_versions(name: str) -> None:
     def count(keyset: Any, *args: Any) -> Any:
         tensors = [args[i] for i in changed if i < len(args) and args[i] is not None]
         torch.autograd.graph.increment_version(tensors)
-        return operator.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+        with torch._C._AutoDispatchBelowAutograd():  # what the kernel calls is not to be differentiated either
+            return operator.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
 
     LIBRARY.impl(name, count, "ADInplaceOrView", with_keyset=True)
 

@@ -81,6 +81,18 @@ def test_weights_that_are_not_channels_last(algorithm: str):
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_taps_that_meet_padding_alone(algorithm: str):
+    """oneDNN leaves their bfloat16 gradients uninitialised: the matrix product takes over, and they are 0."""
+    for (c, h, w), (kh, kw), stride in (((5, 2, 1), (4, 3), 2), ((33, 1, 1), (4, 3), 3), ((33, 17, 2), (4, 4), 3)):
+        inner = random(2, c, h, w, dtype=torch.bfloat16)
+        outer = random(2, 7, (h + 4 - kh) // stride + 1, (w + 4 - kw) // stride + 1, dtype=torch.bfloat16)
+        with convolution_on_the_cpu(algorithm):
+            dweight = wgrad(outer, inner, kernel_size=(kh, kw), stride=stride, padding=2)
+        exact = conv2d_weight(inner.double(), dweight.shape, outer.double(), stride, 2)
+        torch.testing.assert_close(dweight.double(), exact, rtol=2**-8, atol=1e-4)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_autocast_does_not_reach_inside(algorithm: str):
     """torch.ops.fastp2p computes in the dtype it is given; the public functions cast."""
     large, small, weight = operands(SHAPES[1], torch.float32)

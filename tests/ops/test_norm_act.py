@@ -298,6 +298,15 @@ def test_twice_the_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+def test_fixed_statistics_keep_an_infinite_pixel_to_itself():
+    args = list(arguments(2, 3, 4, 4, weight=False, bias=False, second=None, fixed_stats=True))
+    args[0][0, 1, 2, 3] = torch.inf
+    dy = torch.ones_like(args[0])
+    dx, *_ = torch.ops.fastp2p.norm_act_backward(dy, None, *args)
+    torch.testing.assert_close(dx, norm_act_backward_ref(dy, None, *args)[0])
+    assert dx.isfinite().all()
+
+
 @pytest.mark.skipif(served_by("norm_act", "cpu") != "C++", reason="C++ does not serve the CPU here")
 def test_gradients_of_the_same_bits_with_any_number_of_threads():
     args = arguments(4, 64, 32, 32, stat_groups=2)

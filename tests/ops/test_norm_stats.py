@@ -106,6 +106,17 @@ def test_float64_is_computed_in_float64():
 
 
 @pytest.mark.skipif(served_by("norm_stats", "cpu") != "C++", reason="C++ does not serve the CPU here")
+@pytest.mark.parametrize("mean", [1.0, 100.0])
+def test_a_spread_far_smaller_than_the_mean(mean: float):
+    """float32 stores the values to 4e-6 of a spread of 1e-3 around 100; a dozen roundings of the values stored."""
+    x = (mean + 1e-3 * values(3, 257, 17, 2)).contiguous(memory_format=torch.channels_last)
+    for stat_groups in (1, 3):
+        _, var = norm_stats(x, stat_groups=stat_groups)
+        _, exact = norm_stats_ref(x.double(), stat_groups)
+        torch.testing.assert_close(var.double(), exact, rtol=1e-6, atol=0)
+
+
+@pytest.mark.skipif(served_by("norm_stats", "cpu") != "C++", reason="C++ does not serve the CPU here")
 def test_the_same_bits_with_any_number_of_threads():
     x, n_threads, results = values(4, 64, 64, 64), torch.get_num_threads(), []
     try:

@@ -83,6 +83,17 @@ def test_twice_the_same_bits():
     assert torch.equal(first.low_precision, second.low_precision)
 
 
+@pytest.mark.parametrize("name", ["outer", "inner", "param"])
+def test_inputs_that_require_a_gradient(name: str):
+    """In grad mode too the step is no part of the graph."""
+    state, same = (State(SHAPES[0], torch.float32) for _ in range(2))
+    getattr(state, name).requires_grad_()
+    state.fused()
+    same.fused()
+    assert state.param.grad_fn is None
+    assert torch.equal(state.param, same.param)
+
+
 def test_autograd_sees_the_change():
     state = State(SHAPES[0], torch.float32)
     version = state.param._version
