@@ -234,12 +234,11 @@ struct InputGradient {
   T* dx;
 };
 
-template <typename T>
+template <bool FIXED_STATS, typename T>
 FASTP2P_INLINE void input_gradient_rows(const InputGradient<T>& out, int64_t group, int64_t begin, int64_t end) {
   using A = Wide<T>;
   const Backward<T>& pass = out.pass;
   const int64_t channels = pass.norm.channels, offset = pass.norm.first_row(group);
-  const bool fixed_stats = out.fixed_stats;
   for_rows(pass.norm, pass.dy2.has_value(), offset + begin, offset + end,
            [&](auto variant, int64_t row) __attribute__((always_inline)) {
     using V = decltype(variant);
@@ -253,8 +252,9 @@ FASTP2P_INLINE void input_gradient_rows(const InputGradient<T>& out, int64_t gro
       for (int64_t c = 0; c < n; ++c) {
 #pragma GCC unroll 4
         for (int r = 0; r < V::rows; ++r) {
-          const A through_stats = constant[c] + block.deviation(r, c) * linear[c];
-          dx[r * channels + c] = narrow<T>(block.dz(r, c) * block.scale[c] - (fixed_stats ? A{0} : through_stats));
+          A value = block.dz(r, c) * block.scale[c];
+          if constexpr (!FIXED_STATS) value -= constant[c] + block.deviation(r, c) * linear[c];
+          dx[r * channels + c] = narrow<T>(value);
         }
       }
     }
@@ -269,7 +269,8 @@ FASTP2P_INLINE void input_gradient_rows(const InputGradient<T>& out, int64_t gro
     sum_rows(pass, group, begin, end, sums);                                                          \
   }                                                                                                   \
   CLONES void run(const InputGradient<T>& pass, int64_t group, int64_t begin, int64_t end) {          \
-    input_gradient_rows(pass, group, begin, end);                                                     \
+    if (pass.fixed_stats) return input_gradient_rows<true>(pass, group, begin, end);                  \
+    input_gradient_rows<false>(pass, group, begin, end);                                              \
   }
 INSTANTIATE(FASTP2P_CLONES, float)
 INSTANTIATE(FASTP2P_CLONES, BFloat16)
