@@ -1,11 +1,11 @@
 """Builds fastp2p._C from csrc/ on PyTorch's stable ABI; everything else is in pyproject.toml.
 
-FASTP2P_BUILD says what to build: "cpu"; "cuda", the CUDA kernels as well (TORCH_CUDA_ARCH_LIST chooses the GPUs; where
-none is seen, sm_75 to sm_120); "none"; or "auto", the default: "cuda" if nvcc and a CUDA build of PyTorch are
-found, else "cpu", and without a C++ compiler "none", with a warning."""
+FASTP2P_BUILD=cpu; cuda, the CUDA kernels too (for TORCH_CUDA_ARCH_LIST, or with no GPU here sm_75 to sm_120); none; or
+auto: cuda with nvcc and a CUDA build of PyTorch, else cpu; without a C++ compiler none, with a warning (see pip -v)."""
 
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def what_to_build() -> str:
         sys.exit(f"FASTP2P_BUILD: got {build!r}, expected auto, cpu, cuda or none")
     nvcc = cpp_extension.CUDA_HOME is not None and cpp_extension.torch.version.cuda is not None
     if build == "cuda" and not nvcc:
-        sys.exit("FASTP2P_BUILD=cuda needs nvcc (CUDA_HOME) and a CUDA build of PyTorch; one of them is missing")
+        sys.exit(f"FASTP2P_BUILD=cuda needs a CUDA build of PyTorch and nvcc; CUDA_HOME is {cpp_extension.CUDA_HOME}")
     compiler = cpp_extension.get_cxx_compiler().split()[0]
     if build != "none" and shutil.which(compiler) is None:
         if build != "auto":
@@ -39,7 +39,7 @@ class BuildExtension(cpp_extension.BuildExtension):
     def build_extensions(self) -> None:
         try:
             super().build_extensions()
-        except (RuntimeError, errors.CompileError, errors.LinkError) as error:
+        except (RuntimeError, OSError, subprocess.SubprocessError, errors.CompileError, errors.LinkError) as error:
             sys.exit(f"{error}: the reason is above. FASTP2P_BUILD=none installs fastp2p without its C++ kernels.")
 
 

@@ -18,8 +18,8 @@ ALGORITHMS = ("direct", "gemm", "auto")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="default float32")
+    parser.add_argument("--batch", type=int, default=1, help="images; default 1")
     args = parser.parse_args()
     layers = convolved_layers(args.batch, getattr(torch, args.dtype))
     print(f"{'layer':<34}{'direction':<18}" + "".join(f"{name + ' ms':>12}" for name in ALGORITHMS))

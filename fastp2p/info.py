@@ -25,7 +25,7 @@ def info() -> str:
         f"cores        {os.cpu_count()}, CPU capability {torch.backends.cpu.get_cpu_capability()}",
         f"C++ kernels  {describe_extension()}",
         f"CUDA         {torch.version.cuda or 'not in this PyTorch'}",
-        "engine       reference: plain PyTorch autograd",
+        "engine       reference: plain PyTorch autograd; of the operators below fastp2p train uses augment alone",
         "",
         f"{'operator':<19}served on {device.type} by",
         *(f"{name:<19}{ops.served_by(name, device.type)}" for name in ops.operators()),

@@ -298,10 +298,9 @@ class Run:
         if best:
             state.best_val_L1 = means["L1"]
             save_generator(self.folder / "netG_best.safetensors", state.netG.state_dict(), self.spec())
-        self.say(
-            f"step {state.step}: val L1 {means['L1']:.4f}{' (best)' if best else ''}, PSNR {means['PSNR']:.2f} dB, "
-            f"SSIM {means['SSIM']:.4f}; {self.reading}"
-        )
+        scores = f"PSNR {means['PSNR']:.2f} dB, SSIM {means['SSIM']:.4f}"
+        reading = f"; {self.reading}" if self.reading else ""
+        self.say(f"step {state.step}: val L1 {means['L1']:.4f}{' (best)' if best else ''}, {scores}{reading}")
 
     @untimed
     def panel(self) -> None:

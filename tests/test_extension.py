@@ -69,7 +69,7 @@ print(ops.served_by("norm_stats", "cpu"), *ops.norm_stats(torch.ones(1, 1, 2, 2)
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stderr.count("UserWarning: ") == 1
     assert "UserWarning: fastp2p's C++ kernels: it does not load with torch " in done.stderr
-    assert "; build it again: pip install " in done.stderr
+    assert "; build it again: pip install --no-build-isolation " in done.stderr
     extension, served = done.stdout.splitlines()
     assert extension.startswith("none: it does not load with torch ")
     assert served == "reference (PyTorch) tensor([[1.]]) tensor([[0.]])"
@@ -78,7 +78,7 @@ print(ops.served_by("norm_stats", "cpu"), *ops.norm_stats(torch.ones(1, 1, 2, 2)
 @pytest.mark.parametrize(
     ("compiler", "words"),
     [
-        ("python", "it was not built: FASTP2P_BUILD=none, or "),
+        ("python", "they were not built (FASTP2P_BUILD=none, or no C++ compiler at the time); to build them: "),
         ("no-c++", "there is no C++ compiler (no-c++); install "),
     ],
 )
@@ -90,7 +90,7 @@ def test_why_it_is_missing_and_what_to_do(monkeypatch: pytest.MonkeyPatch, compi
     why = _extension._load()
     assert why is not None
     assert why.startswith(words)
-    assert re.search(r": pip install (--editable )?\S+$", why)
+    assert re.search(r": pip install --no-build-isolation (--editable )?\S+$", why)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_the_command_that_installs_it_again(monkeypatch: pytest.MonkeyPatch, ori
             return None if origin is None else json.dumps(origin)
 
     monkeypatch.setattr(_extension.importlib.metadata, "distribution", lambda name: Distribution())
-    assert _extension._reinstall() == f"pip install {command}"
+    assert _extension._reinstall() == f"pip install --no-build-isolation {command}"
 
 
 def test_cmake_compiles_what_setup_py_does(tmp_path: Path):

@@ -117,7 +117,7 @@ def test_without_a_compiler(checkout: Path, python: Path, aligned: Path, tmp_pat
     (tools / "python3").symlink_to(python)
     said = install(python, "--verbose", checkout, cwd=tmp_path, PATH=str(tools))
     assert said.count("warning: no C++ compiler (c++): fastp2p installs without its C++ kernels") == 1
-    why = f"there is no C++ compiler (c++); install one, then: pip install {checkout}"
+    why = f"there is no C++ compiler (c++); install one, then: pip install --no-build-isolation {checkout}"
     report = info(python, tmp_path, PATH=str(tools))
     assert f"\nC++ kernels  none: {why}\n" in report
     assert re.search(r"^norm_act +reference \(PyTorch\)$", report, re.MULTILINE) or torch.cuda.is_available()
@@ -148,7 +148,7 @@ esac
     ("environment", "message"),
     [
         ({"FASTP2P_BUILD": "gpu"}, "FASTP2P_BUILD: got 'gpu', expected auto, cpu, cuda or none"),
-        ({"FASTP2P_BUILD": "cuda"}, "FASTP2P_BUILD=cuda needs nvcc (CUDA_HOME) and a CUDA build of PyTorch"),
+        ({"FASTP2P_BUILD": "cuda"}, "FASTP2P_BUILD=cuda needs a CUDA build of PyTorch and nvcc; CUDA_HOME is "),
         ({"FASTP2P_BUILD": "cpu", "CXX": "no-c++"}, "FASTP2P_BUILD=cpu needs a C++ compiler; no-c++ ($CXX, or c++) is"),
     ],
 )

@@ -26,7 +26,9 @@ def _load() -> str | None:
         compiler = os.environ.get("CXX", "c++").split()[0]
         if shutil.which(compiler) is None:
             return f"there is no C++ compiler ({compiler}); install one, then: {_reinstall()}"
-        return f"it was not built: FASTP2P_BUILD=none, or there was no C++ compiler then; now: {_reinstall()}"
+        return (
+            f"they were not built (FASTP2P_BUILD=none, or no C++ compiler at the time); to build them: {_reinstall()}"
+        )
     try:
         importlib.import_module("fastp2p._C")
     except ImportError as error:
@@ -40,9 +42,9 @@ def _reinstall() -> str:
     """The command that installs fastp2p again from the folder it came from, as pip noted it (PEP 610)."""
     origin = json.loads(importlib.metadata.distribution("fastp2p").read_text("direct_url.json") or "{}")
     if "dir_info" not in origin:  # a wheel, from wherever
-        return "pip install SOURCE_FOLDER"
+        return "pip install --no-build-isolation SOURCE_FOLDER"
     editable = "--editable " if origin["dir_info"].get("editable") else ""
-    return f"pip install {editable}{shlex.quote(unquote(origin['url'].removeprefix('file://')))}"
+    return f"pip install --no-build-isolation {editable}{shlex.quote(unquote(origin['url'].removeprefix('file://')))}"
 
 
 WHY_ABSENT = _load()

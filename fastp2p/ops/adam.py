@@ -75,6 +75,9 @@ def adam(
     Raises:
         InputError: on a wrong dtype, shape, stride or device.
     """
+    for name, scalar in {"lr": lr, "powers": powers}.items():
+        if not isinstance(scalar, Tensor):
+            raise InputError(f"adam: got {name} {scalar!r}, expected a tensor: it lives on param's device")
     m = param.numel()
     buffers = {"param": param, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     for name, tensor in buffers.items():

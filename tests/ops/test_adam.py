@@ -167,6 +167,7 @@ def test_every_configuration():
         ("exp_avg", torch.zeros(20)[::2], r"strides \(2,\)"),
         ("param", torch.zeros(()), r"got param \(\) float32"),
         ("lr", torch.zeros(1), r"got lr \(1,\) float32"),
+        ("lr", 1e-3, "got lr 0.001, expected a tensor"),
         ("powers", torch.zeros(2), r"powers \(2,\) float32"),
         ("low_precision", torch.zeros(10), "expected contiguous .* bfloat16 or float16"),
         ("exp_avg_sq", torch.zeros(10, device="meta"), "got tensors on .*, meta; expected one device"),
