@@ -10,9 +10,12 @@ CSRC := $(shell find csrc -name '*.*')
 train: .venv/installed
 	$(BIN)/fastp2p train
 
+# Interpreted kernels keep one core busy each, so two processes share those tests.
+INTERPRETED := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ops --numprocesses 2
+
 test: lint
 	$(BIN)/python -m pytest -m "not slow"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops -m "not slow"
+	$(INTERPRETED) -m "not slow"
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -23,7 +26,7 @@ lint: .venv/installed
 # Everything, with what make test leaves out for time.
 proof: compile-check
 	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops
+	$(INTERPRETED)
 
 # The operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer, on a build of its own: needs gcc and cmake.
 # The sanitizers' libraries come before python's, and libstdc++ with them: they look for what throws as they start.
