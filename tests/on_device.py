@@ -1,6 +1,7 @@
 """Tests of operators run on either device: pytest --device cpu (plain or interpreted kernels) or --device cuda."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -74,6 +75,18 @@ def kernels_serve() -> bool:
 
 def _served_by_triton(device_type: str) -> bool:
     return ops.served_by("down", device_type).startswith("Triton")
+
+
+def with_threads(function: Callable[[], Any]) -> list[Any]:
+    """What a function gives with 1, 2 and 3 threads."""
+    n_threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append(function())
+    finally:
+        torch.set_num_threads(n_threads)
+    return results
 
 
 def generator(seed: int) -> torch.Generator:

@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 import torch
-from on_device import generator
+from on_device import generator, with_threads
 from torch import Tensor
 
 from fastp2p.ops import norm_act, norm_act_backward_ref, norm_act_ref, norm_stats, norm_stats_ref, served_by
@@ -311,13 +311,7 @@ def test_fixed_statistics_keep_an_infinite_pixel_to_itself():
 def test_gradients_of_the_same_bits_with_any_number_of_threads():
     args = arguments(4, 64, 32, 32, stat_groups=2)
     dy, dy2 = gradients(args)
-    n_threads, results = torch.get_num_threads(), []
-    try:
-        for n in (1, 2, 3):
-            torch.set_num_threads(n)
-            results.append(torch.ops.fastp2p.norm_act_backward(dy, dy2, *args))
-    finally:
-        torch.set_num_threads(n_threads)
+    results = with_threads(lambda: torch.ops.fastp2p.norm_act_backward(dy, dy2, *args))
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 

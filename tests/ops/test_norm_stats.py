@@ -1,6 +1,6 @@
 import pytest
 import torch
-from on_device import generator
+from on_device import generator, with_threads
 from torch import Tensor
 
 from fastp2p.errors import InputError
@@ -118,13 +118,8 @@ def test_a_spread_far_smaller_than_the_mean(mean: float):
 
 @pytest.mark.skipif(served_by("norm_stats", "cpu") != "C++", reason="C++ does not serve the CPU here")
 def test_the_same_bits_with_any_number_of_threads():
-    x, n_threads, results = values(4, 64, 64, 64), torch.get_num_threads(), []
-    try:
-        for n in (1, 2, 3):
-            torch.set_num_threads(n)
-            results.append(norm_stats(x, stat_groups=2))
-    finally:
-        torch.set_num_threads(n_threads)
+    x = values(4, 64, 64, 64)
+    results = with_threads(lambda: norm_stats(x, stat_groups=2))
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from on_device import generator
+from on_device import generator, with_threads
 
 from fastp2p.errors import InputError
 from fastp2p.losses import GANLoss
@@ -130,13 +130,8 @@ def test_float64_is_computed_in_float64():
 
 @pytest.mark.skipif(served_by("patch_loss", "cpu") != "C++", reason="C++ does not serve the CPU here")
 def test_the_same_bits_with_any_number_of_threads():
-    x, n_threads, results = values(4, 3, 128, 128), torch.get_num_threads(), []
-    try:
-        for n in (1, 2, 3):
-            torch.set_num_threads(n)
-            results.append(patch_loss(x, "square", target=1.0)[0])
-    finally:
-        torch.set_num_threads(n_threads)
+    x = values(4, 3, 128, 128)
+    results = with_threads(lambda: patch_loss(x, "square", target=1.0)[0])
     assert results[0] == results[1] == results[2]
 
 
