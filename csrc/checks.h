@@ -1,4 +1,4 @@
-// Checks that an operator's CPU and CUDA kernels share.
+// What an operator's CPU and CUDA kernels share: checks, results, and the types of which they are compiled.
 #pragma once
 
 #include "common.h"
@@ -42,6 +42,23 @@ inline void check_augment(const Tensor& pairs, const Tensor& index, const Tensor
       crop_size > 0 && crop_size <= std::min(pairs.size(1), pairs.size(2)) && input_nc > 0 && input_nc < pairs.size(3),
       "got crop_size ", crop_size, ", input_nc ", input_nc, " for pairs ", describe(pairs),
       ", expected a crop no larger than the pairs, and channels left for both A and B");
+}
+
+// real_A and real_B of augment, to be filled.
+inline std::tuple<Tensor, Tensor> empty_crops(const Tensor& pairs, int64_t n, int64_t crop_size, int64_t input_nc,
+                                              ScalarType type) {
+  const auto batch = [&](int64_t channels) {
+    return empty(pairs, {n, channels, crop_size, crop_size}, type, MemoryFormat::ChannelsLast);
+  };
+  return {batch(input_nc), batch(pairs.size(3) - input_nc)};
+}
+
+// Calls f with values of the parameters' type and of the low-precision weights', bfloat16 where there are none.
+template <typename F>
+void dispatch_adam(const Tensor& param, const std::optional<Tensor>& low_precision, const F& f) {
+  const bool half = low_precision && low_precision->scalar_type() == ScalarType::Half;
+  if (param.scalar_type() == ScalarType::Double) return half ? f(double(), Half()) : f(double(), BFloat16());
+  half ? f(float(), Half()) : f(float(), BFloat16());
 }
 
 }  // namespace fastp2p

@@ -76,12 +76,11 @@ void step(const Tensor& param, const Tensor& grad, const Tensor& exp_avg, const 
 void adam_cpu(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, Tensor lr, Tensor powers, double beta1,
               double beta2, double eps, std::optional<Tensor> low_precision) {
   check_adam(param, grad, exp_avg, exp_avg_sq, lr, powers, low_precision);
-  const bool is_double = param.scalar_type() == ScalarType::Double;
-  const bool half = low_precision && low_precision->scalar_type() == ScalarType::Half;
   const double rate = lr.scalar_type() == ScalarType::Double ? values<double>(lr)[0] : values<float>(lr)[0];
-  const auto kernel = is_double ? (half ? step<double, Half> : step<double, BFloat16>)
-                                : (half ? step<float, Half> : step<float, BFloat16>);
-  kernel(param, grad, exp_avg, exp_avg_sq, rate, values<double>(powers), beta1, beta2, eps, low_precision);
+  dispatch_adam(param, low_precision, [&](auto wide, auto low) {
+    step<decltype(wide), decltype(low)>(param, grad, exp_avg, exp_avg_sq, rate, values<double>(powers), beta1, beta2,
+                                        eps, low_precision);
+  });
 }
 
 }  // namespace fastp2p

@@ -62,8 +62,7 @@ std::tuple<Tensor, Tensor> augment_cpu(Tensor pairs, Tensor index, Tensor offset
   check_crops(pairs, index, offset, crop_size);
   const ScalarType type = dtype.value_or(ScalarType::Float);
   const int64_t n = index.numel(), channels = pairs.size(3);
-  Tensor real_A = empty(pairs, {n, input_nc, crop_size, crop_size}, type, MemoryFormat::ChannelsLast);
-  Tensor real_B = empty(pairs, {n, channels - input_nc, crop_size, crop_size}, type, MemoryFormat::ChannelsLast);
+  const auto [real_A, real_B] = empty_crops(pairs, n, crop_size, input_nc, type);
   const Tensor dense_pairs = torch::stable::contiguous(pairs), dense_index = torch::stable::contiguous(index);
   const Tensor dense_offset = torch::stable::contiguous(offset), dense_flip = torch::stable::contiguous(flip);
   dispatch(type, "augment", [&](auto element) {

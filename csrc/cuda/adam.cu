@@ -101,13 +101,12 @@ void step(const Tensor& param, const Tensor& grad, const Tensor& exp_avg, const 
 void adam_cuda(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, Tensor lr, Tensor powers, double beta1,
                double beta2, double eps, std::optional<Tensor> low_precision) {
   check_adam(param, grad, exp_avg, exp_avg_sq, lr, powers, low_precision);
-  const bool is_double = param.scalar_type() == ScalarType::Double;
-  const bool half = low_precision && low_precision->scalar_type() == ScalarType::Half;
   if (param.numel() == 0) return;  // a grid has no fewer than one block
-  const auto kernel = is_double ? (half ? step<double, Half> : step<double, BFloat16>)
-                                : (half ? step<float, Half> : step<float, BFloat16>);
-  kernel(param, grad, exp_avg, exp_avg_sq, torch::stable::to(lr, param.scalar_type()),
-         torch::stable::contiguous(powers), beta1, beta2, eps, low_precision);
+  const Tensor rate = torch::stable::to(lr, param.scalar_type()), dense_powers = torch::stable::contiguous(powers);
+  dispatch_adam(param, low_precision, [&](auto wide, auto low) {
+    step<decltype(wide), decltype(low)>(param, grad, exp_avg, exp_avg_sq, rate, dense_powers, beta1, beta2, eps,
+                                        low_precision);
+  });
 }
 
 }  // namespace fastp2p
