@@ -5,27 +5,46 @@
 
 namespace fastp2p {
 
+// The types of a step's parameters and numbers; adam's, and those of what ends in it.
+inline void check_adam_types(const char* operation, const Tensor& param, const Tensor& lr, const Tensor& powers,
+                             const std::optional<Tensor>& unscale) {
+  const bool wide = param.scalar_type() == ScalarType::Double;
+  FASTP2P_CHECK(operation, wide || param.scalar_type() == ScalarType::Float, "got param ", describe(param),
+                ", expected Float or Double");
+  const auto float_or = [](const Tensor& t, bool also) {
+    return also && t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  };
+  check_tensor(operation, "lr", lr, param, {}, float_or(lr, true));
+  check_tensor(operation, "powers", powers, param, {2}, ScalarType::Double);
+  if (unscale) check_tensor(operation, "unscale", *unscale, param, {}, float_or(*unscale, wide));
+}
+
+// bfloat16 where the weights of low precision are neither that nor float16: to be found wrong.
+inline ScalarType low_type(const Tensor& low_precision) {
+  return low_precision.scalar_type() == ScalarType::Half ? ScalarType::Half : ScalarType::BFloat16;
+}
+
+// Whether gradients of this type update parameters of that one.
+inline bool updates(ScalarType grad, ScalarType param) {
+  const bool low = grad == ScalarType::BFloat16 || grad == ScalarType::Half;
+  return grad == param || (low && param == ScalarType::Float);
+}
+
 inline void check_adam(const Tensor& param, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq,
-                       const Tensor& lr, const Tensor& powers, const std::optional<Tensor>& low_precision) {
+                       const Tensor& lr, const Tensor& powers, const std::optional<Tensor>& low_precision,
+                       const std::optional<Tensor>& unscale) {
   const ScalarType type = param.scalar_type();
   const int64_t m = param.numel();
-  FASTP2P_CHECK("adam", type == ScalarType::Float || type == ScalarType::Double, "got param ", describe(param),
-                ", expected Float or Double");
+  check_adam_types("adam", param, lr, powers, unscale);
   const auto check_buffer = [&](const char* name, const Tensor& t, ScalarType expected) {
     check_tensor("adam", name, t, param, {m}, expected);
     FASTP2P_CHECK("adam", t.is_contiguous(), "got ", name, " ", describe(t), ", expected it contiguous");
   };
   check_buffer("param", param, type);
-  check_buffer("grad", grad, type);
+  check_buffer("grad", grad, updates(grad.scalar_type(), type) ? grad.scalar_type() : type);
   check_buffer("exp_avg", exp_avg, type);
   check_buffer("exp_avg_sq", exp_avg_sq, type);
-  if (low_precision) {
-    const bool half = low_precision->scalar_type() == ScalarType::Half;
-    check_buffer("low_precision", *low_precision, half ? ScalarType::Half : ScalarType::BFloat16);
-  }
-  const bool wide_lr = lr.scalar_type() == ScalarType::Double;
-  check_tensor("adam", "lr", lr, param, {}, wide_lr ? ScalarType::Double : ScalarType::Float);
-  check_tensor("adam", "powers", powers, param, {2}, ScalarType::Double);
+  if (low_precision) check_buffer("low_precision", *low_precision, low_type(*low_precision));
 }
 
 // Everything but what index and offset hold: on a GPU, reading them would wait for it.
@@ -53,12 +72,18 @@ inline std::tuple<Tensor, Tensor> empty_crops(const Tensor& pairs, int64_t n, in
   return {batch(input_nc), batch(pairs.size(3) - input_nc)};
 }
 
-// Calls f with values of the parameters' type and of the low-precision weights', bfloat16 where there are none.
+// Calls f with values of the types of parameters, gradients and low-precision weights (any where there are none).
 template <typename F>
-void dispatch_adam(const Tensor& param, const std::optional<Tensor>& low_precision, const F& f) {
-  const bool half = low_precision && low_precision->scalar_type() == ScalarType::Half;
-  if (param.scalar_type() == ScalarType::Double) return half ? f(double(), Half()) : f(double(), BFloat16());
-  half ? f(float(), Half()) : f(float(), BFloat16());
+void dispatch_adam(ScalarType param, ScalarType grad, ScalarType low_precision, const F& f) {
+  const auto with = [&](auto wide, auto gradient) {
+    low_precision == ScalarType::Half ? f(wide, gradient, Half()) : f(wide, gradient, BFloat16());
+  };
+  if (param == ScalarType::Double) return with(double(), double());
+  switch (grad) {
+    case ScalarType::BFloat16: return with(float(), BFloat16());
+    case ScalarType::Half: return with(float(), Half());
+    default: return with(float(), float());
+  }
 }
 
 }  // namespace fastp2p

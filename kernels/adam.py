@@ -1,8 +1,9 @@
 """adam in Triton.
 
 Reads 16 and writes 12 bytes per parameter, and 2 more for the low-precision copy: 30 in one pass over the flat buffer,
-where multi-tensor Adam followed by autocast's casts moves 84. One program takes BLOCK elements. Arithmetic is float32;
-the bias corrections come from float64 powers of the betas in device memory: 1 - 0.999 loses three digits in float32.
+where multi-tensor Adam followed by autocast's casts moves 84. Gradients of half the bytes are widened on the way: 2
+less. One program takes BLOCK elements. Arithmetic is float32; the bias corrections come from float64 powers of the
+betas in device memory: 1 - 0.999 loses three digits in float32. A step that `unscale` leaves out masks every access.
 """
 
 from collections.abc import Iterator
@@ -23,12 +24,13 @@ CONFIGS = [
 @triton.jit
 def _adam_kernel(
     param_ptr,  # (M,) float32
-    grad_ptr,  # (M,) float32
+    grad_ptr,  # (M,) float32, bfloat16 or float16
     exp_avg_ptr,  # (M,) float32
     exp_avg_sq_ptr,  # (M,) float32
     low_precision_ptr,  # (M,) bfloat16 or float16; param_ptr again when there is none
     lr_ptr,  # () float32
     powers_ptr,  # (2,) float64
+    unscale_ptr,  # () float32; lr_ptr again when there is none
     n_elements,
     beta1,
     beta2,
@@ -36,23 +38,29 @@ def _adam_kernel(
     one_minus_beta2,
     eps,
     WRITE_LOW_PRECISION: tl.constexpr,
+    HAS_UNSCALE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < n_elements
-    grad = tl.load(grad_ptr + i, mask=inside)
+    if HAS_UNSCALE:
+        unscale = tl.load(unscale_ptr)
+        inside = i < tl.where(unscale != 0, n_elements, 0)
+        grad = tl.load(grad_ptr + i, mask=inside).to(tl.float32) * unscale
+    else:
+        inside = i < n_elements
+        grad = tl.load(grad_ptr + i, mask=inside).to(tl.float32)
     adam_update(
-        grad, i, inside, param_ptr, exp_avg_ptr, exp_avg_sq_ptr, low_precision_ptr, lr_ptr, powers_ptr,
+        grad, i, i, inside, param_ptr, exp_avg_ptr, exp_avg_sq_ptr, low_precision_ptr, lr_ptr, powers_ptr,
         beta1, beta2, one_minus_beta1, one_minus_beta2, eps, WRITE_LOW_PRECISION,
     )  # fmt: skip
 
 
 @triton.jit
 def adam_update(
-    grad, offset, inside, param_ptr, exp_avg_ptr, exp_avg_sq_ptr, low_precision_ptr, lr_ptr, powers_ptr,
+    grad, offset, low_offset, inside, param_ptr, exp_avg_ptr, exp_avg_sq_ptr, low_precision_ptr, lr_ptr, powers_ptr,
     beta1, beta2, one_minus_beta1, one_minus_beta2, eps, WRITE_LOW_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Update the elements at these offsets with their gradient, a float32 block of any shape."""
+    """Update the elements at these offsets, in low_precision at others, with their gradient: float32 of any shape."""
     correction1 = (1.0 - tl.load(powers_ptr)).to(tl.float32)
     correction2 = (1.0 - tl.load(powers_ptr + 1)).to(tl.float32)
     step_size = tl.div_rn(tl.load(lr_ptr), correction1)
@@ -69,18 +77,21 @@ def adam_update(
     tl.store(exp_avg_sq_ptr + offset, exp_avg_sq, mask=inside)
     tl.store(param_ptr + offset, param, mask=inside)
     if WRITE_LOW_PRECISION:
-        tl.store(low_precision_ptr + offset, param, mask=inside)
+        tl.store(low_precision_ptr + low_offset, param, mask=inside)
 
 
 def compile_cases() -> Iterator[Case]:
-    """Without and with each low precision."""
-    types = dict.fromkeys(("param_ptr", "grad_ptr", "exp_avg_ptr", "exp_avg_sq_ptr", "lr_ptr"), "*fp32")
+    """Without and with each low precision, and gradients of each that are unscaled too."""
+    types = dict.fromkeys(("param_ptr", "exp_avg_ptr", "exp_avg_sq_ptr", "lr_ptr", "unscale_ptr"), "*fp32")
     types |= {"powers_ptr": "*fp64", "n_elements": "i32"}
     types |= dict.fromkeys(("beta1", "beta2", "one_minus_beta1", "one_minus_beta2", "eps"), "fp32")
     for low_precision in ("fp32", "bf16", "fp16"):
-        case_types = types | {"low_precision_ptr": f"*{low_precision}"}
-        constants = {"WRITE_LOW_PRECISION": int(low_precision != "fp32")}
-        yield Case(f"adam {low_precision}", _adam_kernel, case_types, constants, CONFIGS)
+        for grad in dict.fromkeys(("fp32", low_precision)):
+            case_types = types | {"low_precision_ptr": f"*{low_precision}", "grad_ptr": f"*{grad}"}
+            for unscaled in (0, 1) if grad == low_precision else (0,):
+                constants = {"WRITE_LOW_PRECISION": int(low_precision != "fp32"), "HAS_UNSCALE": unscaled}
+                name = f"adam {low_precision} of {grad}{' unscaled' * unscaled}"
+                yield Case(name, _adam_kernel, case_types, constants, CONFIGS)
 
 
 def adam(
@@ -94,6 +105,7 @@ def adam(
     beta2: float,
     eps: float,
     low_precision: Tensor | None = None,
+    unscale: Tensor | None = None,
     config: dict[str, Any] = CONFIGS[0],
 ) -> None:
     """Launch; see `fastp2p.ops.adam`."""
@@ -107,6 +119,7 @@ def adam(
         param if low_precision is None else low_precision,
         lr,
         powers.contiguous(),
+        lr if unscale is None else unscale,
         len(param),
         beta1,
         beta2,
@@ -114,5 +127,6 @@ def adam(
         1 - beta2,
         eps,
         WRITE_LOW_PRECISION=low_precision is not None,
+        HAS_UNSCALE=unscale is not None,
         **config,
     )

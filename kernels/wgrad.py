@@ -55,12 +55,13 @@ def _wgrad_kernel(
     BLOCK_K: tl.constexpr,
 ):
     split = tl.program_id(0) % SPLIT
-    acc, offset, inside = outer_product(
+    acc, row, column, _, inside = outer_product(
         tl.program_id(0) // SPLIT, split, outer_ptr, outer2_ptr, inner_ptr, pixels, height, width, outer_height,
         outer_width, n_outer, n_outer2, n_inner, outer_stride, outer2_stride, inner_stride,
         KH, KW, STRIDE, PADDING, TWO_INPUTS, WHOLE_BLOCKS, PRECISION, SPLIT, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     out_ptr += split.to(tl.int64) * (n_outer + n_outer2) * KH * KW * n_inner
+    offset = row.to(tl.int64)[:, None] * (KH * KW * n_inner) + column[None, :]
     tl.store(out_ptr + offset, acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -72,7 +73,10 @@ def outer_product(
     WHOLE_BLOCKS: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of dweight, or this split's share: the float32 sums, their offsets in the weight, and which exist."""
+    """One tile of dweight, or this split's share: the float32 sums, and where in the weight they belong.
+
+    That is the rows (BLOCK_M,), the columns (BLOCK_N,), the columns' kernel rows, one or (1, BLOCK_N), and which exist.
+    """
     columns = KH * KW * n_inner
     column_blocks = tl.cdiv(columns, BLOCK_N)
     column = tile % column_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -114,8 +118,7 @@ def outer_product(
         b_offset = ((image * height + y) * width + x) * inner_stride + inner_column[None, :]
         b = tl.load(inner_ptr + b_offset, mask=visible, other=0.0)
         acc = dot(a, b, acc, PRECISION)
-    offset = weight_row.to(tl.int64)[:, None] * columns + column[None, :]
-    return acc, offset, rows_inside[:, None] & (column < columns)[None, :]
+    return acc, weight_row, column, tap_y, rows_inside[:, None] & (column < columns)[None, :]
 
 
 def compile_cases() -> Iterator[Case]:

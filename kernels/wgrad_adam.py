@@ -3,10 +3,12 @@
 The gradient is a product of rank P, the batch's pixels; for the deep layers P is at most a few hundred and making the
 tile anew costs less than writing it and reading it back: 24 bytes a weight (and 2 for the low-precision copy) against
 32 for wgrad and adam apart. Each program owns its tile, so nothing is split and nothing is shared. Float32 throughout,
-after the product of the activations.
+after the product of the activations. Of a slice of the taps, whose rows have gaps, the weight and its moments are
+addressed by strides.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import triton
@@ -14,7 +16,7 @@ import triton.language as tl
 from fastp2p.kernels import gemm
 from fastp2p.kernels.adam import adam_update
 from fastp2p.kernels.compile_check import Case
-from fastp2p.kernels.layer_shapes import LAYERS
+from fastp2p.kernels.layer_shapes import LAYERS, Layer
 from fastp2p.kernels.wgrad import launch_arguments, layer_cases, outer_product, tiles, whole_blocks
 from torch import Tensor
 
@@ -35,10 +37,12 @@ def _wgrad_adam_kernel(
     outer_stride,
     outer2_stride,
     inner_stride,
-    param_ptr,  # (n_outer + n_outer2, KH, KW, n_inner) float32, as the next three
+    param_ptr,  # (n_outer + n_outer2, KH, KW, n_inner) float32, as the next two
     exp_avg_ptr,
     exp_avg_sq_ptr,
-    low_precision_ptr,  # bfloat16 or float16; param_ptr again when there is none
+    row_stride,  # of these three, with gaps where SLICED; between two kernel rows the gap has so many elements
+    kernel_row_gap,
+    low_precision_ptr,  # bfloat16 or float16, of the same shape, dense; param_ptr again when there is none
     lr_ptr,  # () float32
     powers_ptr,  # (2,) float64
     beta1,
@@ -47,6 +51,7 @@ def _wgrad_adam_kernel(
     one_minus_beta2,
     eps,
     WRITE_LOW_PRECISION: tl.constexpr,
+    SLICED: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -58,13 +63,17 @@ def _wgrad_adam_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    grad, offset, inside = outer_product(
+    grad, row, column, kernel_row, inside = outer_product(
         tl.program_id(0), 0, outer_ptr, outer2_ptr, inner_ptr, pixels, height, width, outer_height,
         outer_width, n_outer, n_outer2, n_inner, outer_stride, outer2_stride, inner_stride,
         KH, KW, STRIDE, PADDING, TWO_INPUTS, WHOLE_BLOCKS, PRECISION, 1, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
+    low_offset = row.to(tl.int64)[:, None] * (KH * KW * n_inner) + column[None, :]
+    offset = low_offset
+    if SLICED:
+        offset = row.to(tl.int64)[:, None] * row_stride + (column[None, :] + kernel_row * kernel_row_gap)
     adam_update(
-        grad, offset, inside, param_ptr, exp_avg_ptr, exp_avg_sq_ptr, low_precision_ptr, lr_ptr, powers_ptr,
+        grad, offset, low_offset, inside, param_ptr, exp_avg_ptr, exp_avg_sq_ptr, low_precision_ptr, lr_ptr, powers_ptr,
         beta1, beta2, one_minus_beta1, one_minus_beta2, eps, WRITE_LOW_PRECISION,
     )  # fmt: skip
 
@@ -74,16 +83,26 @@ DEEP = ("e4", "e5", "e6", "e7", "e8", "d8", "d7", "d6", "d5", "d4")  # at batch 
 
 
 def compile_cases() -> Iterator[Case]:
-    """The deep layers of the generator, without and with a low-precision copy."""
+    """The deep layers of the generator, without and with a low-precision copy, and of the deepest the middle taps."""
     types = dict.fromkeys(("param_ptr", "exp_avg_ptr", "exp_avg_sq_ptr", "lr_ptr"), "*fp32") | {"powers_ptr": "*fp64"}
     types |= dict.fromkeys(("beta1", "beta2", "one_minus_beta1", "one_minus_beta2", "eps"), "fp32")
+    types |= dict.fromkeys(("row_stride", "kernel_row_gap"), "i32")
     pointers = ["outer_ptr", "outer2_ptr", "inner_ptr", "low_precision_ptr"]
     for layer in LAYERS:
         if layer.name in DEEP:
-            yield from layer_cases(layer, _wgrad_adam_kernel, pointers, types, {"WRITE_LOW_PRECISION": 1}, LARGEST_TILE)
+            yield from _layer_cases(layer, pointers, types, {"WRITE_LOW_PRECISION": 1, "SLICED": 0})
     deepest = next(layer for layer in LAYERS if layer.name == "e8")
+    middle = {"WRITE_LOW_PRECISION": 1, "SLICED": 1, "KH": 2, "KW": 2, "PADDING": 0}
+    for case in _layer_cases(deepest, pointers, types, middle):
+        strides = {"row_stride": 16 * deepest.n_in, "kernel_row_gap": 2 * deepest.n_in}
+        yield replace(case, name=f"{case.name} sliced", sizes=case.sizes | strides)
     types["low_precision_ptr"] = "*fp32"
-    yield from layer_cases(deepest, _wgrad_adam_kernel, pointers, types, {"WRITE_LOW_PRECISION": 0}, LARGEST_TILE)
+    yield from _layer_cases(deepest, pointers, types, {"WRITE_LOW_PRECISION": 0, "SLICED": 0})
+
+
+def _layer_cases(layer: Layer, pointers: list[str], types: dict[str, str], constants: dict[str, int]) -> Iterator[Case]:
+    for case in layer_cases(layer, _wgrad_adam_kernel, pointers, types, constants, LARGEST_TILE):
+        yield replace(case, sizes={"row_stride": 0, "kernel_row_gap": 0} | case.sizes)
 
 
 def wgrad_adam(
@@ -107,7 +126,14 @@ def wgrad_adam(
     kh, kw = param.shape[2:]
     tensors, sizes, (m, n, k) = launch_arguments(outer, outer2, inner, (kh, kw))
     n_outer2, n_inner = sizes[6:8]
-    config = {**(config or gemm.choose_config(m, n, k, inner, whole=gemm.is_whole(n_inner), largest=LARGEST_TILE))}
+    # Of a dimension of one element the stride means nothing
+    gap = param.stride(2) - kw * n_inner if kh > 1 else 0
+    row_stride = param.stride(0) if m > 1 else n
+    sliced = gap > 0 or row_stride > n
+    whole = gemm.is_whole(n_inner)
+    # Where neither rows nor taps are aligned each element has an address of its own, and 64 by 64 of them spill
+    largest = LARGEST_TILE // 2 if sliced and n_inner % 16 else LARGEST_TILE
+    config = {**(config or gemm.choose_config(m, n, k, inner, whole=whole, largest=largest))}
     config.pop("SPLIT", None)  # a program owns its weights
     _wgrad_adam_kernel[(tiles(m - n_outer2, n_outer2, n, config),)](
         *tensors,
@@ -115,6 +141,8 @@ def wgrad_adam(
         param,
         exp_avg,
         exp_avg_sq,
+        row_stride if sliced else 0,
+        gap,
         param if low_precision is None else low_precision,
         lr,
         powers.contiguous(),
@@ -124,6 +152,7 @@ def wgrad_adam(
         1 - beta2,
         eps,
         WRITE_LOW_PRECISION=low_precision is not None,
+        SLICED=sliced,
         KH=kh,
         KW=kw,
         STRIDE=stride,

@@ -147,8 +147,6 @@ Tensor transpose(const Tensor& matrix) {
   return strided(matrix, {matrix.size(1), matrix.size(0)}, {matrix.stride(1), matrix.stride(0)});
 }
 
-Tensor flattened(const Tensor& images) { return strided(images, {images.numel()}, {1}); }
-
 void multiply(const Tensor& a, const Tensor& b, const Tensor& out) { call_aten("aten::mm", "out", a, b, out); }
 
 void linear(const Tensor& a, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& out) {

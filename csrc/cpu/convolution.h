@@ -56,9 +56,6 @@ Tensor pixel_matrix(const Tensor& x);
 
 Tensor transpose(const Tensor& matrix);
 
-// The memory of a dense channels_last tensor: (numel).
-Tensor flattened(const Tensor& images);
-
 // out = a @ b.
 void multiply(const Tensor& a, const Tensor& b, const Tensor& out);
 

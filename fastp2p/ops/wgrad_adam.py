@@ -70,9 +70,11 @@ def wgrad_adam(
 
     Args:
         outer, outer2, inner, stride, padding: as for `wgrad`.
-        param, exp_avg, exp_avg_sq: (O + O2, C, KH, KW) float32, channels_last; updated.
+        param, exp_avg, exp_avg_sq: (O + O2, C, KH, KW) float32, channels_last, or the same slice of the taps of
+            three that are, weight[:, :, a:b, c:d]; updated. On maps so small that the outer taps meet padding alone,
+            the slice of the others, with less padding, is the whole step: without gradients and moments none moves.
         lr, powers, beta1, beta2, eps: as for `adam`.
-        low_precision: param's shape, bfloat16 or float16, channels_last; gets the new param, rounded.
+        low_precision: param's shape, bfloat16 or float16, channels_last, no slice; gets the new param, rounded.
 
     Raises:
         InputError: on shapes, dtypes, layouts or devices that do not fit; nothing is changed then.
@@ -83,13 +85,14 @@ def wgrad_adam(
     rows = outer.shape[1] + (0 if outer2 is None else outer2.shape[1])
     buffers = [param, exp_avg, exp_avg_sq] + ([] if low_precision is None else [low_precision])
     shape = (rows, inner.shape[1], *param.shape[2:])
-    fits = all(t.shape == shape and t.is_contiguous(memory_format=torch.channels_last) for t in buffers)
-    fits = fits and all(t.dtype == torch.float32 for t in buffers[:3])
+    fits = all(t.shape == shape for t in buffers) and all(t.dtype == torch.float32 for t in buffers[:3])
+    fits = fits and all(_strides(t) == _strides(param) is not None for t in buffers[:3])
+    fits = fits and all(t.is_contiguous(memory_format=torch.channels_last) for t in buffers[3:])
     if not fits or any(t.dtype not in (torch.bfloat16, torch.float16) for t in buffers[3:]):
         got = ", ".join(map(describe, buffers))
         raise InputError(
             f"wgrad_adam: got param, exp_avg, exp_avg_sq, low_precision {got}; expected {shape} channels_last, "
-            "the first three float32, low_precision bfloat16 or float16"
+            "the first three float32 (or the same slice of their taps), low_precision bfloat16 or float16"
         )
     if lr.shape != () or lr.dtype != torch.float32 or powers.shape != (2,) or powers.dtype != torch.float64:
         got = f"lr {describe(lr)}, powers {describe(powers)}"
@@ -98,3 +101,13 @@ def wgrad_adam(
     torch.ops.fastp2p.wgrad_adam(
         outer, outer2, inner, param, exp_avg, exp_avg_sq, lr, powers, beta1, beta2, eps, stride, padding, low_precision
     )
+
+
+def _strides(weight: Tensor) -> tuple[int, int] | None:
+    """Of rows and of kernel rows, which are dense (KW, C) runs in order; None where memory does not lie so."""
+    (rows, channels, kh, kw), (row, channel, kernel_row, tap) = weight.shape, weight.stride()
+    run = kw * channels
+    kernel_row = kernel_row if kh > 1 else run  # a stride over one element means nothing
+    row = row if rows > 1 else kh * kernel_row
+    dense = (channels == 1 or channel == 1) and (kw == 1 or tap == channels)
+    return (row, kernel_row) if dense and kernel_row >= run and row >= (kh - 1) * kernel_row + run else None

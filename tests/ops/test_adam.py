@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 from on_device import generator
@@ -5,6 +7,8 @@ from on_device import generator
 from fastp2p.errors import InputError
 from fastp2p.ops import adam, adam_ref
 from fastp2p.ops._library import INTERPRETED
+
+HALVES = [torch.bfloat16, torch.float16]
 
 
 def betas() -> torch.Tensor:
@@ -80,22 +84,78 @@ def test_slices_of_a_larger_buffer_are_all_that_changes():
     assert not torch.equal(big[0][7:107], buffers(100)[0])
 
 
+@pytest.mark.parametrize("m", [1, 3, 1027])
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("low_precision", [None, *HALVES])
+@pytest.mark.parametrize("unscale", [None, 1 / 768])
+def test_gradients_in_half_precision(
+    m: int, dtype: torch.dtype, low_precision: torch.dtype | None, unscale: float | None
+):
+    """They are widened first: what float32 gradients of the same values give."""
+    before = buffers(m)
+    before[1] = before[1].to(dtype)
+    copies = [None if low_precision is None else torch.empty(m, dtype=low_precision) for _ in range(2)]
+    factor = None if unscale is None else torch.tensor(unscale)
+    ours, expected = ([tensor.clone() for tensor in before] for _ in range(2))
+    adam(*ours, lr=torch.tensor(2e-4), powers=betas(), low_precision=copies[0], unscale=factor)
+    expected[1] = expected[1].float() * (1 if unscale is None else factor)
+    widened = [tensor.clone() for tensor in expected]
+    adam_ref(*expected, torch.tensor(2e-4), betas(), 0.5, 0.999, 1e-8, copies[1])
+    assert torch.equal(ours[1], before[1])
+    assert_close([ours[0], widened[1], *ours[2:]], expected, widened, 2e-4, betas())
+    if low_precision is not None:
+        ulps = 2 if INTERPRETED else 1  # the interpreter truncates where hardware rounds
+        torch.testing.assert_close(copies[0], copies[1], rtol=ulps * torch.finfo(low_precision).eps, atol=1e-7)
+
+
+@pytest.mark.parametrize("step", [adam, adam_ref])
+def test_unscale_by_a_power_of_two_is_exact(step: Callable[..., None]):
+    """The bits of a step without it, but for how a compiler joins the products: one rounding of the terms."""
+    ours, expected = buffers(1000), buffers(1000)
+    scaled = ours[1] * 1024
+    settings = {"lr": torch.tensor(2e-4), "powers": betas(), "beta1": 0.5, "beta2": 0.999, "eps": 1e-8}
+    step(ours[0], scaled, *ours[2:], **settings, unscale=torch.tensor(1 / 1024))
+    step(*expected, **settings)
+    assert_close(ours, expected, buffers(1000), 2e-4, betas())
+
+
+@pytest.mark.parametrize("step", [adam, adam_ref])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("low_precision", [None, torch.bfloat16])
+def test_unscale_of_zero_leaves_the_step_out(
+    step: Callable[..., None], dtype: torch.dtype, low_precision: torch.dtype | None
+):
+    """Whatever the gradients hold: they are not used because they overflowed."""
+    ours, m = buffers(2051), 2051
+    ours[1] = torch.tensor([torch.inf, torch.nan, 1.0, -torch.inf]).repeat(m)[:m].to(dtype)
+    low = None if low_precision is None else torch.full((m,), 7.0, dtype=low_precision)
+    settings = {"lr": torch.tensor(1e-3), "powers": betas(), "beta1": 0.5, "beta2": 0.999, "eps": 1e-8}
+    step(*ours, **settings, low_precision=low, unscale=torch.tensor(0.0))
+    for i in (0, 2, 3):
+        assert torch.equal(ours[i], buffers(m)[i])
+    if low is not None:
+        assert (low == 7).all()
+
+
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 1027])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "offsets", [(4, 8, 12, 16, 4), (1, 1, 1, 1, 1), (0, 0, 4, 2, 0), (0, 0, 0, 0, 2), (4, 3, 2, 1, 0)]
 )
-def test_slices_of_any_alignment(m: int, offsets: tuple[int, ...]):
+def test_slices_of_any_alignment(m: int, offsets: tuple[int, ...], dtype: torch.dtype):
     """Of four elements at a time for a kernel that moves 16 bytes at once; whether it may depends on every buffer."""
     low_precision = torch.full((m + 20,), 9.0, dtype=torch.bfloat16)
-    big = [*(torch.full((m + 20,), 9.0) for _ in range(4)), low_precision]
+    big = [*(torch.full((m + 20,), 9.0, dtype=dtype if i == 1 else torch.float32) for i in range(4)), low_precision]
     slices = [whole[offset : offset + m] for whole, offset in zip(big, offsets, strict=True)]
     expected = buffers(m)
+    expected[1] = expected[1].to(dtype).float()
+    before = [tensor.clone() for tensor in expected]
     for view, values in zip(slices, expected, strict=False):
         view.copy_(values)
     powers = betas() ** 2
     adam(*slices[:4], lr=torch.tensor(1e-3), powers=powers, low_precision=slices[4])
     adam_ref(*expected, torch.tensor(1e-3), powers, 0.5, 0.999, 1e-8)
-    assert_close(slices[:4], expected, buffers(m), 1e-3, powers)
+    assert_close(slices[:4], expected, before, 1e-3, powers)
     eps = torch.finfo(torch.bfloat16).eps
     torch.testing.assert_close(slices[4].float(), slices[0], rtol=eps if INTERPRETED else eps / 2, atol=0)
     for whole, offset in zip(big, offsets, strict=True):
@@ -104,15 +164,17 @@ def test_slices_of_any_alignment(m: int, offsets: tuple[int, ...]):
 
 
 @pytest.mark.parametrize("lr_dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("unscale", [None, torch.tensor(0.3), torch.tensor(0.3, dtype=torch.float64)], ids=str)
 @pytest.mark.parametrize("low_precision", [None, torch.bfloat16, torch.float16])
-def test_float64(lr_dtype: torch.dtype, low_precision: torch.dtype | None):
+def test_float64(lr_dtype: torch.dtype, low_precision: torch.dtype | None, unscale: torch.Tensor | None):
     """For proofs: the operator takes it, the function for users does not."""
     before = [tensor.double() for tensor in buffers(37)]
     ours, expected = ([tensor.clone() for tensor in before] for _ in range(2))
     copies = [None if low_precision is None else torch.empty(37, dtype=low_precision) for _ in range(2)]
     settings = (torch.tensor(2e-4, dtype=lr_dtype), betas() ** 3, 0.5, 0.999, 1e-8)
-    torch.ops.fastp2p.adam(*ours, *settings, copies[0])
-    adam_ref(*expected, *settings, copies[1])
+    unscale = None if unscale is None else unscale.to(ours[0].device)  # made before the tests chose a device
+    torch.ops.fastp2p.adam(*ours, *settings, copies[0], unscale)
+    adam_ref(*expected, *settings, copies[1], unscale)
     assert_close(ours, expected, before, 2e-4, betas() ** 3)
     if low_precision is not None:
         assert torch.equal(copies[0], ours[0].to(low_precision))
@@ -145,7 +207,10 @@ def test_autograd_notices_the_update():
 def test_opcheck():
     args = (*buffers(40), torch.tensor(1e-3), betas(), 0.5, 0.999, 1e-8)
     torch.library.opcheck(torch.ops.fastp2p.adam.default, args)
-    torch.library.opcheck(torch.ops.fastp2p.adam.default, (*args, torch.zeros(40, dtype=torch.bfloat16)))
+    low_precision = torch.zeros(40, dtype=torch.bfloat16)
+    torch.library.opcheck(torch.ops.fastp2p.adam.default, (*args, low_precision))
+    args = (args[0], args[1].bfloat16(), *args[2:], low_precision, torch.tensor(0.5))
+    torch.library.opcheck(torch.ops.fastp2p.adam.default, args)
 
 
 @pytest.mark.kernels
@@ -164,6 +229,12 @@ def test_every_configuration():
     [
         ("param", torch.zeros(10, dtype=torch.float64), r"got param \(10,\) float64"),
         ("grad", torch.zeros(9), r"got grad \(9,\) float32 of strides \(1,\), expected contiguous \(10,\) float32"),
+        ("grad", torch.zeros(10, dtype=torch.float64), r"got grad .*, expected .* float32, bfloat16 or float16"),
+        ("exp_avg", torch.zeros(10, dtype=torch.bfloat16), r"got exp_avg \(10,\) bfloat16"),
+        ("unscale", 1.0, "got unscale 1.0, expected a tensor"),
+        ("unscale", torch.ones(1), r"got unscale \(1,\) float32 of strides \(1,\), expected \(\) float32"),
+        ("unscale", torch.ones((), dtype=torch.float64), r"got unscale \(\) float64"),
+        ("unscale", torch.ones((), device="meta"), "got tensors on .*, meta; expected one device"),
         ("exp_avg", torch.zeros(20)[::2], r"strides \(2,\)"),
         ("param", torch.zeros(()), r"got param \(\) float32"),
         ("lr", torch.zeros(1), r"got lr \(1,\) float32"),

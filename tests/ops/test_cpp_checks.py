@@ -19,13 +19,14 @@ X, STATS, VECTOR = zeros(2, 3, 4, 4), zeros(1, 3), zeros(3)
 WEIGHT = zeros(5, 3, 4, 4)
 OUT = zeros(2, 5, 2, 2)
 NORM = (X, STATS, STATS, VECTOR, VECTOR, None, 1e-5, 2, 0.2, -1, 0.0, 0, False)
-FLAT = (zeros(8), zeros(8), zeros(8), zeros(8), zeros(), zeros(2, dtype=DOUBLE), 0.5, 0.999, 1e-8, None)
+FLAT = (zeros(8), zeros(8), zeros(8), zeros(8), zeros(), zeros(2, dtype=DOUBLE), 0.5, 0.999, 1e-8, None, None)
 PAIRS = (zeros(2, 6, 6, 4, dtype=torch.uint8), zeros(1, dtype=LONG), zeros(1, 2, dtype=LONG), zeros(1) > 0, 4, 2, None)
 DOWN = (X, WEIGHT, VECTOR.new_zeros(5), None, 2, 1, 0, 0.2, 0)
 UP = (OUT, None, WEIGHT, None, None, 2, 1, 4, 4, 0, 0.2, 0)
 WGRAD = (OUT, None, X, 4, 4, 2, 1, torch.float32)
 LAST = WEIGHT.contiguous(memory_format=torch.channels_last)
 WGRAD_ADAM = (*WGRAD[:3], LAST, LAST.clone(), LAST.clone(), *FLAT[4:9], 2, 1, None)
+SLICE = zeros(5, 6, 6, 3).permute(0, 3, 1, 2)[:, :, 1:5, 1:5]  # LAST's shape
 RUNNING = (VECTOR.clone(), VECTOR.clone(), STATS, STATS, 4, 0.1)
 
 
@@ -86,6 +87,10 @@ def changed(args: tuple[Any, ...], position: int, value: Any) -> tuple[Any, ...]
         ("adam", FLAT, 4, zeros(2), r"got lr \(2\) .*, expected \(\) Float"),
         ("adam", FLAT, 5, zeros(2), r"got powers \(2\) Float .*, expected \(2\) Double"),
         ("adam", FLAT, 9, zeros(8), r"got low_precision \(8\) Float .*, expected \(8\) BFloat16"),
+        ("adam", FLAT, 1, zeros(8, dtype=DOUBLE), r"got grad \(8\) Double .*, expected \(8\) Float on cpu"),
+        ("adam", FLAT, 2, zeros(8, dtype=HALF), r"got exp_avg \(8\) Half .*, expected \(8\) Float"),
+        ("adam", FLAT, 10, zeros(1), r"got unscale \(1\) .*, expected \(\) Float"),
+        ("adam", FLAT, 10, zeros(dtype=DOUBLE), r"got unscale \(\) Double .*, expected \(\) Float"),
         ("augment", PAIRS, 0, zeros(2, 6, 6, 4), r"got pairs .* Float .*, expected \(P, H, W, C\) Byte"),
         ("augment", PAIRS, 1, torch.tensor([2]), r"got index 2, offset \(0, 0\), crop_size 4"),
         ("augment", PAIRS, 2, torch.tensor([[0, 3]]), r"offset \(0, 3\)"),
@@ -110,7 +115,24 @@ def changed(args: tuple[Any, ...], position: int, value: Any) -> tuple[Any, ...]
         ("wgrad", WGRAD, 1, zeros(2, 5, 2, 3), r"got outer2 \(2, 5, 2, 3\)"),
         ("wgrad", WGRAD, 2, X.bfloat16(), r"got outer \(2, 5, 2, 2\) Float .*, expected BFloat16"),
         ("wgrad", WGRAD, 5, 0, "got stride 0"),
-        ("wgrad_adam", WGRAD_ADAM, 3, WEIGHT, "got .*, expected channels_last"),
+        ("wgrad_adam", WGRAD_ADAM, 3, WEIGHT, "got param .*, expected channels_last"),
+        ("wgrad_adam", WGRAD_ADAM, 3, zeros(5, 3, 4), "got param .*, expected .O, C, KH, KW"),
+        ("wgrad_adam", WGRAD_ADAM, 3, LAST.bfloat16(), "got param .* BFloat16 .*, expected Float or Double"),
+        ("wgrad_adam", WGRAD_ADAM, 3, SLICE, "got param .*, expected all three of the same strides"),
+        ("wgrad_adam", WGRAD_ADAM, 4, SLICE, "got param .*, exp_avg .*, expected all three of the same strides"),
+        ("wgrad_adam", WGRAD_ADAM, 5, LAST.double(), "got exp_avg_sq .* Double .*, expected .* Float"),
+        ("wgrad_adam", WGRAD_ADAM, 5, LAST[:4], r"got exp_avg_sq \(4, 3, 4, 4\) .*, expected \(5, 3, 4, 4\)"),
+        ("wgrad_adam", WGRAD_ADAM, 6, zeros(1), r"got lr \(1\)"),
+        ("wgrad_adam", WGRAD_ADAM, 13, SLICE.bfloat16()[:, :, :, :3], "got low_precision .*"),
+        ("wgrad_adam", WGRAD_ADAM, 13, LAST, "got low_precision .* Float .*, expected .* BFloat16"),
+        (
+            "wgrad_adam",
+            WGRAD_ADAM,
+            13,
+            zeros(5, 6, 6, 3, dtype=HALF).permute(0, 3, 1, 2)[:, :, 1:5, 1:5],
+            "got low_precision .*, expected channels_last, without gaps",
+        ),
+        ("wgrad_adam", WGRAD_ADAM, 0, zeros(2, 5, 3, 2), r"got outer \(2, 5, 3, 2\)"),
         (
             "down",
             (X.long(), *DOWN[1:]),

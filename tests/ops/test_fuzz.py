@@ -210,7 +210,10 @@ def test_patch_loss(cases: int):
 
 
 def assert_adam(ours: list[Tensor], before: list[Tensor], lr: Tensor, powers: Tensor, *settings: float) -> None:
-    """8 float32 roundings of the terms that are added, and which may cancel; denormals are flushed, or not."""
+    """Before holds the gradient that was used, already multiplied.
+
+    8 float32 roundings of the terms that are added, and which may cancel; denormals are flushed, or not.
+    """
     beta1, beta2, eps = settings
     exact = [tensor.double() for tensor in before]
     adam_ref(*exact, lr, powers, *settings)
@@ -233,14 +236,24 @@ def test_adam(cases: int):
         big[1:3] *= scale
         big[3] = (big[3] * scale) ** 2
         around, buffers = big.clone(), [buffer[start : start + m] for buffer in big]
+        buffers[1] = big[1].to(draws.choice(DTYPES[:3]))[start : start + m]
+        unscale = draws.choice([None, None, 1.0, 1 / 700, 0.0])
+        factor = None if unscale is None else torch.tensor(unscale)
         before = [buffer.clone() for buffer in buffers]
         settings = (draws.choice([0.0, 0.5, 0.9]), draws.choice([0.99, 0.999]), draws.choice([1e-8, 1e-6]))
         lr = torch.tensor(draws.choice([2e-4, 1e-2]))
         powers = torch.tensor(settings[:2], dtype=torch.float64) ** draws.choice([1, 2, 1000])
         low_dtype = draws.choice([None, torch.bfloat16, torch.float16])
         low = None if low_dtype is None else torch.empty(start + m, dtype=low_dtype)[start:]
-        with named(case=case, m=m, start=start, settings=settings, lr=lr.item(), powers=powers.tolist(), low=low_dtype):
-            torch.ops.fastp2p.adam(*buffers, lr, powers, *settings, low)
+        named_settings = {"settings": settings, "lr": lr.item(), "powers": powers.tolist(), "unscale": unscale}
+        with named(case=case, m=m, start=start, **named_settings, grad=buffers[1].dtype, low=low_dtype):
+            torch.ops.fastp2p.adam(*buffers, lr, powers, *settings, low, factor)
+            if unscale == 0:
+                assert torch.equal(big, around)
+                assert low is None or low.isnan().all()  # as the memory was
+                continue
+            unscaled = before[1].double() * (1 if factor is None else factor.double())
+            before[1] = buffers[1] = unscaled
             assert_adam(buffers, before, lr, powers, *settings)
             assert torch.equal(big[:, :start], around[:, :start])
             assert torch.equal(big[:, start + m :], around[:, start + m :])

@@ -1,12 +1,16 @@
 import pytest
 import torch
-from gemm_shapes import CONFIG_SHAPES, SHAPES, Shape, configurations, random
+from gemm_shapes import CONFIG_SHAPES, SHAPES, Shape, configurations, convolution_on_the_cpu, random
+from on_device import with_threads
 
 from fastp2p.errors import InputError
-from fastp2p.ops import adam, wgrad, wgrad_adam
+from fastp2p.ops import adam, served_by, wgrad, wgrad_adam, wgrad_adam_ref
 from fastp2p.ops._library import INTERPRETED
 
 DEEP = [SHAPES[i] for i in (0, 2, 3, 4, 6, 8)]  # few pixels, as the operator is for; 1x1 and 3x3 kernels too
+
+
+MOVED = ("param", "exp_avg", "exp_avg_sq")
 
 
 class State:
@@ -33,6 +37,16 @@ class State:
         adam(*flat, **self.scalars)
         if self.low_precision is not None:
             self.low_precision.copy_(self.param)
+
+    def sliced(self, kernel: int, first: int) -> list[torch.Tensor]:
+        """Move the weight and its moments into the taps from `first` on of larger ones, which hold 9 elsewhere."""
+        wholes = []
+        for name in MOVED:
+            values = getattr(self, name)
+            wholes.append(torch.full((*values.shape[:2], kernel, kernel), 9.0).to(memory_format=torch.channels_last))
+            taps = slice(first, first + values.shape[2])
+            setattr(self, name, wholes[-1][:, :, taps, taps].copy_(values))
+        return wholes
 
     def fused(self, **options: object) -> None:
         buffers = (self.param, self.exp_avg, self.exp_avg_sq)
@@ -75,6 +89,95 @@ def test_two_outer_tensors():
     assert_same_step(fused, apart)
 
 
+@pytest.mark.parametrize("shape", DEEP, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("more", "first"), [(0, 0), (1, 0), (1, 1), (2, 1)])
+def test_slice_of_the_taps(shape: Shape, dtype: torch.dtype, more: int, first: int):
+    """The bits of the same weight by itself, and nothing around it."""
+    alone, part = (State(shape, dtype) for _ in range(2))
+    wholes = part.sliced(shape.k + more, first)
+    alone.fused()
+    part.fused()
+    assert torch.equal(alone.low_precision, part.low_precision)
+    for name, whole in zip(MOVED, wholes, strict=True):
+        assert torch.equal(getattr(alone, name), getattr(part, name))
+        getattr(part, name).fill_(9)
+        assert (whole == 9).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "o", "c"), [(1, 64, 128), (3, 19, 6), (16, 33, 64)])
+def test_taps_that_meet_padding_alone_need_no_step(dtype: torch.dtype, n: int, o: int, c: int):
+    """From 2x2 pixels to one, only the middle of a 4x4 kernel meets a pixel; the rest never moves from zero moments.
+
+    Two steps. C++ gives the same bits; Triton sums in blocks of another shape.
+    """
+    whole, part = (State(Shape(n, c, 2, 2, o, 4, 2, 1), dtype) for _ in range(2))
+    assert whole.outer.shape == (n, o, 1, 1)
+    for state in (whole, part):
+        state.exp_avg.zero_()
+        state.exp_avg_sq.zero_()
+    before, middle = whole.param.clone(), (..., slice(1, 3), slice(1, 3))
+    views = [part.param, part.exp_avg, part.exp_avg_sq]
+    low_precision = torch.empty_like(part.param[middle].contiguous(memory_format=torch.channels_last)).to(
+        torch.bfloat16
+    )
+    for _ in range(2):
+        whole.fused()
+        slices = [view[middle] for view in views]
+        wgrad_adam(part.outer, part.inner, *slices, **part.scalars, stride=2, padding=0, low_precision=low_precision)
+    rest = torch.ones_like(before, dtype=torch.bool)
+    rest[middle] = False
+    assert torch.equal(whole.param[rest], before[rest])
+    assert torch.equal(part.param[rest], before[rest])
+    assert not torch.equal(part.param[middle], before[middle])
+    whole.low_precision = whole.low_precision[middle]
+    part.low_precision = low_precision
+    if served_by("wgrad_adam", whole.param.device.type) == "C++":
+        for name in (*MOVED, "low_precision"):
+            assert torch.equal(getattr(whole, name), getattr(part, name))
+    for name in MOVED:
+        setattr(whole, name, getattr(whole, name)[middle])
+        setattr(part, name, getattr(part, name)[middle])
+    assert_same_step(part, whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("algorithm", ["gemm", "direct"])
+def test_gradient_in_chunks(algorithm: str, dtype: torch.dtype):
+    """Of some 1 MB, the last one smaller: three or more here, and again so with each number of threads."""
+    with convolution_on_the_cpu(algorithm):
+        apart = State(Shape(1, 64, 4, 6, 1300, 4, 2, 1), dtype)
+        apart.apart()
+        for parts in ([1300], [700, 600]):
+            for fused in with_threads(lambda parts=parts: run_fused(parts, dtype)):
+                assert_same_step(fused, apart)
+
+
+def run_fused(parts: list[int], dtype: torch.dtype) -> State:
+    state = State(Shape(1, 64, 4, 6, sum(parts), 4, 2, 1), dtype)
+    state.outer, *rest = state.outer.split(parts, 1)
+    state.fused(outer2=rest[0] if rest else None)
+    return state
+
+
+@pytest.mark.parametrize("lr_dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", DEEP, ids=str)
+def test_float64(shape: Shape, lr_dtype: torch.dtype):
+    """For proofs: the operator takes it, the function for users does not. Float32 on the way would show as 1e-7."""
+    states = []
+    for step in (torch.ops.fastp2p.wgrad_adam, wgrad_adam_ref):
+        state = State(shape, torch.float64, None)
+        for name in MOVED:
+            setattr(state, name, getattr(state, name).double())
+        scalars = (state.scalars["lr"].to(lr_dtype), state.scalars["powers"], 0.5, 0.999, 1e-8, *state.window.values())
+        step(state.outer, None, state.inner, *(getattr(state, name) for name in MOVED), *scalars)
+        states.append(state)
+    for name in MOVED:
+        ours, expected = (getattr(state, name) for state in states)
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
+
+
 def test_twice_the_same_bits():
     first, second = (State(SHAPES[2], torch.bfloat16) for _ in range(2))
     first.fused()
@@ -105,6 +208,9 @@ def test_opcheck():
     state = State(SHAPES[0], torch.float32)
     buffers = (state.param, state.exp_avg, state.exp_avg_sq, *state.scalars.values())
     args = (state.outer, None, state.inner, *buffers, 0.5, 0.999, 1e-8, 2, 1, state.low_precision)
+    torch.library.opcheck(torch.ops.fastp2p.wgrad_adam.default, args)
+    state.sliced(6, 1)
+    args = (*args[:3], *(getattr(state, name) for name in MOVED), *args[6:])
     torch.library.opcheck(torch.ops.fastp2p.wgrad_adam.default, args)
 
 
@@ -143,6 +249,10 @@ def test_bad_input_is_told_and_changes_nothing():
         ("exp_avg", state.exp_avg.half()),
         ("exp_avg_sq", state.exp_avg_sq.contiguous()),
         ("low_precision", state.low_precision.float()),
+        ("exp_avg", torch.zeros(5, 6, 6, 3).permute(0, 3, 1, 2)[:, :, 1:5, 1:5]),  # param is no such slice
+        ("low_precision", torch.zeros(5, 6, 6, 3).bfloat16().permute(0, 3, 1, 2)[:, :, 1:5, 1:5]),
+        ("param", state.param[:, :, :, :1].expand(-1, -1, -1, 4)),
+        ("param", state.param.flip(2).transpose(0, 1).contiguous().transpose(0, 1)),
     ):
         broken = State(SHAPES[0], torch.float32)
         setattr(broken, name, wrong)
