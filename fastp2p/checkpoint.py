@@ -23,7 +23,8 @@ from fastp2p.errors import InputError
 from fastp2p.files import write_atomically
 from fastp2p.networks import UnetGenerator
 
-FORMAT = 1  # of checkpoint.pt and of the generator's metadata; raised when their meaning changes
+CHECKPOINT_FORMAT = 2  # raised when the meaning of what is in it changes, as the next one
+FORMAT = 1  # of the generator's metadata
 RANGE = "[-1, 1]"  # of the generator's input and output; written for other programs that read the file
 
 StateDict = Mapping[str, Tensor]
@@ -32,7 +33,7 @@ StateDict = Mapping[str, Tensor]
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write tensors, numbers, strings and containers of them, atomically."""
     buffer = io.BytesIO()  # serialised in memory first: a full disk then fails in our own write, with a clean error
-    torch.save({"format": FORMAT, **state}, buffer)
+    torch.save({"format": CHECKPOINT_FORMAT, **state}, buffer)
     write_atomically(path, buffer.getvalue())
 
 
@@ -43,8 +44,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         InputError: when there is none, or it is damaged or of another version.
     """
     state = _load_pickled_tensors(path)
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise InputError(f"{path}: is no checkpoint of this version of fastp2p (format {FORMAT})")
+    if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
+        raise InputError(f"{path}: is no checkpoint of this version of fastp2p (format {CHECKPOINT_FORMAT})")
     return state
 
 

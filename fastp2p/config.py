@@ -13,9 +13,12 @@ Device = Literal["auto", "cpu", "cuda"]
 Direction = Literal["AtoB", "BtoA"]
 Norm = Literal["batch", "instance", "none"]
 Dropout = Literal["upstream", "paper", "none"]
+Engine = Literal["fused", "reference"]
 NetD = Literal["basic", "n_layers", "pixel"]
 GanMode = Literal["vanilla", "lsgan", "hinge"]
 NormStats = Literal["image", "batch", "running"]
+Precision = Literal["auto", "bf16", "fp16", "fp32", "fp64"]
+Statistics = Literal["batch", "sample"]
 
 BUILTIN = "builtin:emoji"
 MAX_LEVELS = 12  # 4096 px; a deeper U-Net would only see padding
@@ -77,6 +80,9 @@ class TrainConfig:
     """Strided layers of --netD n_layers, 1 to 5: a patch of 16, 34, 70, 142 or 286 px. Source: upstream."""
     norm: Norm = "batch"
     """Normalisation layer of both networks. Source: paper, appendix 6.1."""
+    statistics: Statistics = "batch"
+    """Over what batch norm takes its statistics: the batch, or each sample alone, which at any batch size is what batch
+    size 1 does. Source: batch, upstream; sample, ours."""
     dropout: Dropout = "upstream"
     """Place of the decoder's Dropout(0.5): as upstream has it, one level deeper as in the paper, or none. Source:
     upstream; paper, appendix 6.1.1."""
@@ -110,6 +116,13 @@ class TrainConfig:
     run. Source: ours."""
     device: Device = "auto"
     """Where to train. auto: a CUDA GPU if PyTorch finds one, else the CPU. Source: ours."""
+    engine: Engine = "fused"
+    """fused: the fast one, on fused operators. reference: the same step in plain PyTorch autograd, to compare with.
+    Source: ours."""
+    precision: Precision = "auto"
+    """Of the fused engine's activations, compute weights and their gradients; weights, statistics and losses are kept
+    in fp32. auto: bf16 where the hardware multiplies it fast, fp16 with loss scaling on older GPUs, else fp32. fp64 is
+    for proofs. Source: ours; fp16, Micikevicius et al. 2018."""
 
     out: Path | None = None
     """Run folder to make. None: the next free runs/DATA-NUMBER. Source: ours."""
@@ -143,6 +156,12 @@ class TrainConfig:
         _require(self, "n_layers_D", lambda value: 1 <= value <= 5, "1 to 5")
         if self.netD != "n_layers" and self.n_layers_D != 3:
             raise InputError(f"n_layers_D: got {self.n_layers_D} with netD {self.netD}; add --netD n_layers")
+        if self.engine == "reference" and self.precision in ("bf16", "fp16"):
+            raise InputError(
+                f"precision: got {self.precision} with engine reference, which computes in fp32 or fp64; drop one"
+            )
+        if self.statistics == "sample" and self.norm != "batch":
+            raise InputError(f"statistics: got sample with norm {self.norm}; it is for norm batch")
         if self.netG is not None:
             levels_of(self.netG)
         if self.crop_size is not None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from fastp2p.config import Device
+from fastp2p.config import Device, Precision
 from fastp2p.errors import InputError
 
 
@@ -22,12 +22,29 @@ def choose_device(name: Device) -> torch.device:
     return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 
-def describe_device(device: torch.device) -> str:
-    """The GPU's name or the CPU's thread count, and the precision of the reference path there."""
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+def choose_precision(name: Precision, device: torch.device) -> torch.dtype:
+    """The dtype of a --precision option; auto is the fastest that this hardware multiplies at full speed.
+
+    bfloat16 on GPUs from compute capability 8.0 on and on CPUs with AVX512_BF16 or AMX, float16 on GPUs from 7.0 on,
+    else float32.
+    """
+    if name != "auto":
+        return DTYPES[name]
     if device.type == "cuda":
-        tf32 = ", convolutions in TF32" if torch.backends.cudnn.allow_tf32 else ""
-        return f"{torch.cuda.get_device_name(device)}, float32{tf32}"
-    return f"CPU, {torch.get_num_threads()} threads, float32"
+        major, _ = torch.cuda.get_device_capability(device)
+        return torch.bfloat16 if major >= 8 else torch.float16 if major >= 7 else torch.float32
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def describe_device(device: torch.device) -> str:
+    """The GPU's name, or the CPU's thread count."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -7,7 +7,7 @@ import platform
 import torch
 
 from fastp2p import ops
-from fastp2p.device import choose_device, describe_device
+from fastp2p.device import choose_device, choose_precision, describe_device
 from fastp2p.ops._extension import describe_extension
 
 PACKAGES = ("torch", "triton", "numpy", "pillow", "safetensors", "torchmetrics", "tensorboard", "matplotlib")
@@ -25,7 +25,7 @@ def info() -> str:
         f"cores        {os.cpu_count()}, CPU capability {torch.backends.cpu.get_cpu_capability()}",
         f"C++ kernels  {describe_extension()}",
         f"CUDA         {torch.version.cuda or 'not in this PyTorch'}",
-        "engine       reference: plain PyTorch autograd; of the operators below fastp2p train uses augment alone",
+        f"engine       fused, by default in {str(choose_precision('auto', device)).removeprefix('torch.')}",
         "",
         f"{'operator':<19}served on {device.type} by",
         *(f"{name:<19}{ops.served_by(name, device.type)}" for name in ops.operators()),

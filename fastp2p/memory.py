@@ -6,27 +6,51 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from fastp2p.networks import count_parameters
+from fastp2p.engine import plan_network
+from fastp2p.networks import UnetGenerator, count_parameters
 
-STATE_BYTES_PER_PARAMETER = 16  # float32 weight, gradient and Adam's two moments
+STATE_BUFFERS = 4  # weight, gradient and Adam's two moments
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of one reference step in float32."""
+    """Bytes of one step."""
 
-    state: int  # weights, gradients, Adam's moments
-    activations: int  # what autograd keeps at the step's peak: D's two passes and G's one
+    state: int  # weights, gradients where they are kept, Adam's moments
+    activations: int  # what is kept for the backward passes at the step's peak: D's two passes and G's one
 
     @property
     def total(self) -> int:
         return self.state + self.activations
 
 
+def estimate_fused_step_memory(
+    netG: UnetGenerator, netD: nn.Module, *, batch_size: int, crop_size: int, dtype: torch.dtype
+) -> MemoryEstimate:
+    """Count the bytes of a step of the fused engine from its plans.
+
+    A lower bound: activation gradients, of which a few live at a time, and scratch space come on top.
+
+    Args:
+        netG, netD: the networks, on any device.
+        batch_size, crop_size: the shape of real_A.
+        dtype: of computing.
+    """
+    wide = torch.promote_types(dtype, torch.float32).itemsize
+    buffers = 4 if dtype == torch.float16 else 3  # weight, Adam's moments; in float16 gradients, to look for infinities
+    low = 0 if dtype.itemsize == wide else dtype.itemsize
+    state = (buffers * wide + low) * (count_parameters(netG) + count_parameters(netD))
+    padded = -(-crop_size // 2**netG.levels) * 2**netG.levels
+    plan_G, plan_D = plan_network(netG, (padded, padded)), plan_network(netD, (crop_size, crop_size))
+    pairs = 2 * batch_size * plan_D.in_channels * crop_size**2
+    elements = plan_G.kept_elements(batch_size) + plan_D.kept_elements(2 * batch_size) + pairs
+    return MemoryEstimate(state, elements * dtype.itemsize)
+
+
 def estimate_step_memory(
     netG: nn.Module, netD: nn.Module, *, batch_size: int, input_nc: int, crop_size: int
 ) -> MemoryEstimate:
-    """Count a step's bytes by running the nets' shapes alone; nothing is allocated.
+    """Count a reference step's bytes by running the nets' shapes alone; nothing is allocated.
 
     A lower bound: the convolution library's scratch space, on a GPU the temporaries of multi-tensor Adam, and PyTorch
     itself come on top. (unet_256 at batch 1 on two Zen 5 cores, torch 2.13.0, one run: 965 MiB counted, and the process
@@ -36,8 +60,9 @@ def estimate_step_memory(
         netG, netD: the networks, on any device.
         batch_size, input_nc, crop_size: the shape of real_A.
     """
-    state = STATE_BYTES_PER_PARAMETER * (count_parameters(netG) + count_parameters(netD))
-    real_A = torch.empty(batch_size, input_nc, crop_size, crop_size, device="meta")
+    dtype = next(netD.parameters()).dtype
+    state = STATE_BUFFERS * dtype.itemsize * (count_parameters(netG) + count_parameters(netD))
+    real_A = torch.empty(batch_size, input_nc, crop_size, crop_size, dtype=dtype, device="meta")
     saved: dict[int, Tensor] = {}  # by storage, since one tensor may serve several gradients
 
     def pack(tensor: Tensor) -> Tensor:

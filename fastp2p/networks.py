@@ -26,6 +26,28 @@ def norm_layer(norm: Norm) -> Callable[[int], nn.Module]:
     return layers[norm]
 
 
+class SampleNorm2d(nn.BatchNorm2d):
+    """Batch norm over each image alone: at any batch size what nn.BatchNorm2d does at batch size 1, image by image.
+
+    Same parameters, buffers and state_dict keys; the running averages move once for each image, in their order.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        return torch.cat([super(SampleNorm2d, self).forward(image) for image in x.split(1)])
+
+
+def take_statistics_of_samples(net: nn.Module) -> None:
+    """Replace every nn.BatchNorm2d in the network by a SampleNorm2d with the same parameters and buffers."""
+    for module in list(net.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.BatchNorm2d:
+                norm = SampleNorm2d(child.num_features, child.eps, child.momentum, device="meta")
+                norm.load_state_dict(child.state_dict(), assign=True)
+                setattr(module, name, norm)
+
+
 class UnetBlock(nn.Module):
     """One level of the U-Net: halve the side, run the level below, double the side, concatenate [x, up].
 
@@ -238,7 +260,8 @@ def generate(netG: nn.Module, real_A: Tensor, *, norm_stats: NormStats = "image"
         for module in batch_norms:
             module.training = norm_stats != "running"
             module.track_running_stats = norm_stats == "running"  # off: statistics are used but not recorded
-        fake_B: Tensor = netG(real_A)
+        dtype = next(netG.parameters(), real_A).dtype  # float64 in proofs
+        fake_B: Tensor = netG(real_A.to(dtype)).to(real_A.dtype)
         return fake_B
     finally:
         for module, training in was.items():

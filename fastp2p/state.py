@@ -12,21 +12,27 @@ from torch import Tensor, nn
 
 from fastp2p.checkpoint import load_strictly
 from fastp2p.config import ResolvedConfig, levels_of
+from fastp2p.data import Crops
+from fastp2p.device import choose_precision
+from fastp2p.engine import FusedStep, GraphedStep, LossScale
 from fastp2p.errors import InputError
 from fastp2p.losses import GANLoss, Losses
-from fastp2p.networks import UnetGenerator, build_netD, init_weights
+from fastp2p.networks import UnetGenerator, build_netD, init_weights, take_statistics_of_samples
 from fastp2p.reference import train_step
+
+Step = Callable[[Crops], Losses[Tensor]]
 
 
 @dataclass
 class TrainState:
-    """Networks, optimizers and counters; the random state of dropout is torch's own."""
+    """Networks, optimizers and counters; the random state of the reference engine's dropout is torch's own."""
 
     netG: UnetGenerator
     netD: nn.Module
     optimizer_G: torch.optim.Adam
     optimizer_D: torch.optim.Adam
     loss_sums: Tensor  # (4,) float64, over the last loss_steps steps
+    loss_scale: Tensor  # (2,) float32, of float16
     device: torch.device
     fingerprint: str  # of the training pairs
     loss_steps: int = 0  # since the last line of stats.jsonl
@@ -43,24 +49,39 @@ class TrainState:
         netD = build_netD(config.netD, input_nc + output_nc, ndf=config.ndf, n_layers=config.n_layers_D, norm=norm)
         for net in (netG, netD):
             init_weights(net, config.init_gain)
-            net.to(device)
+            if config.statistics == "sample":
+                take_statistics_of_samples(net)
+            net.to(device, torch.float64 if config.precision == "fp64" else torch.float32)
         optimizer_G, optimizer_D = (
             torch.optim.Adam(net.parameters(), lr=config.lr, betas=(config.beta1, config.beta2)) for net in (netG, netD)
         )
         loss_sums = torch.zeros(4, dtype=torch.float64, device=device)
-        return cls(netG, netD, optimizer_G, optimizer_D, loss_sums, device, fingerprint)
+        loss_scale = LossScale.new_state(device)
+        return cls(netG, netD, optimizer_G, optimizer_D, loss_sums, loss_scale, device, fingerprint)
 
-    def reference_step(self, config: ResolvedConfig) -> Callable[[Tensor, Tensor], Losses[Tensor]]:
-        """`fastp2p.reference.train_step` bound to these networks and optimizers: (real_A, real_B) -> losses."""
-        return functools.partial(
-            train_step,
-            self.netG,
-            self.netD,
-            self.optimizer_G,
-            self.optimizer_D,
-            gan_loss=GANLoss(config.gan_mode),
+    def training_step(self, config: ResolvedConfig) -> Step:
+        """The step of config.engine on these networks and optimizers: crops -> losses.
+
+        Made after `restore`: the fused step moves what training changes into buffers of its own.
+        """
+        nets = (self.netG, self.netD, self.optimizer_G, self.optimizer_D)
+        if config.engine == "reference":
+            dtype = next(self.netG.parameters()).dtype
+            step = functools.partial(train_step, *nets, gan_loss=GANLoss(config.gan_mode), lambda_L1=config.lambda_L1)
+            return lambda crops: step(*(x.to(dtype).contiguous() for x in crops.cut(self.device)))
+        fused = FusedStep(
+            *nets,
+            size=(config.crop_size, config.crop_size),
+            dtype=choose_precision(config.precision, self.device),
+            gan_mode=config.gan_mode,
             lambda_L1=config.lambda_L1,
+            seed=config.seed,
+            step=self.step,
+            loss_scale=self.loss_scale,
         )
+        if self.device.type == "cuda":
+            return GraphedStep(fused)
+        return lambda crops: fused(*crops.cut(self.device))
 
     def set_lr(self, lr: float) -> None:
         """Set both optimizers' learning rate."""
@@ -80,6 +101,7 @@ class TrainState:
             "netD": self.netD.state_dict(),
             "optimizer_G": self.optimizer_G.state_dict(),
             "optimizer_D": self.optimizer_D.state_dict(),
+            "loss_scale": self.loss_scale,
             "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(self.device) if on_cuda else None},
             "fingerprint": self.fingerprint,
         }
@@ -103,6 +125,7 @@ class TrainState:
         self.optimizer_G.load_state_dict(saved["optimizer_G"])
         self.optimizer_D.load_state_dict(saved["optimizer_D"])
         self.loss_sums.copy_(saved["loss_sums"])
+        self.loss_scale.copy_(saved["loss_scale"])
         self.loss_steps, self.step, self.best_val_L1 = saved["loss_steps"], saved["step"], saved["best_val_L1"]
         torch.set_rng_state(saved["rng"]["cpu"])
         if self.device.type == "cuda" and saved["rng"]["cuda"] is not None:

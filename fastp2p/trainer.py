@@ -17,13 +17,13 @@ from tqdm import tqdm
 
 from fastp2p.checkpoint import GeneratorSpec, load_checkpoint, save_checkpoint, save_generator
 from fastp2p.config import ResolvedConfig, TrainConfig
-from fastp2p.data import batches_per_epoch, eval_batches, train_batches
+from fastp2p.data import Crops, batches_per_epoch, eval_batches, train_crops
 from fastp2p.data.splits import TrainData, load_train_data
-from fastp2p.device import choose_device, describe_device, memory_bytes
+from fastp2p.device import choose_device, choose_precision, describe_device, memory_bytes
 from fastp2p.errors import InputError, TrainingDiverged
 from fastp2p.files import remove_leftovers
 from fastp2p.losses import Losses, read_losses
-from fastp2p.memory import estimate_step_memory
+from fastp2p.memory import MemoryEstimate, estimate_fused_step_memory, estimate_step_memory
 from fastp2p.metrics import METRICS, evaluate_generator
 from fastp2p.networks import count_parameters, generate
 from fastp2p.ops._extension import WHY_ABSENT
@@ -120,19 +120,39 @@ def describe(config: ResolvedConfig, state: TrainState, pairs: int, say: Say) ->
     if config.crop_size % multiple:
         padded = -(-config.crop_size // multiple) * multiple
         say(f"netG pads {config.crop_size} px to {padded}, the next multiple of {multiple}, and works at that size")
-    need = estimate_step_memory(
-        state.netG, state.netD, batch_size=batch_size, input_nc=config.input_nc, crop_size=config.crop_size
-    )
-    mib = 2**20
+    need, mib = step_memory(config, state, batch_size), 2**20
     say(
-        f"{describe_device(state.device)}; a step of batch {batch_size} holds {need.total / mib:,.0f} MiB: "
-        f"{need.state / mib:,.0f} for weights, gradients and Adam, {need.activations / mib:,.0f} for activations; "
-        "scratch space comes on top"
+        f"{describe_device(state.device)}; engine {config.engine}, {describe_precision(config, state.device)}; "
+        f"a step of batch {batch_size} holds {need.total / mib:,.0f} MiB: {need.state / mib:,.0f} for weights and Adam"
+        f", {need.activations / mib:,.0f} for activations; scratch space comes on top"
     )
     if state.device.type == "cpu" and WHY_ABSENT is not None:
         say(f"no C++ kernels, so plain PyTorch serves the operators, more slowly: {WHY_ABSENT}")
     if need.total > (there := memory_bytes(state.device)):
         say(f"warning: there are only {there / mib:,.0f} MiB; lower --batch-size, --crop-size or --ngf")
+
+
+def step_memory(config: ResolvedConfig, state: TrainState, batch_size: int) -> MemoryEstimate:
+    """What a step of config.engine will take."""
+    if config.engine == "reference":
+        sizes = {"input_nc": config.input_nc, "crop_size": config.crop_size}
+        return estimate_step_memory(state.netG, state.netD, batch_size=batch_size, **sizes)
+    dtype = choose_precision(config.precision, state.device)
+    return estimate_fused_step_memory(
+        state.netG, state.netD, batch_size=batch_size, crop_size=config.crop_size, dtype=dtype
+    )
+
+
+def describe_precision(config: ResolvedConfig, device: torch.device) -> str:
+    """In what a step of config.engine computes."""
+    if config.engine == "fused":
+        dtype = choose_precision(config.precision, device)
+        half = dtype in (torch.bfloat16, torch.float16)
+        return str(dtype).removeprefix("torch.") + (" on float32 weights" if half else "")
+    if config.precision == "fp64":
+        return "float64"
+    tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32
+    return "float32" + (", convolutions in TF32" if tf32 else "")
 
 
 @contextmanager
@@ -193,15 +213,15 @@ class Run:
 
     def train(self, last_step: int, stop: list[int]) -> None:
         """Train until last_step, --max-minutes, or a signal in `stop`; then score, draw and save."""
-        state, step = self.state, self.state.reference_step(self.config)
+        state, step = self.state, self.state.training_step(self.config)
         if state.step == 0:
             self.panel()
-        for epoch, real_A, real_B in self.batches():
-            losses = step(real_A, real_B)
+        for epoch, crops in self.batches():
+            losses = step(crops)
             state.loss_sums += torch.stack(losses)
             state.loss_steps += 1
             state.step += 1
-            self.images += len(real_A)
+            self.images += len(crops)
             self.bar.update()
             self.do_what_is_due(epoch)
             if stop or state.step >= last_step or self.out_of_time():
@@ -231,13 +251,13 @@ class Run:
         minutes = self.config.max_minutes
         return minutes is not None and time.monotonic() - self.started >= minutes * 60
 
-    def batches(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """(epoch, real_A, real_B) from the state's step to the schedule's end; sets the learning rate."""
+    def batches(self) -> Iterator[tuple[int, Crops]]:
+        """(epoch, crops) from the state's step to the schedule's end; sets the learning rate."""
         done, first = divmod(self.state.step, self.steps_per_epoch)
         for epoch in range(done + 1, self.epochs + 1):
             self.state.set_lr(self.config.lr * self.config.lr_factor(epoch))
             self.bar.set_description_str(f"epoch {epoch}/{self.epochs}", refresh=False)
-            batches = train_batches(
+            batches = train_crops(
                 self.data.train,
                 seed=self.config.seed,
                 epoch=epoch,
@@ -245,10 +265,8 @@ class Run:
                 crop_size=self.config.crop_size,
                 flip=self.config.flip,
                 first=first,
-                device=self.state.device,
             )
-            for real_A, real_B in batches:
-                yield epoch, real_A, real_B
+            yield from ((epoch, crops) for crops in batches)
             first = 0
 
     def log(self, epoch: int) -> None:

@@ -9,13 +9,13 @@ import torch
 from fastp2p import ops
 from fastp2p.ops._library import INTERPRETED
 
-FOLDERS = ("ops", "nn")  # of tests, that --device moves to the GPU
+FOLDERS = ("ops", "nn", "engine")  # of tests, that --device moves to the GPU
 
 
 def add_option(parser: pytest.Parser) -> None:
     """--device, and --shard, by which benchmarks/gpu_check.py shares out the compiling of kernels."""
     group = parser.getgroup("fastp2p")
-    folders = " and ".join(f"tests/{folder}" for folder in FOLDERS)
+    folders = ", ".join(f"tests/{folder}" for folder in FOLDERS)
     group.addoption("--device", choices=["cpu", "cuda"], default="cpu", help=f"the default device of {folders}")
     group.addoption("--shard", default="1/1", metavar="I/N", help="run every N-th test, from the I-th")
 

@@ -33,6 +33,14 @@ def test_levels_of_refuses(name: str):
         ({"netD": "pixel", "crop_size": 8}, "crop_size: got 8, expected at least 11 px"),
         ({"seed": 2**32}, "seed: got 4294967296, expected less than 2"),
         ({"netG": "unet_99"}, "netG: got 'unet_99'"),
+        (
+            {"engine": "reference", "precision": "bf16"},
+            "precision: got bf16 with engine reference, which computes in fp32",
+        ),
+        (
+            {"statistics": "sample", "norm": "instance"},
+            "statistics: got sample with norm instance; it is for norm batch",
+        ),
     ],
 )
 def test_bad_values_say_got_and_expected(fields: dict, message: str):

@@ -25,6 +25,7 @@ LAYERS = [
     "losses",
     "data",
     "metrics",
+    "engine",
     "memory",
     "checkpoint",
     "reference",
@@ -94,6 +95,7 @@ import sys
 for name in {optional}:
     sys.modules[name] = None
 import fastp2p, fastp2p.data, fastp2p.ops, fastp2p.kernels, fastp2p.reference, fastp2p.metrics, fastp2p.memory
+import fastp2p.engine
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 

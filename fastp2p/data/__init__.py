@@ -1,12 +1,23 @@
 """Folders and files -> pairs -> resident uint8 -> batches (real_A, real_B)."""
 
-from fastp2p.data.dataset import PairDataset, PairFormat, batches_per_epoch, eval_batches, load_split, train_batches
+from fastp2p.data.crops import Crops
+from fastp2p.data.dataset import (
+    PairDataset,
+    PairFormat,
+    batches_per_epoch,
+    eval_batches,
+    load_split,
+    train_batches,
+    train_crops,
+)
 
 __all__ = [
+    "Crops",
     "PairDataset",
     "PairFormat",
     "batches_per_epoch",
     "eval_batches",
     "load_split",
     "train_batches",
+    "train_crops",
 ]

@@ -4,19 +4,19 @@ import itertools
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-import fastp2p.ops  # noqa: F401 (defines torch.ops.fastp2p)
 from fastp2p.config import Direction
 from fastp2p.data import images
+from fastp2p.data.crops import Crops
 from fastp2p.data.jitter import epoch_order, jitter
 from fastp2p.data.pairs import Pair, find_pairs, open_root
 from fastp2p.device import memory_bytes
@@ -81,12 +81,9 @@ class PairDataset:
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def fetch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """(pairs, index) such that pairs[index] are the pairs asked for: the resident tensor, or just these decoded."""
-        if self.resident is not None:
-            return self.resident, torch.tensor(indices)
-        arrays = [self.format.decode(self.pairs[i])[0] for i in indices]
-        return torch.from_numpy(np.stack(arrays)), torch.arange(len(indices))
+    def decode(self, indices: Sequence[int]) -> Tensor:
+        """These pairs, read anew: (N, load_size, load_size, C) uint8."""
+        return torch.from_numpy(np.stack([self.format.decode(self.pairs[i])[0] for i in indices]))
 
 
 def load_split(
@@ -156,28 +153,28 @@ def batches_per_epoch(dataset: PairDataset, batch_size: int) -> int:
     return -(-len(dataset) // batch_size)
 
 
+def train_crops(
+    dataset: PairDataset, *, seed: int, epoch: int, batch_size: int, crop_size: int, flip: bool, first: int = 0
+) -> Iterator[Crops]:
+    """The jittered batches of one epoch, from batch number `first` on, yet to be cut out.
+
+    The same for resident and streamed sets; a resident set's draws go to its device once an epoch.
+    """
+    order = epoch_order(seed, epoch, len(dataset))[first * batch_size :].tolist()
+    span = dataset.format.load_size - crop_size
+    draws = [jitter(seed, epoch, i, span=span, flip=flip) for i in order]
+    return _crops(dataset, order, draws, batch_size, crop_size)
+
+
 def train_batches(
-    dataset: PairDataset,
-    *,
-    seed: int,
-    epoch: int,
-    batch_size: int,
-    crop_size: int,
-    flip: bool,
-    first: int = 0,
-    device: torch.device | str = "cpu",
+    dataset: PairDataset, *, device: torch.device | str = "cpu", **options: Any
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The jittered batches of one epoch, from batch number `first` on; the same for resident and streamed sets.
+    """The batches of `train_crops`, which takes the options, cut out.
 
     Yields:
         real_A, real_B: (N, C, crop_size, crop_size) float32 in [-1, 1], on the device, contiguous.
     """
-    order = epoch_order(seed, epoch, len(dataset))
-    span = dataset.format.load_size - crop_size
-    chosen = [order[i : i + batch_size].tolist() for i in range(first * batch_size, len(order), batch_size)]
-    for indices, fetched in _prefetched(dataset, chosen):
-        draws = [jitter(seed, epoch, i, span=span, flip=flip) for i in indices]
-        yield _batch(dataset.format, *fetched, draws, crop_size, device)
+    return (_contiguous(crops, device) for crops in train_crops(dataset, **options))
 
 
 def eval_batches(
@@ -189,39 +186,40 @@ def eval_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """These pairs (None: all) in order, whole and unflipped, as `train_batches` yields them."""
     wanted = list(range(len(dataset)) if indices is None else indices)
-    chosen = [wanted[i : i + batch_size] for i in range(0, len(wanted), batch_size)]
-    for indices, fetched in _prefetched(dataset, chosen):
-        yield _batch(dataset.format, *fetched, [(0, 0, False)] * len(indices), dataset.format.load_size, device)
+    draws = [(0, 0, False)] * len(wanted)
+    crops = _crops(dataset, wanted, draws, batch_size, dataset.format.load_size)
+    return (_contiguous(batch, device) for batch in crops)
 
 
-def _batch(
-    format: PairFormat,
-    pairs: Tensor,
-    index: Tensor,
-    draws: list[tuple[int, int, bool]],
-    crop_size: int,
-    device: torch.device | str,
-) -> tuple[Tensor, Tensor]:
-    """augment where the pairs are, then move the batch to the device; contiguous NCHW, as upstream has it."""
-    offset = torch.tensor([draw[:2] for draw in draws], device=pairs.device)
-    flip = torch.tensor([draw[2] for draw in draws], device=pairs.device)
-    index = index.to(pairs.device)
-    # Without augment()'s checks: these draws fit by construction, and checking would wait for a GPU.
-    real_A, real_B = torch.ops.fastp2p.augment(pairs, index, offset, flip, crop_size, format.input_nc)
-    return real_A.to(device).contiguous(), real_B.to(device).contiguous()
+def _contiguous(crops: Crops, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """NCHW, as upstream has it."""
+    real_A, real_B = crops.cut(device)
+    return real_A.contiguous(), real_B.contiguous()
 
 
-def _prefetched(
-    dataset: PairDataset, chosen: list[list[int]], ahead: int = 4
-) -> Iterator[tuple[list[int], tuple[Tensor, Tensor]]]:
-    """Fetch each list of indices; a streamed set is decoded by a pool of threads, a few batches ahead."""
+def _crops(
+    dataset: PairDataset, order: list[int], draws: list[tuple[int, int, bool]], batch_size: int, crop_size: int
+) -> Iterator[Crops]:
+    where = "cpu" if dataset.resident is None else dataset.resident.device
+    offset = torch.tensor([draw[:2] for draw in draws], dtype=torch.int64).to(where)
+    flip = torch.tensor([draw[2] for draw in draws], dtype=torch.bool).to(where)
+    parts = [slice(i, i + batch_size) for i in range(0, len(order), batch_size)]
     if dataset.resident is not None:
-        yield from ((indices, dataset.fetch(indices)) for indices in chosen)
-        return
+        index = torch.tensor(order, dtype=torch.int64).to(where)
+        found: Iterable[tuple[Tensor, Tensor]] = ((dataset.resident, index[part]) for part in parts)
+    else:
+        decoded = _decoded_ahead(dataset, [order[part] for part in parts])
+        found = ((pairs, torch.arange(len(pairs))) for pairs in decoded)
+    for part, (pairs, position) in zip(parts, found, strict=True):
+        yield Crops(pairs, position, offset[part], flip[part], crop_size, dataset.format.input_nc)
+
+
+def _decoded_ahead(dataset: PairDataset, chosen: list[list[int]], ahead: int = 4) -> Iterator[Tensor]:
+    """The pairs of each list, decoded by a pool of threads a few lists ahead."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        pending = [pool.submit(dataset.fetch, indices) for indices in chosen[:ahead]]
-        for number, indices in enumerate(chosen):
-            fetched = pending.pop(0).result()
+        pending = [pool.submit(dataset.decode, indices) for indices in chosen[:ahead]]
+        for number in range(len(chosen)):
+            pairs = pending.pop(0).result()
             if number + ahead < len(chosen):
-                pending.append(pool.submit(dataset.fetch, chosen[number + ahead]))
-            yield indices, fetched
+                pending.append(pool.submit(dataset.decode, chosen[number + ahead]))
+            yield pairs

@@ -1,0 +1,35 @@
+"""A batch of pairs yet to be cut out: which ones, and the jitter of each."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import fastp2p.ops  # noqa: F401 (defines torch.ops.fastp2p)
+
+
+@dataclass(frozen=True)
+class Crops:
+    """What a training step reads of a batch before it is images: a few numbers for each pair."""
+
+    pairs: Tensor  # (P, H, W, C) uint8, wherever they are kept; the first input_nc channels are the input
+    index: Tensor  # (N,) int64, which of them; this and the next two on their device
+    offset: Tensor  # (N, 2) int64, (top, left) of the crop, px
+    flip: Tensor  # (N,) bool, mirror after cropping
+    crop_size: int  # px
+    input_nc: int
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def cut(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        """Cut them out where the pairs are, and move them to the device.
+
+        Returns:
+            real_A, real_B: (N, C, crop_size, crop_size) float32 in [-1, 1], channels_last.
+        """
+        # Without augment()'s checks: these draws fit by construction, and checking would wait for a GPU.
+        real_A, real_B = torch.ops.fastp2p.augment(
+            self.pairs, self.index, self.offset, self.flip, self.crop_size, self.input_nc
+        )
+        return real_A.to(device), real_B.to(device)

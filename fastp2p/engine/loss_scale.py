@@ -1,0 +1,56 @@
+"""Dynamic loss scaling for float16, with its state on the device: no step waits for the host to look at it."""
+
+import torch
+from torch import Tensor
+
+FIRST_SCALE = 2.0**16
+GROWTH_INTERVAL = 2000  # steps without an infinity until the scale doubles, as torch.amp.GradScaler has it
+
+
+class LossScale:
+    """Losses are multiplied by a power of two, so that small gradients are not lost to float16; weight gradients are
+    divided by it again in float32. A step whose gradients overflow is skipped and the scale halved (Micikevicius et
+    al., "Mixed precision training", ICLR 2018, section 3.2).
+
+    The operator that makes the first gradients takes its factor from the host, so it takes the constant `BASE`, and the
+    rest is multiplied onto its result: exactly, since both are powers of two. `BASE` alone overflows no loss of the
+    recipe, down to a map of one logit, and leaves gradients above float16's subnormals on a map of 256² logits.
+
+    Args:
+        state: (2,) float32 on the networks' device, (scale, steps since it last changed); updated.
+    """
+
+    BASE = 2.0**12
+
+    def __init__(self, state: Tensor):
+        self.state = state
+        self.finite: list[Tensor] = []  # () bool, of each network's gradients in this step
+
+    @staticmethod
+    def new_state(device: torch.device) -> Tensor:
+        """The state before the first step."""
+        return torch.tensor([FIRST_SCALE, 0.0], device=device)
+
+    def rescale_(self, dx: Tensor) -> Tensor:
+        """A gradient that was made with factor BASE, in place to the scale of this step."""
+        return dx.mul_(self.state[0] / self.BASE)
+
+    def unscale(self, grad: Tensor) -> Tensor:
+        """What to multiply a network's gradients by, () float32: 1 / scale, or 0 to skip its step.
+
+        Args:
+            grad: (M,) float32, all of its gradients.
+        """
+        self.finite.append(torch.linalg.vector_norm(grad, ord=float("inf")).isfinite())
+        return torch.where(self.finite[-1], 1 / self.state[0], 0)
+
+    def update(self) -> None:
+        """At the step's end: halve the scale if a network was skipped, double it after GROWTH_INTERVAL good steps."""
+        finite = torch.stack(self.finite).all()
+        self.finite.clear()
+        scale, good_steps = self.state
+        grown = good_steps + 1 >= GROWTH_INTERVAL
+        kept = torch.where(
+            grown, torch.stack([scale * 2, torch.zeros_like(scale)]), torch.stack([scale, good_steps + 1])
+        )
+        self.state.copy_(torch.where(finite, kept, torch.stack([scale / 2, torch.zeros_like(scale)])))

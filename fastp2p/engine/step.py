@@ -1,0 +1,210 @@
+"""The training step of pix2pix on fused operators: `fastp2p.reference.train_step` without autograd."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastp2p.config import GanMode
+from fastp2p.engine.arena import Arena, Reduce
+from fastp2p.engine.loss_scale import LossScale
+from fastp2p.engine.passes import Passes
+from fastp2p.engine.plan import TANH, plan_network
+from fastp2p.engine.ranges import part
+from fastp2p.errors import InputError
+from fastp2p.losses import Losses
+from fastp2p.networks import UnetGenerator, reflect_pad_to_multiple
+from fastp2p.ops.patch_loss import KINDS, Kind
+
+operators = torch.ops.fastp2p
+
+
+class Target(NamedTuple):
+    """A pointwise loss and what it pulls its argument towards."""
+
+    kind: Kind
+    value: float | Tensor
+
+
+# What each player wants of D's logits, in patch_loss's terms.
+OBJECTIVES: dict[GanMode, dict[str, Target]] = {
+    "vanilla": {"D_real": Target("bce", 1.0), "D_fake": Target("bce", 0.0), "G": Target("bce", 1.0)},
+    "lsgan": {"D_real": Target("square", 1.0), "D_fake": Target("square", 0.0), "G": Target("square", 1.0)},
+    "hinge": {"D_real": Target("hinge", 1.0), "D_fake": Target("hinge", -1.0), "G": Target("linear", 1.0)},
+}
+
+
+class FusedStep:
+    """One step of D, then one of G through the D just updated: (real_A, real_B) -> losses.
+
+    The networks and optimizers stay what they were: their parameters and states become views of the step's arenas, so
+    checkpoints, and the reference step, go on from wherever this one has come to.
+
+    Args:
+        netG, netD: in training mode, on one device; their parameters are in float32, in float64 to compute in it.
+        optimizer_G, optimizer_D: torch.optim.Adam over them; their learning rate is read at every step.
+        size: (height, width) of the images, in pixels.
+        dtype: of activations, compute weights and activation gradients: bfloat16, float16, float32, or float64 for
+            proofs. Masters, statistics, reductions and losses are in float32 or float64.
+        gan_mode, lambda_L1: the objective.
+        seed, step: of the dropouts' masks; step is that of the first call, counted from 0.
+        loss_scale: (2,) float32 on the device, `LossScale.new_state` or what became of it: for float16, and updated.
+        reduce: called with the flat gradients of netD, and later of netG, before they are used: for an all-reduce.
+        skip_dead_taps: leave out the taps of a kernel that meet padding alone, which changes no result.
+
+    Raises:
+        InputError: on networks that are none of ours, or too deep for the size, or an optimizer with other options.
+    """
+
+    def __init__(
+        self,
+        netG: UnetGenerator,
+        netD: nn.Module,
+        optimizer_G: torch.optim.Adam,
+        optimizer_D: torch.optim.Adam,
+        *,
+        size: tuple[int, int],
+        dtype: torch.dtype = torch.float32,
+        gan_mode: GanMode = "vanilla",
+        lambda_L1: float = 100.0,
+        seed: int = 0,
+        step: int = 0,
+        loss_scale: Tensor | None = None,
+        reduce: Reduce | None = None,
+        skip_dead_taps: bool = True,
+    ):
+        self.dtype, self.size, self.objective, self.lambda_L1 = dtype, size, OBJECTIVES[gan_mode], lambda_L1
+        self.optimizers = {"netG": optimizer_G, "netD": optimizer_D}
+        self.reduce, self.skip_dead_taps = reduce, skip_dead_taps
+        device = next(netG.parameters()).device
+        self.rng = torch.tensor([seed, step], device=device)
+        self.loss_scale: LossScale | None = None
+        if dtype == torch.float16:
+            self.loss_scale = LossScale(LossScale.new_state(device) if loss_scale is None else loss_scale)
+
+        self.multiple = 2**netG.levels  # G works at the next one
+        missing = [-side % self.multiple for side in size]
+        self.padding = [(n // 2, n - n // 2) for n in missing]  # (before, after)
+        self.netG = self._passes(netG, optimizer_G, (size[0] + missing[0], size[1] + missing[1]))
+        self.netD = self._passes(netD, optimizer_D, size)
+
+    def _passes(self, net: nn.Module, optimizer: torch.optim.Adam, size: tuple[int, int]) -> Passes:
+        gathers = self.reduce is not None or self.loss_scale is not None
+        plan = plan_network(net, size, skip_dead_taps=self.skip_dead_taps and not gathers)
+        if any(layer.has_moments_on_dead_taps(optimizer) for layer in plan.layers):
+            plan = plan_network(net, size, skip_dead_taps=False)
+        return Passes(plan, Arena(net, optimizer, plan, self.dtype, bucket=gathers), self.rng)
+
+    def __call__(self, real_A: Tensor, real_B: Tensor) -> Losses[Tensor]:
+        """Train both networks on one batch.
+
+        Args:
+            real_A, real_B: (N, C, H, W) in [-1, 1] of the size that the step was made for, any floating dtype and
+                layout, on the networks' device.
+
+        Returns:
+            The four losses, () float32 (float64 for float64), on the device. Reading them synchronises.
+
+        Raises:
+            InputError: when they are of another size.
+        """
+        self.check_size(tuple(real_A.shape[2:]))
+        if real_A.shape[2:] != real_B.shape[2:] or len(real_A) != len(real_B):
+            raise InputError(
+                f"engine: got real_A {tuple(real_A.shape)}, real_B {tuple(real_B.shape)}; expected as many images of "
+                "one size"
+            )
+        self.read_learning_rates()
+        return self.run_below_autograd(real_A, real_B)
+
+    def check_size(self, size: tuple[int, ...]) -> None:
+        """Raise InputError unless images are of the size that the step was made for."""
+        if size != self.size:
+            got, expected = ("x".join(map(str, sides)) for sides in (size, self.size))
+            raise InputError(f"engine: got images of {got} px, expected {expected}, for which this step was made")
+
+    def read_learning_rates(self) -> None:
+        """Take over the optimizers' learning rates."""
+        for name, optimizer in self.optimizers.items():
+            arena: Arena = getattr(self, name).arena
+            arena.set_lr(optimizer.param_groups[0]["lr"])
+
+    def run_below_autograd(self, real_A: Tensor, real_B: Tensor) -> Losses[Tensor]:
+        """What `__call__` does once everything is checked: device work alone, so that a CUDA graph can hold it."""
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.run(real_A, real_B)
+
+    def run(self, real_A: Tensor, real_B: Tensor) -> Losses[Tensor]:
+        """The algorithm."""
+        n, netG, netD = len(real_A), self.netG, self.netD
+
+        with part("netG forward"):
+            real_A = real_A.to(self.dtype, memory_format=torch.channels_last)
+            kept_G = netG.forward(reflect_pad_to_multiple(real_A, self.multiple))
+            fake_B = self._crop(kept_G[-1].y)
+
+        # D: fake and real in one pass, each half with batch statistics of its own
+        with part("netD forward"):
+            pairs = self._pairs(real_A, fake_B, real_B)
+            kept = netD.forward(pairs, passes=2)
+            loss_D_fake, dfake = self._loss(kept[-1].y[:n], self.objective["D_fake"], weight=0.5)
+            loss_D_real, dreal = self._loss(kept[-1].y[n:], self.objective["D_real"], weight=0.5)
+        with part("netD backward and Adam"):
+            netD.arena.begin()
+            netD.backward(kept, torch.cat([dfake, dreal]))
+            self._finish(netD)
+
+        # G: D's weights are fixed, its gradient flows through to fake_B, and on through fake_B's tanh
+        with part("netD forward and backward for netG"):
+            kept = netD.forward(pairs[:n])
+            loss_G_GAN, dlogits = self._loss(kept[-1].y, self.objective["G"])
+            dz = netD.input_gradient(kept, dlogits, first_channel=real_A.shape[1], gate=fake_B, activation=TANH)
+            loss_G_L1, dz_L1 = self._loss(fake_B, Target("l1", real_B), weight=self.lambda_L1, through_tanh=True)
+        with part("netG backward and Adam"):
+            netG.arena.begin()
+            netG.backward(kept_G, self._pad(dz.add_(dz_L1)))
+            self._finish(netG)
+
+        self.rng[1] += 1
+        if self.loss_scale is not None:
+            self.loss_scale.update()
+        return Losses(loss_G_GAN, loss_G_L1, loss_D_real / 0.5, loss_D_fake / 0.5)
+
+    def _loss(
+        self, x: Tensor, target: Target, *, weight: float = 1.0, through_tanh: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """weight times the mean loss, and its gradient, in float16 times the loss scale."""
+        tensor, value = (target.value, 0.0) if isinstance(target.value, Tensor) else (None, target.value)
+        base = 1.0 if self.loss_scale is None else self.loss_scale.BASE
+        loss, dx = operators.patch_loss(x, tensor, KINDS.index(target.kind), value, weight * base, through_tanh)
+        return loss / base, dx if self.loss_scale is None else self.loss_scale.rescale_(dx)
+
+    def _finish(self, net: Passes) -> None:
+        """The Adam step of what was not updated in the backward pass."""
+        unscale = None if self.loss_scale is None else self.loss_scale.unscale
+        net.arena.finish(net.gradients, self.reduce, unscale)
+        net.gradients.clear()
+
+    def _pairs(self, real_A: Tensor, fake_B: Tensor, real_B: Tensor) -> Tensor:
+        """What D sees: cat(A, fake_B) of every image, then cat(A, real_B)."""
+        n, input_nc, height, width = real_A.shape
+        shape = (2 * n, input_nc + real_B.shape[1], height, width)
+        pairs = torch.empty(shape, dtype=self.dtype, device=real_A.device, memory_format=torch.channels_last)
+        for first, B in ((0, fake_B), (n, real_B)):
+            pairs[first : first + n, :input_nc] = real_A
+            pairs[first : first + n, input_nc:] = B
+        return pairs
+
+    def _crop(self, padded: Tensor) -> Tensor:
+        (top, _), (left, _) = self.padding
+        height, width = self.size
+        cropped = padded[..., top : top + height, left : left + width]
+        return cropped.contiguous(memory_format=torch.channels_last)
+
+    def _pad(self, dz: Tensor) -> Tensor:
+        """The gradient at the size that G works at: what was cropped away has none."""
+        (top, bottom), (left, right) = self.padding
+        if not (top or bottom or left or right):
+            return dz
+        return F.pad(dz, (left, right, top, bottom)).contiguous(memory_format=torch.channels_last)

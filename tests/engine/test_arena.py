@@ -1,0 +1,179 @@
+"""The arena: parameters are views, other programs go on with them, gradients in one bucket, dead taps."""
+
+import io
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from engine.nets import Trained, batches, small_nets
+
+from fastp2p.errors import InputError
+from fastp2p.networks import take_statistics_of_samples
+
+F64, SIZE = torch.float64, (16, 16)
+
+
+def same(one: Trained, other: Trained) -> bool:
+    found = other.tensors()
+    return all(torch.equal(value, found[name]) for name, value in one.tensors().items())
+
+
+def test_parameters_and_moments_are_views_of_flat_buffers():
+    nets = small_nets(dtype=torch.float32)
+    before = {name: value.clone() for name, value in nets.netG.state_dict().items()}
+    step = nets.fused(SIZE, torch.bfloat16)
+    for name, value in nets.netG.state_dict().items():
+        assert torch.equal(value, before[name])
+    for net, passes, optimizer in zip((nets.netG, nets.netD), (step.netG, step.netD), nets.optimizers, strict=True):
+        arena = passes.arena
+        for parameter in net.parameters():
+            state = optimizer.state[parameter]
+            buffers = (arena.param, arena.exp_avg, arena.exp_avg_sq)
+            for view, flat in zip((parameter, state["exp_avg"], state["exp_avg_sq"]), buffers, strict=True):
+                assert view.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr()
+        assert sum(p.numel() for p in net.parameters()) <= arena.param.numel()
+        assert arena.low.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("first", ["fused", "reference"])
+def test_engines_take_over_from_each_other(first: str):
+    """Three steps of one, three of the other on the same objects, against six of the reference."""
+    nets = small_nets(levels=3)
+    twin = nets.twin()
+    data = list(batches(2, SIZE, F64, steps=6))
+    for batch in data:
+        expected = nets.reference(*batch)
+    halves = [data[:3], data[3:]]
+    for engine, half in zip([first, "reference" if first == "fused" else "fused"], halves, strict=True):
+        step = twin.reference if engine == "reference" else twin.fused(SIZE, F64)
+        for batch in half:
+            losses = step(*batch)
+    torch.testing.assert_close(torch.stack(losses), torch.stack(expected), rtol=1e-10, atol=1e-12)
+    steps = {float(value) for name, value in twin.tensors().items() if name.endswith(".step")}
+    assert steps == {6.0}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_resume_through_files_is_bit_exact(dtype: torch.dtype):
+    nets = small_nets(levels=4, dropout="paper", dtype=torch.float32)
+    twin = nets.twin()
+    data = list(batches(2, SIZE, torch.float32, steps=6))
+    step = nets.fused(SIZE, dtype, seed=3)
+    for batch in data:
+        step(*batch)
+
+    scale = torch.tensor([2.0**16, 0.0])
+    step = twin.fused(SIZE, dtype, seed=3, loss_scale=scale)
+    for batch in data[:4]:
+        step(*batch)
+    buffer = io.BytesIO()
+    torch.save([(net.state_dict(), optimizer.state_dict()) for net, optimizer in zip(
+        (twin.netG, twin.netD), twin.optimizers, strict=True)], buffer)  # fmt: skip
+    buffer.seek(0)
+    fresh = small_nets(levels=4, dropout="paper", dtype=torch.float32, seed=99)
+    saved = torch.load(buffer, weights_only=True)
+    for net, optimizer, (weights, state) in zip((fresh.netG, fresh.netD), fresh.optimizers, saved, strict=True):
+        net.load_state_dict(weights)
+        optimizer.load_state_dict(state)
+    step = fresh.fused(SIZE, dtype, seed=3, step=4, loss_scale=scale)
+    for batch in data[4:]:
+        step(*batch)
+    assert same(nets, fresh)
+
+
+def test_learning_rate_is_read_at_every_step():
+    nets = small_nets()
+    twin = nets.twin()
+    step = twin.fused(SIZE, F64)
+    for lr, batch in zip((2e-3, 1e-3, 0.0), batches(2, SIZE, F64), strict=True):
+        for optimizer in (*nets.optimizers, *twin.optimizers):
+            optimizer.param_groups[0]["lr"] = lr
+        weight = twin.netG.model.model[0].weight.clone()
+        losses, expected = step(*batch), nets.reference(*batch)
+        torch.testing.assert_close(torch.stack(losses), torch.stack(expected), rtol=1e-11, atol=1e-12)
+    assert torch.equal(weight, twin.netG.model.model[0].weight)
+
+
+def test_replicas_that_average_their_buckets_are_one_batch():
+    """Data-parallel training, with two threads for two processes: an image each, against both together."""
+    whole = small_nets(levels=3)
+    for net in (whole.netG, whole.netD):
+        take_statistics_of_samples(net)
+    whole = Trained(whole.netG, whole.netD)
+    replicas = [whole.twin(), whole.twin()]
+    barrier, buckets = threading.Barrier(2), {}
+
+    def train(rank: int) -> None:
+        def average(grad: torch.Tensor) -> None:
+            buckets[rank] = grad.clone()
+            barrier.wait()
+            grad.copy_((buckets[0] + buckets[1]) / 2)
+            barrier.wait()
+
+        step = replicas[rank].fused(SIZE, F64, reduce=average)
+        for real_A, real_B in batches(2, SIZE, F64):
+            step(real_A[rank : rank + 1], real_B[rank : rank + 1])
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(train, range(2)))
+    step = whole.fused(SIZE, F64)
+    for batch in batches(2, SIZE, F64):
+        step(*batch)
+    for replica in replicas:
+        for net, expected in ((replica.netG, whole.netG), (replica.netD, whole.netD)):
+            for value, parameter in zip(net.parameters(), expected.parameters(), strict=True):
+                torch.testing.assert_close(value, parameter, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_dead_taps_take_no_part(dtype: torch.dtype):
+    """16 px through four levels: e4 and d4 have four taps of sixteen that ever meet a pixel. With the others or without
+    them the results are the same, but for the order in which products add up, and the others keep every bit.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    nets = small_nets(levels=4, dtype=wide)
+    twin = nets.twin()
+    steps = [nets.fused(SIZE, dtype), twin.fused(SIZE, dtype, skip_dead_taps=False)]
+    dead = [[layer.name for layer in step.netG.plan.layers if layer.taps.count == 2] for step in steps]
+    assert dead == [["e4", "d4"], []]
+    e4 = nets.netG.model.model[1].model[3].model[3].model[1].weight
+    before = e4.detach().clone()
+    for batch in batches(1, SIZE, wide, steps=5):
+        losses, expected = (step(*batch) for step in steps)
+        tolerance = 20 * torch.finfo(dtype).eps
+        torch.testing.assert_close(torch.stack(losses), torch.stack(expected), rtol=tolerance, atol=tolerance)
+    full = twin.netG.model.model[1].model[3].model[3].model[1].weight
+    for weight in (e4, full):
+        unchanged = weight == before
+        assert unchanged[:, :, [0, 3]].all()
+        assert unchanged[:, :, :, [0, 3]].all()
+        assert not unchanged[:, :, 1:3, 1:3].all()
+
+
+def test_dead_taps_with_moments_are_not_skipped():
+    """Trained at a larger size before, Adam still moves them."""
+    nets = small_nets(levels=4)
+    twin = nets.twin()
+    for size, steps in (((32, 32), 2), (SIZE, 2)):
+        step = twin.fused(size, F64)
+        for batch in batches(1, size, F64, steps=steps):
+            expected, losses = nets.reference(*batch), step(*batch)
+            torch.testing.assert_close(torch.stack(losses), torch.stack(expected), rtol=1e-10, atol=1e-12)
+    assert all(layer.taps.count == 4 for layer in step.netG.plan.layers)
+
+
+@pytest.mark.parametrize("option", ["weight_decay", "amsgrad", "maximize"])
+def test_other_optimizers_are_refused(option: str):
+    nets = small_nets()
+    nets.optimizers[0].param_groups[0][option] = 0.1
+    with pytest.raises(InputError, match=f"got Adam with {option}=0.1, expected it off"):
+        nets.fused(SIZE, F64)
+
+
+def test_parameters_in_several_groups_are_refused():
+    nets = small_nets()
+    weight, *rest = nets.netD.parameters()
+    nets.optimizers[1] = torch.optim.Adam([{"params": [weight]}, {"params": rest}])
+    with pytest.raises(InputError, match="must have the network's parameters in one group"):
+        nets.fused(SIZE, F64)

@@ -1,0 +1,88 @@
+"""The plan is the network: layers, sizes, readers, and the work counted as PyTorch counts it."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastp2p.engine import plan_network, plan_table
+from fastp2p.engine.plan import LEAKY_RELU, NONE, RELU, TANH
+from fastp2p.memory import estimate_fused_step_memory
+from fastp2p.networks import PatchDiscriminator, PixelDiscriminator, UnetGenerator, count_parameters
+
+
+def test_unet_256():
+    plan = plan_network(UnetGenerator(), (256, 256))
+    assert [layer.name for layer in plan.layers] == [
+        *("e1", "e2", "e3", "e4", "e5", "e6", "e7", "e8"),
+        *("d8", "d7", "d6", "d5", "d4", "d3", "d2", "d1"),
+    ]
+    layers = {layer.name: layer for layer in plan.layers}
+    assert [layer.out_size[0] for layer in plan.layers] == [128, 64, 32, 16, 8, 4, 2, 1, 2, 4, 8, 16, 32, 64, 128, 256]
+    assert [layer.out_channels for layer in plan.layers][:8] == [64, 128, 256, 512, 512, 512, 512, 512]
+    assert {name for name, layer in layers.items() if layer.norm is None} == {"e1", "e8", "d1"}
+    assert {name for name, layer in layers.items() if layer.dropout} == {"d7", "d6", "d5"}
+    assert {name: plan.layers[layer.skip].name for name, layer in layers.items() if layer.skip is not None} == {
+        f"d{i}": f"e{i}" for i in range(1, 8)
+    }
+    for i in range(1, 8):  # one raw tensor for two readers: leaky down, relu across
+        assert (layers[f"e{i}"].activation, layers[f"e{i}"].slope, layers[f"e{i}"].second) == (LEAKY_RELU, 0.2, RELU)
+    for i in range(2, 9):
+        assert (layers[f"d{i}"].activation, layers[f"d{i}"].second) == (RELU, -1)
+    assert (layers["e8"].activation, layers["d1"].activation) == (RELU, TANH)
+    assert {name for name, layer in layers.items() if layer.epilogue} == {"e8", "d1"}
+    assert {name for name, layer in layers.items() if layer.trains_bias} == {"d1"}
+    assert {name: layer.taps.count for name, layer in layers.items() if layer.taps.count != 4} == {"e8": 2, "d8": 2}
+
+
+def test_patch_gan():
+    plan = plan_network(PatchDiscriminator(), (256, 256))
+    assert [(layer.name, layer.stride, *layer.out_size) for layer in plan.layers] == [
+        *[("c1", 2, 128, 128), ("c2", 2, 64, 64), ("c3", 2, 32, 32), ("c4", 1, 31, 31), ("c5", 1, 30, 30)]
+    ]
+    assert [layer.activation for layer in plan.layers] == [LEAKY_RELU] * 4 + [NONE]
+    assert [layer.epilogue for layer in plan.layers] == [True, False, False, False, True]
+
+
+@pytest.mark.parametrize("paper", [False, True])
+def test_flops_are_those_of_pytorch_s_counter(paper: bool):
+    """All taps counted, as PyTorch does; 6.05 and 3.20 GMAC for the paper's networks."""
+    netG = UnetGenerator(levels=8 if paper else 5, ngf=64 if paper else 8, dropout="paper")
+    netD = PatchDiscriminator(ndf=64 if paper else 8)
+    nets = [(netG, 3), (netD, 6), (PixelDiscriminator(ndf=4), 6)]
+    size = (256, 256) if paper else (32, 64)
+    for net, channels in nets:
+        with FlopCounterMode(display=False) as counter, torch.device("meta"):
+            net.to("meta")(torch.empty(3, channels, *size))
+        assert 2 * plan_network(net, size, skip_dead_taps=False).macs(3) == counter.get_total_flops()
+    if paper:
+        macs = [plan_network(net, size, skip_dead_taps=False).macs() / 1e9 for net, _ in nets[:2]]
+        assert macs == [pytest.approx(6.05, abs=0.005), pytest.approx(3.20, abs=0.005)]
+
+
+def test_no_parameter_is_lost():
+    for net in (UnetGenerator(levels=6, ngf=4, norm="instance"), PatchDiscriminator(ndf=4), PixelDiscriminator()):
+        plan = plan_network(net, (64, 64))
+        owners = [module for layer in plan.layers for module in (layer.conv, layer.norm) if module is not None]
+        assert sum(count_parameters(module) for module in owners) == count_parameters(net)
+
+
+def test_table_can_be_read():
+    table = plan_table(plan_network(UnetGenerator(), (256, 256)), 1, torch.bfloat16)
+    assert len(table.splitlines()) == 18
+    assert "e8" in table
+    assert "512→512 4x4 s2 (2x2 live)" in table
+    assert "BatchNorm relu dropout 0.5" in table
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_memory_by_hand(dtype: torch.dtype):
+    """A pixel discriminator without norm beside a U-Net of two levels, on 8x8, batch 1."""
+    netG = UnetGenerator(1, 1, levels=2, ngf=2, norm="none", dropout="none")
+    netD = PixelDiscriminator(2, ndf=3, norm="none")
+    need = estimate_fused_step_memory(netG, netD, batch_size=1, crop_size=8, dtype=dtype)
+    kept_G = 3 * 2 * 16 + 4 * 4 + 2 * 2 * 16 + 64  # e1 three times; e2 and d1 once; d2 raw and activated
+    kept_D = 2 * 64 * (3 + 6 + 1)
+    pairs = 2 * 2 * 64
+    assert need.activations == dtype.itemsize * (kept_G + kept_D + pairs)
+    per_parameter = {torch.float32: 12, torch.bfloat16: 14, torch.float16: 18}[dtype]
+    assert need.state == per_parameter * (count_parameters(netG) + count_parameters(netD))
