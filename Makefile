@@ -11,7 +11,7 @@ train: .venv/installed
 	$(BIN)/fastp2p train
 
 # Interpreted kernels keep one core busy each, so two processes share those tests.
-INTERPRETED := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ops --numprocesses 2
+INTERPRETED := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ops tests/engine/test_kernels.py --numprocesses 2
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow"
@@ -37,7 +37,7 @@ sanitize: .venv/installed
 	LD_PRELOAD="$(SANITIZERS)" PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
 		UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		PYTHONPATH=tests FASTP2P_EXTENSION=build/sanitize/_C.abi3.so \
-		$(BIN)/python -m pytest -p load_extension --capture=sys tests/ops tests/nn -m "not slow"
+		$(BIN)/python -m pytest -p load_extension --capture=sys tests/ops tests/nn tests/engine -m "not slow"
 
 # Every Triton kernel and configuration, compiled for every target without a GPU: registers, spills, shared memory.
 compile-check: .venv/installed

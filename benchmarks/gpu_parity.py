@@ -80,8 +80,8 @@ def list_units(device: str, rehearse: bool, folder: Path) -> list[Unit]:
     """The suite, in parts; a folder for their reports."""
     options = ["--device", device]
     files = dict.fromkeys(sorted((ROOT / "tests" / "ops").glob("test_*.py")), SHARDS)
-    for folder in ("nn", "engine"):
-        files |= dict.fromkeys(sorted((ROOT / "tests" / folder).glob("test_*.py")), 1)
+    for name in ("nn", "engine"):
+        files |= dict.fromkeys(sorted((ROOT / "tests" / name).glob("test_*.py")), 1)
     if rehearse:
         files = {ROOT / "tests" / "ops" / f"test_{name}.py": 2 for name in ("adam", "on_gpu")}
         options += ["-k", "bad_input or every_operator or slices or bits"]

@@ -17,6 +17,7 @@ import triton
 from gemm_jobs import gemm_jobs, wgrad_adam_jobs
 from jobs import BEST, COMPILED, OURS, Config, Job
 from pointwise_jobs import pointwise_jobs
+from step_jobs import STEP, step_jobs
 from timing import COLD_BYTES, Timing, input_sets, measure
 
 from fastp2p.ops import served_by
@@ -50,7 +51,8 @@ def main() -> None:
 
 def list_jobs(device: torch.device, rehearse: bool, operators: set[str]) -> list[Job]:
     """What is known to be quick first, then torch.compile's, then the search for the best configurations."""
-    jobs = [*pointwise_jobs(rehearse), *gemm_jobs(device, rehearse), *wgrad_adam_jobs(rehearse)]
+    jobs = [*step_jobs(device, rehearse), *pointwise_jobs(rehearse)]
+    jobs += [*gemm_jobs(device, rehearse), *wgrad_adam_jobs(rehearse)]
     order = {COMPILED: 1, BEST: 2}
     return sorted((job for job in jobs if job.operator in operators), key=lambda job: order.get(job.provider, 0))
 
@@ -97,7 +99,7 @@ def do(job: Job, device: torch.device, end: float) -> dict[str, Any]:
         config = min(able, key=lambda candidate: candidate["ms"])["config"]
     timing = timed(config, 0.15)
     row = {"case": job.case, "operator": job.operator, "provider": job.provider, **job.facts, **vars(timing)}
-    if job.provider == OURS:
+    if job.provider == OURS and job.operator != STEP:
         row["served_by"] = served_by(job.operator, device.type)
     row |= {"sets": sets, "cold": sets * job.input_bytes >= COLD_BYTES}
     row |= {"bytes": job.n_bytes, "input_bytes": job.input_bytes, "flop": job.flop}

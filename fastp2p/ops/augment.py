@@ -17,12 +17,11 @@ def augment_ref(
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The specification of `augment`."""
-    crops = []
-    for i, (top, left), flipped in zip(index.tolist(), offset.tolist(), flip.tolist(), strict=True):
-        crop = pairs[i, top : top + crop_size, left : left + crop_size]  # (crop_size, crop_size, C)
-        crops.append(crop.flip(1) if flipped else crop)
-    x = torch.stack(crops).permute(0, 3, 1, 2).float()  # (N, C, crop_size, crop_size)
-    x = x / x.new_tensor(255.0) * 2 - 1  # a tensor divisor: CUDA would multiply by the reciprocal of a Python number
+    rows, columns = (start[:, None] + torch.arange(crop_size, device=pairs.device) for start in offset.unbind(1))
+    columns = torch.where(flip[:, None], columns.flip(1), columns)
+    crops = pairs[index[:, None, None], rows[:, :, None], columns[:, None, :]]  # (N, crop_size, crop_size, C)
+    x = crops.permute(0, 3, 1, 2).float()
+    x = x / x.new_full((), 255.0) * 2 - 1  # a tensor divisor: CUDA would multiply by the reciprocal of a Python number
     x = x.to(dtype or torch.float32)
     real_A, real_B = x[:, :input_nc], x[:, input_nc:]
     return real_A.clone(memory_format=torch.channels_last), real_B.clone(memory_format=torch.channels_last)
