@@ -49,8 +49,8 @@ def _providers(
         if provider == OURS:
             step = FusedStep(*nets, *(torch.optim.Adam(net.parameters(), **adam) for net in nets),
                              size=(size, size), dtype=torch.bfloat16)  # fmt: skip
-            step.read_learning_rates()
-            return lambda _: step.run_below_autograd(real_A, real_B)
+            step.prepare()
+            return lambda _: step.launch(real_A, real_B)
         if provider != EAGER:
             real_A, real_B = (x.contiguous(memory_format=torch.channels_last) for x in (real_A, real_B))
             nets = [net.to(memory_format=torch.channels_last) for net in nets]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from fastp2p.engine import plan_network
+from fastp2p.engine import kept_elements, plan_network
 from fastp2p.networks import UnetGenerator, count_parameters
 
 STATE_BUFFERS = 4  # weight, gradient and Adam's two moments
@@ -43,7 +43,7 @@ def estimate_fused_step_memory(
     padded = -(-crop_size // 2**netG.levels) * 2**netG.levels
     plan_G, plan_D = plan_network(netG, (padded, padded)), plan_network(netD, (crop_size, crop_size))
     pairs = 2 * batch_size * plan_D.in_channels * crop_size**2
-    elements = plan_G.kept_elements(batch_size) + plan_D.kept_elements(2 * batch_size) + pairs
+    elements = kept_elements(plan_G, batch_size) + kept_elements(plan_D, 2 * batch_size) + pairs
     return MemoryEstimate(state, elements * dtype.itemsize)
 
 

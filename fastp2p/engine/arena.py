@@ -1,7 +1,7 @@
 """The arena: one network's weights, Adam's moments and compute weights, each one flat buffer; parameters are views."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +16,24 @@ Reduce = Callable[[Tensor], object]  # changes a flat buffer of gradients in pla
 Unscale = Callable[[Tensor], Tensor]  # flat gradients -> () what to multiply them by, 0 to skip the step
 
 
+class LayerWeight(NamedTuple):
+    """A convolution's weight as the operators take it: its live taps, detached views of the flat buffers."""
+
+    param: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    compute: Tensor | None  # in the dtype of computing, dense; None where that is param's own
+
+
 class Arena:
     """Flat buffers that a network's parameters and its optimizer's state become views of.
 
     Convolution weights come first, in channels_last, each (O, KH, KW, C) in memory; then the biases and the norms'
-    parameters. state_dict, checkpoints and torch.optim.Adam go on working on the views. Whoever changes the parameters
-    from outside calls `refresh`.
+    parameters. state_dict, checkpoints and torch.optim.Adam go on working on the views.
 
-        param                 masters, float32 (float64 for float64)
+        param                 weights, biases and norms' parameters: float32 (float64 for float64)
         exp_avg, exp_avg_sq   Adam's moments, likewise
-        low                   the convolution weights in the dtype of computing, where that is a lower one
+        compute               the convolution weights in the dtype of computing, where that is a lower one
         grad                  gradients, where they are wanted whole: one bucket for an all-reduce, or to be checked for
                               infinities before they may count; else every weight is updated from where its gradient is
                               made, and there is no such buffer
@@ -33,132 +41,188 @@ class Arena:
     Args:
         net: its parameters are moved into the arena.
         optimizer: torch.optim.Adam without weight decay over exactly net's parameters; its state is moved as well.
-        plan: net's. Its layers' dead taps must have no moments.
+        plan: net's. What taps it leaves out must have no moments; with reduce or unscale it must leave out none.
         dtype: of computing.
-        bucket: gather the gradients; the plan must leave out no taps then.
+        reduce, unscale: called with all gradients, (M,) of param's dtype, before they are used.
+
+    Raises:
+        InputError: on parameters of another dtype or on several devices, or an optimizer that is no such Adam.
     """
 
-    def __init__(self, net: nn.Module, optimizer: torch.optim.Adam, plan: Plan, dtype: torch.dtype, *, bucket: bool):
+    def __init__(
+        self,
+        net: nn.Module,
+        optimizer: torch.optim.Adam,
+        plan: Plan,
+        dtype: torch.dtype,
+        *,
+        reduce: Reduce | None = None,
+        unscale: Unscale | None = None,
+    ):
         weights = [layer.weight for layer in plan.layers]
-        self.small = [p for p in net.parameters() if all(p is not weight for weight in weights)]
-        self.parameters = weights + self.small
+        self.biases_and_norms = [p for p in net.parameters() if all(p is not weight for weight in weights)]
+        self.parameters = weights + self.biases_and_norms
+        wide = torch.promote_types(dtype, torch.float32)
+        device = _check_parameters(self.parameters, wide)
         group = _only_group(optimizer, self.parameters)
         (self.beta1, self.beta2), self.eps = group["betas"], group["eps"]
-        wide, device = torch.promote_types(dtype, torch.float32), weights[0].device
+        self.reduce, self.unscale = reduce, unscale
 
-        self.starts, total = _starts(self.parameters)  # in the flat buffers, elements
-        self.n_weights = self.starts[len(weights)] if self.small else total
-        self.param, self.exp_avg, self.exp_avg_sq = (torch.zeros(total, dtype=wide, device=device) for _ in range(3))
-        self.grad = torch.zeros(total, dtype=wide, device=device) if bucket else None
+        # The flat buffers
+        self.starts, size = _starts(self.parameters)
+        self.weights_end = self.starts[len(weights)] if self.biases_and_norms else size
+        self.param, self.exp_avg, self.exp_avg_sq = (torch.zeros(size, dtype=wide, device=device) for _ in range(3))
+        gathers = reduce is not None or unscale is not None
+        self.grad = torch.zeros(size, dtype=wide, device=device) if gathers else None
         self.grads = [] if self.grad is None else self._views(self.grad)
+        self.compute = torch.zeros(self.weights_end, dtype=dtype, device=device) if dtype != wide else None
+
+        # What they take over, and each layer's part of them
         self.steps = torch.zeros(len(self.parameters), device=device)  # torch.optim.Adam has one for each
         self._adopt(optimizer)
+        self.weights = [self._layer_weight(optimizer, *item) for item in zip(plan.layers, self.starts, strict=False)]
+        cancelled = [layer.conv.bias for layer in plan.layers if not layer.trains_bias]
+        self.no_gradient = {id(bias): torch.zeros_like(bias) for bias in cancelled if bias is not None}
 
-        self.lr, self._lr = torch.zeros((), dtype=wide, device=device), 0.0
+        # Numbers of the step
+        self.lr, self.lr_on_host = torch.zeros((), dtype=wide, device=device), 0.0
         self.betas = torch.tensor([self.beta1, self.beta2], dtype=torch.float64, device=device)
         self.powers = self.betas.clone()
-        self.zeros = {id(p): torch.zeros_like(p) for p in self.small}  # gradients of biases that a norm takes away
-
-        # What the operators take of each layer: its live taps of weight and moments, and the weight to compute with
-        self.masters: list[tuple[Tensor, ...]] = []
-        self.low = torch.zeros(self.n_weights, dtype=dtype, device=device) if dtype != wide else None
-        self.lows: list[Tensor] = []
-        for layer, weight, start in zip(plan.layers, weights, self.starts, strict=False):
-            state = optimizer.state[weight]
-            live = [layer.taps.of(t) for t in (weight.detach(), state["exp_avg"], state["exp_avg_sq"])]
-            self.masters.append(tuple(live))
-            if self.low is not None:
-                self.lows.append(_view(self.low, start, live[0]))
-        self.refresh()
+        self.round_compute_weights()
+        self.versions = self._versions()
 
     def _adopt(self, optimizer: torch.optim.Adam) -> None:
         """Move the parameters and the optimizer's state into the flat buffers."""
-        values, *moments = (self._views(flat) for flat in (self.param, self.exp_avg, self.exp_avg_sq))
-        for number, (parameter, value, *views) in enumerate(zip(self.parameters, values, *moments, strict=True)):
+        steps = {float(optimizer.state[p]["step"]) if optimizer.state[p] else 0.0 for p in self.parameters}
+        if len(steps) > 1:
+            raise InputError(f"engine: got Adam states of {len(steps)} different step counts, expected one for all")
+        self.steps.fill_(steps.pop())
+        views = (self._views(flat) for flat in (self.param, self.exp_avg, self.exp_avg_sq))
+        for parameter, step, value, exp_avg, exp_avg_sq in zip(self.parameters, self.steps, *views, strict=True):
             value.copy_(parameter.detach())
             parameter.data, parameter.grad = value, None
             state = optimizer.state[parameter]
-            exp_avg, exp_avg_sq = views
             if state:
                 exp_avg.copy_(state["exp_avg"])
                 exp_avg_sq.copy_(state["exp_avg_sq"])
-                self.steps[number] = float(state["step"])
-            optimizer.state[parameter] = {"step": self.steps[number], "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+            optimizer.state[parameter] = {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+
+    def _layer_weight(self, optimizer: torch.optim.Adam, layer: Any, start: int) -> LayerWeight:
+        state = optimizer.state[layer.weight]
+        tensors = (layer.weight.detach(), state["exp_avg"], state["exp_avg_sq"])
+        param, exp_avg, exp_avg_sq = (layer.taps.select(t) for t in tensors)
+        compute = None if self.compute is None else _view(self.compute, start, param)
+        return LayerWeight(param, exp_avg, exp_avg_sq, compute)
 
     def _views(self, flat: Tensor) -> list[Tensor]:
         return [_view(flat, start, parameter) for start, parameter in zip(self.starts, self.parameters, strict=True)]
 
-    def refresh(self) -> None:
-        """Round the compute weights anew, after the parameters were changed from outside."""
-        for low, (master, _, _) in zip(self.lows, self.masters, strict=False):  # lows may be none
-            low.copy_(master)
+    def _versions(self) -> list[int]:
+        return [parameter._version for parameter in self.parameters]
+
+    def round_compute_weights(self) -> None:
+        """Make the compute weights anew from the parameters."""
+        for weight in self.weights:
+            if weight.compute is not None:
+                weight.compute.copy_(weight.param)
+
+    def prepare(self, lr: float) -> None:
+        """Before a step: take over the learning rate, and parameters that were changed in between, by load_state_dict
+        or another optimizer's step. What goes past autograd's versions, an edit of `.data`, is not seen.
+        """
+        if lr != self.lr_on_host:
+            self.lr_on_host = lr
+            self.lr.fill_(lr)
+        if self._versions() != self.versions:
+            self.round_compute_weights()
+
+    def conclude(self) -> None:
+        """After a step: tell autograd, and who caches by versions, that the parameters have changed."""
+        torch.autograd.graph.increment_version(self.parameters)
+        self.versions = self._versions()
 
     def weight(self, number: int) -> Tensor:
         """A layer's weight as the operators read it: live taps, dtype of computing, dense channels_last."""
-        if self.low is not None:
-            return self.lows[number]
-        return self.masters[number][0].contiguous(memory_format=torch.channels_last)
+        param, _, _, compute = self.weights[number]
+        return param.contiguous(memory_format=torch.channels_last) if compute is None else compute
 
-    def begin(self) -> None:
-        """Set the bias corrections of the step that begins."""
+    def set_bias_corrections(self) -> None:
+        """Of the Adam step that begins."""
         torch.pow(self.betas, self.steps[0] + 1, out=self.powers)
 
     def update_weight(
         self, number: int, outer: Tensor, outer2: Tensor | None, inner: Tensor, stride: int, padding: int
     ) -> None:
-        """One layer's weight gradient, and unless gradients are gathered its Adam step."""
-        param, exp_avg, exp_avg_sq = self.masters[number]
+        """One layer's weight gradient, and unless gradients are gathered its Adam step. As `wgrad` takes them."""
+        param, exp_avg, exp_avg_sq, compute = self.weights[number]
         if self.grad is not None:
             size = param.shape[2:]
             self.grads[number].copy_(operators.wgrad(outer, outer2, inner, *size, stride, padding, self.grad.dtype))
             return
-        low = self.lows[number] if self.lows else None
         operators.wgrad_adam(
             *(outer, outer2, inner, param, exp_avg, exp_avg_sq, self.lr, self.powers),
-            *(self.beta1, self.beta2, self.eps, stride, padding, low),
+            *(self.beta1, self.beta2, self.eps, stride, padding, compute),
         )
 
-    def set_lr(self, lr: float) -> None:
-        """Learning rate of the steps that follow."""
-        if lr != self._lr:
-            self._lr = lr
-            self.lr.fill_(lr)
-
-    def finish(
-        self, gradients: Mapping[int, Tensor], reduce: Reduce | None = None, unscale: Unscale | None = None
-    ) -> None:
-        """The Adam step of what is left: biases and norms, or where gradients are gathered everything.
+    def update_the_rest(self, gradients: Mapping[int, Tensor]) -> None:
+        """The Adam step of biases and norms' parameters, or where gradients are gathered of everything.
 
         Args:
-            gradients: of biases and norms' parameters, by id(parameter); those that are missing are 0.
-            reduce, unscale: called with the flat gradients, where they are gathered.
+            gradients: of biases and norms' parameters, by id(parameter); but for biases that a norm takes away.
         """
-        small = [gradients.get(id(p), self.zeros[id(p)]) for p in self.small]
-        factor = None
-        if self.grad is not None:
+        known = {**self.no_gradient, **gradients}
+        small = [known[id(p)] for p in self.biases_and_norms]
+        weights, rest = slice(self.weights_end), slice(self.weights_end, None)
+        if self.grad is None:
             if small:
-                torch.cat(small, out=self.grad[self.n_weights :])
-            if reduce is not None:
-                reduce(self.grad)
-            factor = None if unscale is None else unscale(self.grad)
-            self._adam(slice(self.n_weights), self.grad[: self.n_weights], self.low, factor)
-            self._adam(slice(self.n_weights, None), self.grad[self.n_weights :], None, factor)
-        elif small:
-            self._adam(slice(self.n_weights, None), torch.cat(small), None, None)
-        self.steps.add_(1 if factor is None else factor.sign())
-        torch.autograd.graph.increment_version(self.parameters)
-
-    def _adam(self, part: slice, grad: Tensor, low: Tensor | None, unscale: Tensor | None) -> None:
-        if not grad.numel():
+                self._adam(rest, torch.cat(small))
+            self.steps.add_(1)
             return
+        if small:
+            torch.cat(small, out=self.grad[rest])
+        if self.reduce is not None:
+            self.reduce(self.grad)
+        unscale = None if self.unscale is None else self.unscale(self.grad)
+        self._adam(weights, self.grad[weights], self.compute, unscale)
+        if small:
+            self._adam(rest, self.grad[rest], None, unscale)
+        self.steps.add_(1 if unscale is None else unscale.sign())
+
+    def _adam(self, part: slice, grad: Tensor, compute: Tensor | None = None, unscale: Tensor | None = None) -> None:
         operators.adam(
             *(self.param[part], grad, self.exp_avg[part], self.exp_avg_sq[part], self.lr, self.powers),
-            *(self.beta1, self.beta2, self.eps, low, *([] if unscale is None else [unscale])),
+            *(self.beta1, self.beta2, self.eps, compute, unscale),
         )
+
+
+def dead_taps_move(plan: Plan, optimizer: torch.optim.Adam) -> bool:
+    """Whether Adam still moves taps that the plan leaves out: it was trained at another size before."""
+    for layer in plan.layers:
+        state = optimizer.state.get(layer.weight, {})
+        for name in ("exp_avg", "exp_avg_sq") if state and not layer.taps.are_all(layer.weight) else ():
+            moment = state[name].clone()
+            layer.taps.select(moment).zero_()
+            if moment.any():
+                return True
+    return False
+
+
+def _check_parameters(parameters: list[nn.Parameter], dtype: torch.dtype) -> torch.device:
+    """Their device. Raises InputError unless they are of this dtype and on one device."""
+    found = {str(p.dtype).removeprefix("torch.") for p in parameters}
+    if found != {str(dtype).removeprefix("torch.")}:
+        raise InputError(
+            f"engine: got parameters in {', '.join(sorted(found))}, expected {str(dtype).removeprefix('torch.')}: "
+            "float64 to compute in float64, else float32; convert the networks with .to() first"
+        )
+    devices = {p.device for p in parameters}
+    if len(devices) > 1:
+        raise InputError(f"engine: got parameters on {', '.join(sorted(map(str, devices)))}; expected one device")
+    return devices.pop()
 
 
 def _starts(parameters: list[nn.Parameter]) -> tuple[list[int], int]:
-    """Where each parameter begins, convolution weights at whole multiples of ALIGNMENT; and the end."""
+    """Where each parameter begins, in elements, the one after a convolution weight aligned; and the end."""
     starts, end = [], 0
     for parameter in parameters:
         starts.append(end)
@@ -167,7 +231,7 @@ def _starts(parameters: list[nn.Parameter]) -> tuple[list[int], int]:
 
 
 def _view(flat: Tensor, start: int, like: Tensor) -> Tensor:
-    """The part of a flat buffer that begins at `start` as a tensor of like's shape; images of weights channels_last."""
+    """The part of a flat buffer that begins at `start` as a tensor of like's shape, a weight's channels_last."""
     part = flat[start : start + like.numel()]
     if like.ndim != 4:
         return part.view(like.shape)
@@ -178,10 +242,9 @@ def _view(flat: Tensor, start: int, like: Tensor) -> Tensor:
 def _only_group(optimizer: torch.optim.Adam, parameters: list[nn.Parameter]) -> dict[str, Any]:
     """The optimizer's settings. Raises InputError unless it is Adam as the recipe has it, over these parameters."""
     groups = optimizer.param_groups
-    same = len(groups) == 1 and {id(p) for p in groups[0]["params"]} == {id(p) for p in parameters}
-    if not same:
-        raise InputError("engine: the optimizer must have the network's parameters in one group")
+    if len(groups) != 1 or {id(p) for p in groups[0]["params"]} != {id(p) for p in parameters}:
+        raise InputError("engine: the optimizer must have exactly the network's parameters, in one group")
     for option in ("weight_decay", "amsgrad", "maximize"):
-        if groups[0][option]:
+        if groups[0].get(option):
             raise InputError(f"engine: got Adam with {option}={groups[0][option]}, expected it off")
     return groups[0]

@@ -1,6 +1,7 @@
 """The whole step as one CUDA graph: a replay costs the host a few microseconds, whatever the number of kernels."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +11,25 @@ from fastp2p.engine.step import FusedStep
 from fastp2p.losses import Losses
 
 WARM_UP = 3  # ordinary steps of each batch size before its graph is captured: kernels compile, the allocator settles
-STAGES = 2  # of what is streamed: one is being filled while the other one is read
+STAGES = 2  # of streamed pairs: one is filled while the other one is read
+
+
+class Key(NamedTuple):
+    """What a graph is captured for."""
+
+    batch_size: int
+    pair_shape: torch.Size
+    resident_at: int | None  # address of resident pairs, which the graph holds; None for streamed ones
+
+
+@dataclass
+class Recorded:
+    """A batch size: where its batches are read, and once it is captured the graph and where that leaves its losses."""
+
+    inputs: "GraphInputs"
+    calls: int = 0
+    graph: torch.cuda.CUDAGraph | None = None
+    losses: Losses[Tensor] | None = None
 
 
 class GraphedStep:
@@ -28,48 +47,40 @@ class GraphedStep:
         self.device = step.rng.device
         self.stream = torch.cuda.Stream(self.device)  # a graph cannot be captured on the default stream
         self.pool = torch.cuda.graph_pool_handle()  # graphs never run side by side, so they share memory
-        self.captured: dict[tuple[object, ...], Captured] = {}
-        self.calls: dict[tuple[object, ...], int] = {}
+        self.recorded: dict[Key, Recorded] = {}
 
     def __call__(self, crops: Crops) -> Losses[Tensor]:
         """One step of training. Raises InputError where the crops are of another size than the step's."""
         self.step.check_size((crops.crop_size, crops.crop_size))
-        resident = crops.pairs.data_ptr() if crops.pairs.is_cuda else None  # a graph holds its address
-        key = (len(crops), crops.pairs.shape[1:], resident)
-        slots = self.captured[key].slots if key in self.captured else Slots(crops, self.device)
         outside = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(outside)
         with torch.cuda.stream(self.stream):
-            self.step.read_learning_rates()
-            slots.fill(crops)
-            losses = self._run(key, slots)
+            key = Key(len(crops), crops.pairs.shape[1:], crops.pairs.data_ptr() if crops.pairs.is_cuda else None)
+            if key not in self.recorded:
+                self.recorded[key] = Recorded(GraphInputs(crops, self.device))
+            recorded = self.recorded[key]
+            self.step.prepare()
+            recorded.inputs.fill(crops)
+            losses = self._run(recorded)
+            self.step.conclude()
         outside.wait_stream(self.stream)
         return losses
 
-    def _run(self, key: tuple[object, ...], slots: "Slots") -> Losses[Tensor]:
-        if key not in self.captured:
-            self.calls[key] = self.calls.get(key, 0) + 1
-            if self.calls[key] <= WARM_UP:
-                return self.step.run_below_autograd(*slots.crops.cut(self.device))
-            graph = torch.cuda.CUDAGraph()
+    def _run(self, recorded: Recorded) -> Losses[Tensor]:
+        recorded.calls += 1
+        if recorded.calls <= WARM_UP:
+            return self.step.launch(*recorded.inputs.crops.cut(self.device))
+        if recorded.graph is None:
+            recorded.graph = torch.cuda.CUDAGraph()
             # Threads that decode images or write checkpoints need know nothing of it
-            with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
-                losses = self.step.run_below_autograd(*slots.crops.cut(self.device))
-            self.captured[key] = Captured(graph, slots, losses)
-        self.captured[key].graph.replay()
-        return self.captured[key].losses
+            with torch.cuda.graph(recorded.graph, self.pool, self.stream, capture_error_mode="thread_local"):
+                recorded.losses = self.step.launch(*recorded.inputs.crops.cut(self.device))
+        recorded.graph.replay()
+        assert recorded.losses is not None
+        return recorded.losses
 
 
-@dataclass(frozen=True)
-class Captured:
-    """A graph, where it reads its batch, and where it leaves its losses."""
-
-    graph: torch.cuda.CUDAGraph
-    slots: "Slots"
-    losses: Losses[Tensor]
-
-
-class Slots:
+class GraphInputs:
     """Fixed addresses on the device from which a graph reads a batch.
 
     Resident pairs are read where they are, and a call copies only which ones and their jitter. Streamed pairs come from
@@ -86,9 +97,11 @@ class Slots:
         pairs = torch.empty_like(like.pairs, device=device) if streamed else like.pairs
         self.crops = Crops(pairs, index, offset, flip, like.crop_size, like.input_nc)
         self.stages = [torch.empty_like(pairs) for _ in range(STAGES)] if streamed else []
-        self.read = [torch.cuda.Event() for _ in self.stages]  # when a stage may be filled again
+        self.stage_free = [torch.cuda.Event() for _ in self.stages]
+        self.next_stage = 0
         self.copies = torch.cuda.Stream(device) if streamed else None
-        self.turn = 0
+        if self.copies is not None:  # the stages' memory may still be read by what was launched before
+            self.copies.wait_stream(torch.cuda.current_stream(device))
 
     def fill(self, crops: Crops) -> None:
         """Bring a batch in, on the current stream."""
@@ -98,12 +111,12 @@ class Slots:
             getattr(self.crops, name).copy_(pinned, non_blocking=True)
         if self.copies is None:
             return
-        stage, read = self.stages[self.turn], self.read[self.turn]
+        stage, free = self.stages[self.next_stage], self.stage_free[self.next_stage]
         with torch.cuda.stream(self.copies):
-            self.copies.wait_event(read)
+            self.copies.wait_event(free)
             stage.copy_(crops.pairs.pin_memory(), non_blocking=True)
         current = torch.cuda.current_stream(stage.device)
         current.wait_stream(self.copies)
         self.crops.pairs.copy_(stage)
-        read.record(current)
-        self.turn = (self.turn + 1) % STAGES
+        free.record(current)
+        self.next_stage = (self.next_stage + 1) % STAGES

@@ -12,19 +12,19 @@ class LossScale:
     divided by it again in float32. A step whose gradients overflow is skipped and the scale halved (Micikevicius et
     al., "Mixed precision training", ICLR 2018, section 3.2).
 
-    The operator that makes the first gradients takes its factor from the host, so it takes the constant `BASE`, and the
-    rest is multiplied onto its result: exactly, since both are powers of two. `BASE` alone overflows no loss of the
-    recipe, down to a map of one logit, and leaves gradients above float16's subnormals on a map of 256² logits.
+    The operator that makes the first gradients takes its factor from the host, so it takes the constant `HOST_SCALE`,
+    and the rest is multiplied onto its result: exactly, since both are powers of two. `HOST_SCALE` alone overflows no
+    loss of the recipe, down to a map of one logit, and keeps 1e-4 on a map of 256² logits above float16's least value.
 
     Args:
         state: (2,) float32 on the networks' device, (scale, steps since it last changed); updated.
     """
 
-    BASE = 2.0**12
+    HOST_SCALE = 2.0**12
 
     def __init__(self, state: Tensor):
         self.state = state
-        self.finite: list[Tensor] = []  # () bool, of each network's gradients in this step
+        self.finite: list[Tensor] = []  # () bool, of each network's gradients: `unscale` adds, `update` empties
 
     @staticmethod
     def new_state(device: torch.device) -> Tensor:
@@ -32,8 +32,8 @@ class LossScale:
         return torch.tensor([FIRST_SCALE, 0.0], device=device)
 
     def rescale_(self, dx: Tensor) -> Tensor:
-        """A gradient that was made with factor BASE, in place to the scale of this step."""
-        return dx.mul_(self.state[0] / self.BASE)
+        """A gradient that was made with factor HOST_SCALE, in place to the scale of this step."""
+        return dx.mul_(self.state[0] / self.HOST_SCALE)
 
     def unscale(self, grad: Tensor) -> Tensor:
         """What to multiply a network's gradients by, () float32: 1 / scale, or 0 to skip its step.
@@ -49,8 +49,7 @@ class LossScale:
         finite = torch.stack(self.finite).all()
         self.finite.clear()
         scale, good_steps = self.state
-        grown = good_steps + 1 >= GROWTH_INTERVAL
-        kept = torch.where(
-            grown, torch.stack([scale * 2, torch.zeros_like(scale)]), torch.stack([scale, good_steps + 1])
-        )
-        self.state.copy_(torch.where(finite, kept, torch.stack([scale / 2, torch.zeros_like(scale)])))
+        good_steps = torch.where(finite, good_steps + 1, 0)
+        grows = good_steps == GROWTH_INTERVAL
+        factor = torch.where(finite, torch.where(grows, 2.0, 1.0), 0.5)
+        self.state.copy_(torch.stack([scale * factor, torch.where(grows, 0, good_steps)]))

@@ -30,7 +30,7 @@ class Taps:
     count: int
     padding: int
 
-    def of(self, weight: Tensor) -> Tensor:
+    def select(self, weight: Tensor) -> Tensor:
         """These taps of a weight (O, C, KH, KW): a view, the weight itself where all are live."""
         if self.count == weight.shape[2]:
             return weight
@@ -46,7 +46,7 @@ class Layer:
     """A convolution with what follows it, up to the inputs of its readers.
 
     Its result is drop(act(norm(conv(x)))): with `activation` for the next layer and, in a U-Net's encoder, with
-    `second` for the decoder's layer across the skip connection, which reads it without a concatenation.
+    `skip_activation` for the decoder's layer across the skip connection, which reads it without a concatenation.
     """
 
     name: str  # e1 ... e8, d8 ... d1 in a U-Net, c1 ... in a discriminator
@@ -54,10 +54,10 @@ class Layer:
     norm: Normalisation | None
     activation: int  # index in ACTIVATIONS
     slope: float  # leaky_relu's
-    second: int  # -1 for none
+    skip_activation: int | None  # index in ACTIVATIONS
     dropout: float
-    skip: int | None  # number of the layer whose second result comes before the own input's channels
-    epilogue: bool  # the convolution's operator applies the activation, and the reader's gradient its derivative
+    skip: int | None  # number of the encoder layer whose result is concatenated before this layer's input
+    activation_in_conv: bool  # no pass of its own: the convolution applies it, the next layer's gradient its derivative
     in_size: Size
     out_size: Size
     taps: Taps
@@ -89,18 +89,8 @@ class Layer:
         """Whether the bias has a gradient: a norm takes the mean away, so before one it is 0, and stays so."""
         return self.conv.bias is not None and self.norm is None
 
-    def has_moments_on_dead_taps(self, optimizer: torch.optim.Adam) -> bool:
-        """Whether Adam still moves taps that meet padding alone: it was trained at another size before."""
-        if self.taps.are_all(self.conv.weight):
-            return False
-        state = optimizer.state.get(self.conv.weight, {})
-        moments = [state[name].clone() for name in ("exp_avg", "exp_avg_sq") if name in state]
-        for moment in moments:
-            self.taps.of(moment).zero_()
-        return any(bool(moment.any()) for moment in moments)
-
     def macs(self, images: int) -> int:
-        """Multiplications of the forward pass, and of each gradient; padding counted as pixels are."""
+        """Multiply-accumulates of the forward pass, and of each gradient; those with padding are counted too."""
         small = self.in_size if self.transposed else self.out_size
         return images * small[0] * small[1] * self.in_channels * self.out_channels * self.taps.count**2
 
@@ -110,20 +100,11 @@ class Plan:
     """A network at one image size."""
 
     layers: list[Layer]
-    size: Size  # of the input that the layers see
     in_channels: int
 
     def macs(self, images: int = 1) -> int:
-        """Multiplications of the forward pass."""
+        """Multiply-accumulates of the forward pass."""
         return sum(layer.macs(images) for layer in self.layers)
-
-    def kept_elements(self, images: int) -> int:
-        """Elements that the forward pass keeps for the backward one, the input not counted."""
-        copies = [1 if layer.epilogue else 2 + (layer.second >= 0) for layer in self.layers]
-        return sum(
-            images * n * layer.out_channels * layer.out_size[0] * layer.out_size[1]
-            for n, layer in zip(copies, self.layers, strict=True)
-        )
 
 
 def plan_network(net: nn.Module, size: Size, *, skip_dead_taps: bool = True) -> Plan:
@@ -137,15 +118,15 @@ def plan_network(net: nn.Module, size: Size, *, skip_dead_taps: bool = True) -> 
     Raises:
         InputError: on another network, or where a norm would see a single value per channel.
     """
+    levels = 0
     if isinstance(net, UnetGenerator):
-        modules = list(_flatten_unet(net.model))
+        levels, modules = net.levels, list(_flatten_unet(net.model))
         names = [f"e{i}" for i in range(1, net.levels + 1)] + [f"d{i}" for i in range(net.levels, 0, -1)]
     elif isinstance(net, PatchDiscriminator | PixelDiscriminator):
         modules = list(net.model if isinstance(net, PatchDiscriminator) else net.net)
         names = [f"c{i}" for i in range(1, sum(isinstance(m, Convolution) for m in modules) + 1)]
     else:
         raise InputError(f"engine: got a {type(net).__name__}, expected a U-Net generator or a PatchGAN discriminator")
-    levels = net.levels if isinstance(net, UnetGenerator) else 0
 
     starts = [i for i, module in enumerate(modules) if isinstance(module, Convolution)]
     chains = [modules[i:j] for i, j in zip(starts, [*starts[1:], len(modules)], strict=True)]
@@ -157,7 +138,7 @@ def plan_network(net: nn.Module, size: Size, *, skip_dead_taps: bool = True) -> 
         norm = next((module for module in rest if isinstance(module, Normalisation)), None)
         dropout = next((module.p for module in rest if isinstance(module, nn.Dropout)), 0.0)
         act = next((module for module in rest if type(module) in _CODES), None)
-        second = next((RELU for reader, skip in enumerate(skips) if skip == number), -1)
+        crosses = number in skips
         read_beside_a_skip = number + 1 < len(chains) and skips[number + 1] is not None
         layer = Layer(
             name=name,
@@ -165,10 +146,10 @@ def plan_network(net: nn.Module, size: Size, *, skip_dead_taps: bool = True) -> 
             norm=norm,
             activation=NONE if act is None else _CODES[type(act)],
             slope=float(getattr(act, "negative_slope", 0.0)),
-            second=second,
+            skip_activation=RELU if crosses else None,
             dropout=dropout,
             skip=skips[number],
-            epilogue=norm is None and second < 0 and not dropout and not read_beside_a_skip,
+            activation_in_conv=norm is None and not crosses and not dropout and not read_beside_a_skip,
             in_size=in_size,
             out_size=_out_size(conv, in_size),
             taps=_live_taps(conv, in_size) if skip_dead_taps else _all_taps(conv),
@@ -183,7 +164,7 @@ def plan_network(net: nn.Module, size: Size, *, skip_dead_taps: bool = True) -> 
                 "per channel at least; enlarge the crop, or take fewer layers"
             )
         layers.append(layer)
-    return Plan(layers, size, layers[0].in_channels)
+    return Plan(layers, layers[0].in_channels)
 
 
 def _flatten_unet(block: UnetBlock) -> Iterator[nn.Module]:
@@ -196,7 +177,7 @@ def _flatten_unet(block: UnetBlock) -> Iterator[nn.Module]:
 
 
 def _skip_of(number: int, levels: int) -> int | None:
-    """Of 2 * levels layers the decoder's, but for its innermost, read the encoder's layer of their own level."""
+    """Decoder layer d_i reads encoder layer e_i; the innermost has no skip connection, nor has a discriminator."""
     return 2 * levels - 1 - number if 0 < levels < number else None
 
 
@@ -232,9 +213,8 @@ def _live_taps(conv: Convolution, in_size: Size) -> Taps:
 
 
 def plan_table(plan: Plan, images: int, dtype: torch.dtype) -> str:
-    """The plan to read: each layer's shape, what it computes, and what a step of so many images must at least do.
-
-    FLOPs are of the forward pass; bytes are the weight and the activations read and written by it in `dtype`.
+    """The plan to read: each layer's shape and what it computes, the FLOPs of a forward pass of so many images, and the
+    bytes of its weight, and of the maps that the convolution reads and writes, in `dtype`.
     """
     lines = [f"{'layer':<6}{'convolution':<26}{'map':<18}{'then':<34}{'GFLOP':>8}{'weight MB':>11}{'maps MB':>9}"]
     for layer in plan.layers:
@@ -244,7 +224,7 @@ def plan_table(plan: Plan, images: int, dtype: torch.dtype) -> str:
             kind += f" ({layer.taps.count}x{layer.taps.count} live)"
         then = [type(layer.norm).__name__.removesuffix("2d")] if layer.norm is not None else []
         then += [ACTIVATIONS[layer.activation]] if layer.activation else []
-        then += [f"+ {ACTIVATIONS[layer.second]}"] if layer.second >= 0 else []
+        then += [] if layer.skip_activation is None else [f"+ {ACTIVATIONS[layer.skip_activation]}"]
         then += [f"dropout {layer.dropout:g}"] if layer.dropout else []
         pixels_in, pixels_out = (height * width for height, width in (layer.in_size, layer.out_size))
         maps = images * (pixels_in * layer.in_channels + pixels_out * layer.out_channels) * dtype.itemsize

@@ -8,7 +8,7 @@ import torch
 
 @contextmanager
 def part(name: str) -> Iterator[None]:
-    """A named range around what is launched in it; about 2 µs."""
+    """A named range around what is launched in it. A graph is replayed without them."""
     nvtx = torch.cuda.nvtx.range(name) if torch.cuda.is_available() else nullcontext()
     with torch.profiler.record_function(name), nvtx:
         yield

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastp2p.config import GanMode
-from fastp2p.engine.arena import Arena, Reduce
+from fastp2p.engine.arena import Arena, Reduce, dead_taps_move
 from fastp2p.engine.loss_scale import LossScale
-from fastp2p.engine.passes import Passes
+from fastp2p.engine.network import FusedNetwork
 from fastp2p.engine.plan import TANH, plan_network
 from fastp2p.engine.ranges import part
 from fastp2p.errors import InputError
@@ -18,6 +18,10 @@ from fastp2p.networks import UnetGenerator, reflect_pad_to_multiple
 from fastp2p.ops.patch_loss import KINDS, Kind
 
 operators = torch.ops.fastp2p
+
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+D_WEIGHT = 0.5  # the paper halves D's objective, to slow it down beside G (section 3.3)
 
 
 class Target(NamedTuple):
@@ -74,8 +78,12 @@ class FusedStep:
         reduce: Reduce | None = None,
         skip_dead_taps: bool = True,
     ):
+        if not (netG.training and netD.training):
+            raise InputError("engine: got a network in eval mode, expected training mode: call .train() first")
+        if dtype not in DTYPES:
+            raise InputError(f"engine: got dtype {dtype}, expected one of {', '.join(map(str, DTYPES))}")
         self.dtype, self.size, self.objective, self.lambda_L1 = dtype, size, OBJECTIVES[gan_mode], lambda_L1
-        self.optimizers = {"netG": optimizer_G, "netD": optimizer_D}
+        self.optimizers = (optimizer_G, optimizer_D)
         self.reduce, self.skip_dead_taps = reduce, skip_dead_taps
         device = next(netG.parameters()).device
         self.rng = torch.tensor([seed, step], device=device)
@@ -83,18 +91,21 @@ class FusedStep:
         if dtype == torch.float16:
             self.loss_scale = LossScale(LossScale.new_state(device) if loss_scale is None else loss_scale)
 
-        self.multiple = 2**netG.levels  # G works at the next one
+        self.multiple = 2**netG.levels  # of pixels, that G's sides are padded to
         missing = [-side % self.multiple for side in size]
         self.padding = [(n // 2, n - n // 2) for n in missing]  # (before, after)
-        self.netG = self._passes(netG, optimizer_G, (size[0] + missing[0], size[1] + missing[1]))
-        self.netD = self._passes(netD, optimizer_D, size)
+        self.netG = self._fused(netG, optimizer_G, (size[0] + missing[0], size[1] + missing[1]))
+        self.netD = self._fused(netD, optimizer_D, size)
 
-    def _passes(self, net: nn.Module, optimizer: torch.optim.Adam, size: tuple[int, int]) -> Passes:
-        gathers = self.reduce is not None or self.loss_scale is not None
+    def _fused(self, net: nn.Module, optimizer: torch.optim.Adam, size: tuple[int, int]) -> FusedNetwork:
+        unscale = None if self.loss_scale is None else self.loss_scale.unscale
+        gathers = self.reduce is not None or unscale is not None
         plan = plan_network(net, size, skip_dead_taps=self.skip_dead_taps and not gathers)
-        if any(layer.has_moments_on_dead_taps(optimizer) for layer in plan.layers):
+        if dead_taps_move(plan, optimizer):
             plan = plan_network(net, size, skip_dead_taps=False)
-        return Passes(plan, Arena(net, optimizer, plan, self.dtype, bucket=gathers), self.rng)
+        return FusedNetwork(
+            plan, Arena(net, optimizer, plan, self.dtype, reduce=self.reduce, unscale=unscale), self.rng
+        )
 
     def __call__(self, real_A: Tensor, real_B: Tensor) -> Losses[Tensor]:
         """Train both networks on one batch.
@@ -107,16 +118,25 @@ class FusedStep:
             The four losses, () float32 (float64 for float64), on the device. Reading them synchronises.
 
         Raises:
-            InputError: when they are of another size.
+            InputError: when they do not fit each other, the networks or the size.
         """
-        self.check_size(tuple(real_A.shape[2:]))
-        if real_A.shape[2:] != real_B.shape[2:] or len(real_A) != len(real_B):
+        expected = [(len(real_A), channels, *self.size) for channels in self.channels]
+        devices = {real_A.device, real_B.device}
+        if [tuple(real_A.shape), tuple(real_B.shape)] != expected or devices != {self.rng.device}:
             raise InputError(
-                f"engine: got real_A {tuple(real_A.shape)}, real_B {tuple(real_B.shape)}; expected as many images of "
-                "one size"
+                f"engine: got real_A {tuple(real_A.shape)} on {real_A.device}, real_B {tuple(real_B.shape)} on "
+                f"{real_B.device}; this step was made for {expected[0]} and {expected[1]} on {self.rng.device}"
             )
-        self.read_learning_rates()
-        return self.run_below_autograd(real_A, real_B)
+        self.prepare()
+        losses = self.launch(real_A, real_B)
+        self.conclude()
+        return losses
+
+    @property
+    def channels(self) -> tuple[int, int]:
+        """Of real_A and of real_B."""
+        input_nc = self.netG.plan.in_channels
+        return input_nc, self.netD.plan.in_channels - input_nc
 
     def check_size(self, size: tuple[int, ...]) -> None:
         """Raise InputError unless images are of the size that the step was made for."""
@@ -124,19 +144,25 @@ class FusedStep:
             got, expected = ("x".join(map(str, sides)) for sides in (size, self.size))
             raise InputError(f"engine: got images of {got} px, expected {expected}, for which this step was made")
 
-    def read_learning_rates(self) -> None:
-        """Take over the optimizers' learning rates."""
-        for name, optimizer in self.optimizers.items():
-            arena: Arena = getattr(self, name).arena
-            arena.set_lr(optimizer.param_groups[0]["lr"])
+    def prepare(self) -> None:
+        """Before `launch`, and on the host: take over learning rates, and parameters changed in between."""
+        for net, optimizer in zip((self.netG, self.netD), self.optimizers, strict=True):
+            net.arena.prepare(optimizer.param_groups[0]["lr"])
 
-    def run_below_autograd(self, real_A: Tensor, real_B: Tensor) -> Losses[Tensor]:
-        """What `__call__` does once everything is checked: device work alone, so that a CUDA graph can hold it."""
-        with torch._C._AutoDispatchBelowAutograd():
-            return self.run(real_A, real_B)
+    def conclude(self) -> None:
+        """After `launch`, and on the host: the parameters have changed."""
+        for net in (self.netG, self.netD):
+            net.arena.conclude()
 
-    def run(self, real_A: Tensor, real_B: Tensor) -> Losses[Tensor]:
-        """The algorithm."""
+    def launch(self, real_A: Tensor, real_B: Tensor) -> Losses[Tensor]:
+        """The step's work on the device, nothing else, so that a CUDA graph can hold it."""
+        with (
+            torch._C._AutoDispatchBelowAutograd()
+        ):  # the operators' autograd layer, in Python, costs as much as a launch
+            return self._step(real_A, real_B)
+
+    def _step(self, real_A: Tensor, real_B: Tensor) -> Losses[Tensor]:
+        """Isola et al., section 3.3 and equation 4, in upstream's order."""
         n, netG, netD = len(real_A), self.netG, self.netD
 
         with part("netG forward"):
@@ -144,47 +170,37 @@ class FusedStep:
             kept_G = netG.forward(reflect_pad_to_multiple(real_A, self.multiple))
             fake_B = self._crop(kept_G[-1].y)
 
-        # D: fake and real in one pass, each half with batch statistics of its own
+        # D: fake and real in one pass, as two batches with statistics of their own
         with part("netD forward"):
             pairs = self._pairs(real_A, fake_B, real_B)
-            kept = netD.forward(pairs, passes=2)
-            loss_D_fake, dfake = self._loss(kept[-1].y[:n], self.objective["D_fake"], weight=0.5)
-            loss_D_real, dreal = self._loss(kept[-1].y[n:], self.objective["D_real"], weight=0.5)
+            kept = netD.forward(pairs, batches=2)
+            loss_D_fake, dfake = self._loss(kept[-1].y[:n], self.objective["D_fake"], weight=D_WEIGHT)
+            loss_D_real, dreal = self._loss(kept[-1].y[n:], self.objective["D_real"], weight=D_WEIGHT)
         with part("netD backward and Adam"):
-            netD.arena.begin()
-            netD.backward(kept, torch.cat([dfake, dreal]))
-            self._finish(netD)
+            netD.backward_and_adam(kept, torch.cat([dfake, dreal]))
 
         # G: D's weights are fixed, its gradient flows through to fake_B, and on through fake_B's tanh
         with part("netD forward and backward for netG"):
-            kept = netD.forward(pairs[:n])
+            kept = netD.forward(pairs[:n])  # moves D's running averages once more, as upstream's third pass does
             loss_G_GAN, dlogits = self._loss(kept[-1].y, self.objective["G"])
             dz = netD.input_gradient(kept, dlogits, first_channel=real_A.shape[1], gate=fake_B, activation=TANH)
             loss_G_L1, dz_L1 = self._loss(fake_B, Target("l1", real_B), weight=self.lambda_L1, through_tanh=True)
         with part("netG backward and Adam"):
-            netG.arena.begin()
-            netG.backward(kept_G, self._pad(dz.add_(dz_L1)))
-            self._finish(netG)
+            netG.backward_and_adam(kept_G, self._pad(dz.add_(dz_L1)))
 
         self.rng[1] += 1
         if self.loss_scale is not None:
             self.loss_scale.update()
-        return Losses(loss_G_GAN, loss_G_L1, loss_D_real / 0.5, loss_D_fake / 0.5)
+        return Losses(loss_G_GAN, loss_G_L1, loss_D_real / D_WEIGHT, loss_D_fake / D_WEIGHT)
 
     def _loss(
         self, x: Tensor, target: Target, *, weight: float = 1.0, through_tanh: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """weight times the mean loss, and its gradient, in float16 times the loss scale."""
+        """weight times the mean loss, and its gradient, which in float16 is multiplied by the loss scale."""
         tensor, value = (target.value, 0.0) if isinstance(target.value, Tensor) else (None, target.value)
-        base = 1.0 if self.loss_scale is None else self.loss_scale.BASE
-        loss, dx = operators.patch_loss(x, tensor, KINDS.index(target.kind), value, weight * base, through_tanh)
-        return loss / base, dx if self.loss_scale is None else self.loss_scale.rescale_(dx)
-
-    def _finish(self, net: Passes) -> None:
-        """The Adam step of what was not updated in the backward pass."""
-        unscale = None if self.loss_scale is None else self.loss_scale.unscale
-        net.arena.finish(net.gradients, self.reduce, unscale)
-        net.gradients.clear()
+        factor = 1.0 if self.loss_scale is None else self.loss_scale.HOST_SCALE
+        loss, dx = operators.patch_loss(x, tensor, KINDS.index(target.kind), value, weight * factor, through_tanh)
+        return loss / factor, dx if self.loss_scale is None else self.loss_scale.rescale_(dx)
 
     def _pairs(self, real_A: Tensor, fake_B: Tensor, real_B: Tensor) -> Tensor:
         """What D sees: cat(A, fake_B) of every image, then cat(A, real_B)."""

@@ -25,15 +25,15 @@ def test_parameters_and_moments_are_views_of_flat_buffers():
     step = nets.fused(SIZE, torch.bfloat16)
     for name, value in nets.netG.state_dict().items():
         assert torch.equal(value, before[name])
-    for net, passes, optimizer in zip((nets.netG, nets.netD), (step.netG, step.netD), nets.optimizers, strict=True):
-        arena = passes.arena
+    for net, fused, optimizer in zip((nets.netG, nets.netD), (step.netG, step.netD), nets.optimizers, strict=True):
+        arena = fused.arena
         for parameter in net.parameters():
             state = optimizer.state[parameter]
             buffers = (arena.param, arena.exp_avg, arena.exp_avg_sq)
             for view, flat in zip((parameter, state["exp_avg"], state["exp_avg_sq"]), buffers, strict=True):
                 assert view.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr()
         assert sum(p.numel() for p in net.parameters()) <= arena.param.numel()
-        assert arena.low.dtype == torch.bfloat16
+        assert arena.compute.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("first", ["fused", "reference"])
@@ -137,14 +137,14 @@ def test_dead_taps_take_no_part(dtype: torch.dtype):
     steps = [nets.fused(SIZE, dtype), twin.fused(SIZE, dtype, skip_dead_taps=False)]
     dead = [[layer.name for layer in step.netG.plan.layers if layer.taps.count == 2] for step in steps]
     assert dead == [["e4", "d4"], []]
-    e4 = nets.netG.model.model[1].model[3].model[3].model[1].weight
+    (e4,) = (layer.weight for layer in steps[0].netG.plan.layers if layer.name == "e4")
     before = e4.detach().clone()
     for batch in batches(1, SIZE, wide, steps=5):
         losses, expected = (step(*batch) for step in steps)
         tolerance = 20 * torch.finfo(dtype).eps
         torch.testing.assert_close(torch.stack(losses), torch.stack(expected), rtol=tolerance, atol=tolerance)
-    full = twin.netG.model.model[1].model[3].model[3].model[1].weight
-    for weight in (e4, full):
+    (with_all_taps,) = (layer.weight for layer in steps[1].netG.plan.layers if layer.name == "e4")
+    for weight in (e4, with_all_taps):
         unchanged = weight == before
         assert unchanged[:, :, [0, 3]].all()
         assert unchanged[:, :, :, [0, 3]].all()
@@ -163,6 +163,34 @@ def test_dead_taps_with_moments_are_not_skipped():
     assert all(layer.taps.count == 4 for layer in step.netG.plan.layers)
 
 
+def test_weights_changed_from_outside_are_seen():
+    """A bfloat16 step computes with rounded copies: they follow load_state_dict, and steps of the reference."""
+    nets = small_nets(levels=3, dtype=torch.float32)
+    twin = nets.twin()
+    data = list(batches(2, SIZE, torch.float32, steps=4))
+    step = nets.fused(SIZE, torch.bfloat16)
+    step(*data[0])
+    nets.reference(*data[1])
+    losses = step(*data[2])
+    twin.fused(SIZE, torch.bfloat16)(*data[0])
+    twin.reference(*data[1])
+    expected = twin.fused(SIZE, torch.bfloat16, step=1)(*data[2])  # makes its copies anew
+    assert torch.equal(torch.stack(losses), torch.stack(expected))
+    other = small_nets(levels=3, dtype=torch.float32, seed=9)
+    nets.netG.load_state_dict(other.netG.state_dict())
+    twin.netG.load_state_dict(other.netG.state_dict())
+    losses, expected = step(*data[3]), twin.fused(SIZE, torch.bfloat16, step=2)(*data[3])
+    assert torch.equal(torch.stack(losses), torch.stack(expected))
+
+
+def test_unequal_steps_are_refused():
+    nets = small_nets(levels=3)
+    nets.reference(*next(batches(1, SIZE, F64)))
+    nets.optimizers[1].state[nets.netD.model[0].weight]["step"] += 1
+    with pytest.raises(InputError, match="got Adam states of 2 different step counts, expected one for all"):
+        nets.fused(SIZE, F64)
+
+
 @pytest.mark.parametrize("option", ["weight_decay", "amsgrad", "maximize"])
 def test_other_optimizers_are_refused(option: str):
     nets = small_nets()
@@ -175,5 +203,5 @@ def test_parameters_in_several_groups_are_refused():
     nets = small_nets()
     weight, *rest = nets.netD.parameters()
     nets.optimizers[1] = torch.optim.Adam([{"params": [weight]}, {"params": rest}])
-    with pytest.raises(InputError, match="must have the network's parameters in one group"):
+    with pytest.raises(InputError, match="must have exactly the network's parameters, in one group"):
         nets.fused(SIZE, F64)

@@ -13,8 +13,8 @@ pytestmark = pytest.mark.kernels
 def test_step_on_kernels(dtype: torch.dtype, tolerance: float):
     """Two steps, so that the second one sees what the first one's Adam wrote. A map of 2², and one of 1².
 
-    float32: sums of some hundred terms in another order. bfloat16: weights of 0.2, far from the recipe's, make logits in
-    whose losses 2^-8 of rounding per layer adds up over the nine layers on the way.
+    float32: sums of some hundred terms in another order. bfloat16: 2^-8 a rounding, and a dozen of them one after the
+    other on the way to a loss.
     """
     nets = small_nets(levels=3, dtype=torch.float32)
     twin = nets.twin()

@@ -25,11 +25,15 @@ def test_unet_256():
         f"d{i}": f"e{i}" for i in range(1, 8)
     }
     for i in range(1, 8):  # one raw tensor for two readers: leaky down, relu across
-        assert (layers[f"e{i}"].activation, layers[f"e{i}"].slope, layers[f"e{i}"].second) == (LEAKY_RELU, 0.2, RELU)
+        assert (layers[f"e{i}"].activation, layers[f"e{i}"].slope, layers[f"e{i}"].skip_activation) == (
+            LEAKY_RELU,
+            0.2,
+            RELU,
+        )
     for i in range(2, 9):
-        assert (layers[f"d{i}"].activation, layers[f"d{i}"].second) == (RELU, -1)
+        assert (layers[f"d{i}"].activation, layers[f"d{i}"].skip_activation) == (RELU, None)
     assert (layers["e8"].activation, layers["d1"].activation) == (RELU, TANH)
-    assert {name for name, layer in layers.items() if layer.epilogue} == {"e8", "d1"}
+    assert {name for name, layer in layers.items() if layer.activation_in_conv} == {"e8", "d1"}
     assert {name for name, layer in layers.items() if layer.trains_bias} == {"d1"}
     assert {name: layer.taps.count for name, layer in layers.items() if layer.taps.count != 4} == {"e8": 2, "d8": 2}
 
@@ -40,7 +44,7 @@ def test_patch_gan():
         *[("c1", 2, 128, 128), ("c2", 2, 64, 64), ("c3", 2, 32, 32), ("c4", 1, 31, 31), ("c5", 1, 30, 30)]
     ]
     assert [layer.activation for layer in plan.layers] == [LEAKY_RELU] * 4 + [NONE]
-    assert [layer.epilogue for layer in plan.layers] == [True, False, False, False, True]
+    assert [layer.activation_in_conv for layer in plan.layers] == [True, False, False, False, True]
 
 
 @pytest.mark.parametrize("paper", [False, True])

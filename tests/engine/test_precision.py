@@ -1,5 +1,7 @@
 """Link 4 of the proof: float32 follows the reference, bfloat16 errs no more than autocast, float16 skips and halves."""
 
+import itertools
+
 import pytest
 import torch
 from engine.nets import Trained, batches, small_nets
@@ -70,8 +72,8 @@ def fused_gradients(
     step = nets.fused(tuple(real_A.shape[2:]), dtype, reduce=lambda grad: None, loss_scale=loss_scale())
     losses = step(real_A, real_B)
     found = []
-    for net, passes in ((nets.netG, step.netG), (nets.netD, step.netD)):
-        by_id = {id(p): grad for p, grad in zip(passes.arena.parameters, passes.arena.grads, strict=True)}
+    for net, arena in ((nets.netG, step.netG.arena), (nets.netD, step.netD.arena)):
+        by_id = {id(p): grad for p, grad in zip(arena.parameters, arena.grads, strict=True)}
         found.append(torch.cat([by_id[id(p)].double().flatten() for p in net.parameters()]))
     return found, losses
 
@@ -123,39 +125,31 @@ def test_float16_follows_float32():
 
 
 @pytest.mark.parametrize("network", ["netG", "netD"])
-def test_an_infinity_skips_its_network_and_halves_the_scale(network: str, monkeypatch: pytest.MonkeyPatch):
-    """An infinite gradient in one network: that one keeps every bit, the other one trains, the scale is halved."""
+def test_an_infinity_skips_its_network_and_halves_the_scale(network: str):
+    """An infinite gradient in one network's second step: it keeps every bit, the other one trains, the scale halves."""
     nets = recipe_nets(lr=2e-4)
-    state = loss_scale()
-    step = nets.fused(SIZE, torch.float16, loss_scale=state)
-    passes = getattr(step, network)
-    gathered = passes.arena.finish
-    poisons = [False, True, False]
+    state, calls = loss_scale(), itertools.count()
+    poisoned_call = {"netD": 2, "netG": 3}[network]  # D's gradients come before G's
 
-    def poisoned(gradients, reduce, unscale):
-        def reduce_too(grad: Tensor) -> None:
-            if poisons.pop(0):
-                grad[5] = float("inf")
+    def poison(grad: Tensor) -> None:
+        if next(calls) == poisoned_call:
+            grad[5] = float("inf")
 
-        return gathered(gradients, reduce_too, unscale)
-
-    monkeypatch.setattr(passes.arena, "finish", poisoned)
+    step = nets.fused(SIZE, torch.float16, loss_scale=state, reduce=poison)
     data = batches(1, SIZE, torch.float32)
     step(*next(data))
     before = {name: value.clone() for name, value in nets.tensors().items()}
     step(*next(data))
     assert state.tolist() == [SCALE / 2, 0]
     after = nets.tensors()
-    parameters = [f"{network[-1]}.{name}" for name, _ in getattr(nets, network).named_parameters()]
-    for name, value in before.items():
-        if any(name.startswith(parameter) for parameter in parameters):
-            assert torch.equal(value, after[name]), name
+    own = [f"{network[-1]}.{name}" for name, _ in getattr(nets, network).named_parameters()]
+    assert all(torch.equal(before[name], after[name]) for name in before if name.startswith(tuple(own)))
     other = "D" if network == "netG" else "G"
-    assert any(not torch.equal(v, after[name]) for name, v in before.items() if name.startswith(f"{other}.model"))
+    assert any(not torch.equal(before[name], after[name]) for name in before if name.startswith(f"{other}.model"))
     step(*next(data))
     assert state.tolist() == [SCALE / 2, 1]
     assert all(value.isfinite().all() for value in nets.tensors().values())
-    assert any(not torch.equal(v, nets.tensors()[name]) for name, v in before.items() if name in parameters)
+    assert any(not torch.equal(before[name], nets.tensors()[name]) for name in own)
 
 
 def test_the_scale_doubles_after_so_many_good_steps():
@@ -170,18 +164,21 @@ def test_the_scale_doubles_after_so_many_good_steps():
     assert scale.state.tolist() == [1024.0, 0.0]
 
 
-def test_the_scale_changes_no_result():
-    """A power of two: what is not lost below 2^-24 is the same bits whatever the scale."""
-    found = []
-    for scale in (SCALE, SCALE / 4):
-        nets = recipe_nets(lr=2e-4)
-        step = nets.fused(SIZE, torch.float16, loss_scale=torch.tensor([scale, 0.0]))
-        losses = [torch.stack(step(*batch)) for batch in batches(1, SIZE, torch.float32)]
-        found.append(torch.stack(losses))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
+def test_the_scale_is_taken_out_again():
+    """Adam's moments after one step, whatever the scale, are those of float32 but for float16's rounding. A weight
+    would not show it: Adam divides by the gradient's size."""
+    nets = recipe_nets(lr=2e-4)
+    exact = nets.twin()
+    batch = next(batches(1, SIZE, torch.float32))
+    exact.fused(SIZE, torch.float32)(*batch)
+    for scale in (SCALE, SCALE / 8):
+        found = nets.twin()
+        found.fused(SIZE, torch.float16, loss_scale=torch.tensor([scale, 0.0]))(*batch)
+        for name in ("G.model.model.3.weight.exp_avg", "D.model.11.weight.exp_avg", "D.model.11.weight.exp_avg_sq"):
+            assert relative_error(found.tensors()[name], exact.tensors()[name]) < 0.02
 
 
-def test_masters_keep_what_bfloat16_cannot_hold():
+def test_weights_keep_what_bfloat16_cannot_hold():
     """Ten steps of 1e-6 on weights of 1, each far below bfloat16's spacing, add up."""
     nets = small_nets(dtype=torch.float32)
     for group in (optimizer.param_groups[0] for optimizer in nets.optimizers):
