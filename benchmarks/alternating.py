@@ -10,7 +10,8 @@ Call = Callable[[], object]
 
 
 def alternate(benchmark: Any, eager: Call, ours: Call, *, rounds: int) -> None:
-    """Time ours with pytest-benchmark and eager before each round of it; what both took goes into extra_info."""
+    """Time ours with pytest-benchmark and eager before each round of it; extra_info gets both."""
+    load = os.getloadavg()[0]  # before we are it ourselves
     for call in (eager, ours):
         call()
     eager_seconds: list[float] = []
@@ -18,7 +19,13 @@ def alternate(benchmark: Any, eager: Call, ours: Call, *, rounds: int) -> None:
     eager_ms = statistics.median(eager_seconds) * 1e3
     ours_ms = statistics.median(benchmark.stats.stats.data) * 1e3
     benchmark.extra_info |= {"eager_ms": eager_ms, "ours_ms": ours_ms, "speed_up": eager_ms / ours_ms}
-    benchmark.extra_info["load_average"] = os.getloadavg()[0]
+    benchmark.extra_info |= {"eager_quartiles_ms": _quartiles(eager_seconds), "load_average": load}
+    benchmark.extra_info["ours_quartiles_ms"] = _quartiles(benchmark.stats.stats.data)
+
+
+def _quartiles(samples: list[float]) -> list[float]:
+    first, _, third = statistics.quantiles(samples, n=4, method="inclusive")
+    return [first * 1e3, third * 1e3]
 
 
 def seconds(call: Call) -> float:

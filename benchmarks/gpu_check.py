@@ -161,7 +161,9 @@ def _to_time(report: Report, names: list[str], rehearse: bool) -> list[str]:
     for name, why in report.content["not_timed"].items():
         print(f"{name}: not timed: {why}", flush=True)
     timed = [name for name in names if not verdicts[name]]
-    return timed + [STEP] * (len(timed) == len(names))
+    if len(timed) == len(names):
+        timed.append(STEP)
+    return timed
 
 
 def benchmark(

@@ -23,8 +23,9 @@ from fastp2p.errors import InputError
 from fastp2p.files import write_atomically
 from fastp2p.networks import UnetGenerator
 
-CHECKPOINT_FORMAT = 2  # raised when the meaning of what is in it changes, as the next one
-FORMAT = 1  # of the generator's metadata
+# Raised when the meaning of a file's contents changes
+CHECKPOINT_FORMAT = 2
+GENERATOR_FORMAT = 1
 RANGE = "[-1, 1]"  # of the generator's input and output; written for other programs that read the file
 
 StateDict = Mapping[str, Tensor]
@@ -90,7 +91,7 @@ class GeneratorSpec:
 
 def save_generator(path: Path, state_dict: StateDict, spec: GeneratorSpec) -> None:
     """Write netG.safetensors, atomically: the weights, and in the header's metadata how to use them."""
-    metadata = {"format": "pt", "fastp2p": json.dumps({"version": FORMAT, "range": RANGE, **asdict(spec)})}
+    metadata = {"format": "pt", "fastp2p": json.dumps({"version": GENERATOR_FORMAT, "range": RANGE, **asdict(spec)})}
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state_dict.items()}
     write_atomically(path, safetensors.torch.save(tensors, metadata))
 
@@ -121,8 +122,8 @@ def load_generator(path: Path) -> tuple[UnetGenerator, GeneratorSpec]:
         spec = GeneratorSpec(**described)
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path}: its fastp2p metadata is damaged, or of another version: {error}") from error
-    if version != FORMAT:
-        raise InputError(f"{path}: is of format {version}, this version reads format {FORMAT}")
+    if version != GENERATOR_FORMAT:
+        raise InputError(f"{path}: is of format {version}, this version reads format {GENERATOR_FORMAT}")
     netG = spec.build()
     load_strictly(netG, state_dict, path)
     return netG, spec

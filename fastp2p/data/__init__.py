@@ -7,7 +7,6 @@ from fastp2p.data.dataset import (
     batches_per_epoch,
     eval_batches,
     load_split,
-    train_batches,
     train_crops,
 )
 
@@ -18,6 +17,5 @@ __all__ = [
     "batches_per_epoch",
     "eval_batches",
     "load_split",
-    "train_batches",
     "train_crops",
 ]

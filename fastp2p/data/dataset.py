@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -166,17 +166,6 @@ def train_crops(
     return _crops(dataset, order, draws, batch_size, crop_size)
 
 
-def train_batches(
-    dataset: PairDataset, *, device: torch.device | str = "cpu", **options: Any
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of `train_crops`, which takes the options, cut out.
-
-    Yields:
-        real_A, real_B: (N, C, crop_size, crop_size) float32 in [-1, 1], on the device, contiguous.
-    """
-    return (_contiguous(crops, device) for crops in train_crops(dataset, **options))
-
-
 def eval_batches(
     dataset: PairDataset,
     *,
@@ -184,34 +173,34 @@ def eval_batches(
     batch_size: int = 8,
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """These pairs (None: all) in order, whole and unflipped, as `train_batches` yields them."""
+    """These pairs (None: all) in order, whole and unflipped.
+
+    Yields:
+        real_A, real_B: (N, C, load_size, load_size) float32 in [-1, 1], on the device, contiguous.
+    """
     wanted = list(range(len(dataset)) if indices is None else indices)
     draws = [(0, 0, False)] * len(wanted)
     crops = _crops(dataset, wanted, draws, batch_size, dataset.format.load_size)
-    return (_contiguous(batch, device) for batch in crops)
-
-
-def _contiguous(crops: Crops, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """NCHW, as upstream has it."""
-    real_A, real_B = crops.cut(device)
-    return real_A.contiguous(), real_B.contiguous()
+    for real_A, real_B in (batch.cut(device) for batch in crops):
+        yield real_A.contiguous(), real_B.contiguous()
 
 
 def _crops(
     dataset: PairDataset, order: list[int], draws: list[tuple[int, int, bool]], batch_size: int, crop_size: int
 ) -> Iterator[Crops]:
+    """Batches of the pairs in this order; draws has (top, left, flip) of each."""
     where = "cpu" if dataset.resident is None else dataset.resident.device
     offset = torch.tensor([draw[:2] for draw in draws], dtype=torch.int64).to(where)
     flip = torch.tensor([draw[2] for draw in draws], dtype=torch.bool).to(where)
     parts = [slice(i, i + batch_size) for i in range(0, len(order), batch_size)]
     if dataset.resident is not None:
         index = torch.tensor(order, dtype=torch.int64).to(where)
-        found: Iterable[tuple[Tensor, Tensor]] = ((dataset.resident, index[part]) for part in parts)
+        sources: Iterable[tuple[Tensor, Tensor]] = ((dataset.resident, index[part]) for part in parts)
     else:
         decoded = _decoded_ahead(dataset, [order[part] for part in parts])
-        found = ((pairs, torch.arange(len(pairs))) for pairs in decoded)
-    for part, (pairs, position) in zip(parts, found, strict=True):
-        yield Crops(pairs, position, offset[part], flip[part], crop_size, dataset.format.input_nc)
+        sources = ((pairs, torch.arange(len(pairs))) for pairs in decoded)
+    for part, (pairs, which) in zip(parts, sources, strict=True):
+        yield Crops(pairs, which, offset[part], flip[part], crop_size, dataset.format.input_nc)
 
 
 def _decoded_ahead(dataset: PairDataset, chosen: list[list[int]], ahead: int = 4) -> Iterator[Tensor]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastp2p.engine.plan import Plan
+from fastp2p.engine.watch import Watch
 from fastp2p.errors import InputError
 
 operators = torch.ops.fastp2p
@@ -89,7 +90,7 @@ class Arena:
         self.betas = torch.tensor([self.beta1, self.beta2], dtype=torch.float64, device=device)
         self.powers = self.betas.clone()
         self.round_compute_weights()
-        self.versions = self._versions()
+        self.watch = Watch(net, optimizer, self.parameters)
 
     def _adopt(self, optimizer: torch.optim.Adam) -> None:
         """Move the parameters and the optimizer's state into the flat buffers."""
@@ -117,29 +118,31 @@ class Arena:
     def _views(self, flat: Tensor) -> list[Tensor]:
         return [_view(flat, start, parameter) for start, parameter in zip(self.starts, self.parameters, strict=True)]
 
-    def _versions(self) -> list[int]:
-        return [parameter._version for parameter in self.parameters]
-
     def round_compute_weights(self) -> None:
         """Make the compute weights anew from the parameters."""
         for weight in self.weights:
             if weight.compute is not None:
                 weight.compute.copy_(weight.param)
 
-    def prepare(self, lr: float) -> None:
-        """Before a step: take over the learning rate, and parameters that were changed in between, by load_state_dict
-        or another optimizer's step. What goes past autograd's versions, an edit of `.data`, is not seen.
+    def prepare(self) -> None:
+        """Before a step: take over the optimizer's learning rate, and parameters that were changed in between, by
+        load_state_dict or the reference's steps. An edit of `.data`, which autograd does not count, is not seen.
+
+        Raises:
+            InputError: when parameters or moments are no longer views of these buffers.
         """
+        self.watch.check()
+        lr = float(self.watch.optimizer.param_groups[0]["lr"])
         if lr != self.lr_on_host:
             self.lr_on_host = lr
             self.lr.fill_(lr)
-        if self._versions() != self.versions:
+        if self.watch.has_changed():
             self.round_compute_weights()
 
     def conclude(self) -> None:
         """After a step: tell autograd, and who caches by versions, that the parameters have changed."""
         torch.autograd.graph.increment_version(self.parameters)
-        self.versions = self._versions()
+        self.watch.note()
 
     def weight(self, number: int) -> Tensor:
         """A layer's weight as the operators read it: live taps, dtype of computing, dense channels_last."""
@@ -208,7 +211,12 @@ def dead_taps_move(plan: Plan, optimizer: torch.optim.Adam) -> bool:
 
 
 def _check_parameters(parameters: list[nn.Parameter], dtype: torch.dtype) -> torch.device:
-    """Their device. Raises InputError unless they are of this dtype and on one device."""
+    """Their device. Raises InputError unless they are of this dtype, on one device, and all to be trained."""
+    fixed = sum(not p.requires_grad for p in parameters)
+    if fixed:
+        raise InputError(
+            f"engine: got {fixed} parameters with requires_grad False; this engine trains all of a network"
+        )
     found = {str(p.dtype).removeprefix("torch.") for p in parameters}
     if found != {str(dtype).removeprefix("torch.")}:
         raise InputError(

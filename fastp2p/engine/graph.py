@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastp2p.data import Crops
 from fastp2p.engine.step import FusedStep
+from fastp2p.errors import InputError
 from fastp2p.losses import Losses
 
 WARM_UP = 3  # ordinary steps of each batch size before its graph is captured: kernels compile, the allocator settles
@@ -51,7 +52,12 @@ class GraphedStep:
 
     def __call__(self, crops: Crops) -> Losses[Tensor]:
         """One step of training. Raises InputError where the crops are of another size than the step's."""
-        self.step.check_size((crops.crop_size, crops.crop_size))
+        size, channels = (crops.crop_size, crops.crop_size), (crops.input_nc, crops.pairs.shape[3] - crops.input_nc)
+        if size != self.step.size or channels != self.step.channels:
+            raise InputError(
+                f"engine: got crops of {crops.crop_size} px and {channels} channels, but this step was made for "
+                f"{self.step.size} px and {self.step.channels}"
+            )
         outside = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(outside)
         with torch.cuda.stream(self.stream):
@@ -71,10 +77,11 @@ class GraphedStep:
         if recorded.calls <= WARM_UP:
             return self.step.launch(*recorded.inputs.crops.cut(self.device))
         if recorded.graph is None:
-            recorded.graph = torch.cuda.CUDAGraph()
+            graph = torch.cuda.CUDAGraph()
             # Threads that decode images or write checkpoints need know nothing of it
-            with torch.cuda.graph(recorded.graph, self.pool, self.stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
                 recorded.losses = self.step.launch(*recorded.inputs.crops.cut(self.device))
+            recorded.graph = graph
         recorded.graph.replay()
         assert recorded.losses is not None
         return recorded.losses

@@ -24,12 +24,16 @@ class LossScale:
 
     def __init__(self, state: Tensor):
         self.state = state
-        self.finite: list[Tensor] = []  # () bool, of each network's gradients: `unscale` adds, `update` empties
+        self.finite: list[Tensor] = []  # () bool, of each network's gradients so far in this step
 
     @staticmethod
     def new_state(device: torch.device) -> Tensor:
         """The state before the first step."""
         return torch.tensor([FIRST_SCALE, 0.0], device=device)
+
+    def begin(self) -> None:
+        """Begin a step."""
+        self.finite = []
 
     def rescale_(self, dx: Tensor) -> Tensor:
         """A gradient that was made with factor HOST_SCALE, in place to the scale of this step."""
@@ -47,7 +51,6 @@ class LossScale:
     def update(self) -> None:
         """At the step's end: halve the scale if a network was skipped, double it after GROWTH_INTERVAL good steps."""
         finite = torch.stack(self.finite).all()
-        self.finite.clear()
         scale, good_steps = self.state
         good_steps = torch.where(finite, good_steps + 1, 0)
         grows = good_steps == GROWTH_INTERVAL

@@ -65,7 +65,7 @@ class FusedNetwork:
             x = kept[-1].y
         if self.batch_norms:
             counters = [norm.num_batches_tracked for norm in self.batch_norms if norm.num_batches_tracked is not None]
-            torch._foreach_add_(counters, statistics_groups(self.batch_norms[0], len(x), batches))
+            torch._foreach_add_(counters, [statistics_groups(norm, len(x), batches) for norm in self.batch_norms])
         return kept
 
     def _forward(self, number: int, layer: Layer, x: Tensor, kept: list[Kept], batches: int) -> Kept:

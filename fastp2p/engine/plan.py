@@ -154,9 +154,10 @@ def plan_network(net: nn.Module, size: Size, *, skip_dead_taps: bool = True) -> 
             out_size=_out_size(conv, in_size),
             taps=_live_taps(conv, in_size) if skip_dead_taps else _all_taps(conv),
         )
-        if isinstance(norm, nn.BatchNorm2d) and (norm.momentum is None or norm.running_mean is None):
+        if norm is not None and not _is_the_recipe_s(norm):
             raise InputError(
-                f"engine: layer {name} has a BatchNorm2d without running averages, or with cumulative ones"
+                f"engine: layer {name} has {norm}; expected BatchNorm2d with running averages of a momentum, or "
+                "InstanceNorm2d without"
             )
         if min(layer.out_size) < 1 or (norm is not None and layer.out_size == (1, 1)):
             raise InputError(
@@ -165,6 +166,12 @@ def plan_network(net: nn.Module, size: Size, *, skip_dead_taps: bool = True) -> 
             )
         layers.append(layer)
     return Plan(layers, layers[0].in_channels)
+
+
+def _is_the_recipe_s(norm: Normalisation) -> bool:
+    if isinstance(norm, nn.InstanceNorm2d):
+        return not norm.track_running_stats
+    return norm.momentum is not None and norm.running_mean is not None and norm.num_batches_tracked is not None
 
 
 def _flatten_unet(block: UnetBlock) -> Iterator[nn.Module]:

@@ -78,12 +78,11 @@ class FusedStep:
         reduce: Reduce | None = None,
         skip_dead_taps: bool = True,
     ):
-        if not (netG.training and netD.training):
-            raise InputError("engine: got a network in eval mode, expected training mode: call .train() first")
+        self.nets = (netG, netD)
+        self._check_training()
         if dtype not in DTYPES:
             raise InputError(f"engine: got dtype {dtype}, expected one of {', '.join(map(str, DTYPES))}")
         self.dtype, self.size, self.objective, self.lambda_L1 = dtype, size, OBJECTIVES[gan_mode], lambda_L1
-        self.optimizers = (optimizer_G, optimizer_D)
         self.reduce, self.skip_dead_taps = reduce, skip_dead_taps
         device = next(netG.parameters()).device
         self.rng = torch.tensor([seed, step], device=device)
@@ -96,6 +95,16 @@ class FusedStep:
         self.padding = [(n // 2, n - n // 2) for n in missing]  # (before, after)
         self.netG = self._fused(netG, optimizer_G, (size[0] + missing[0], size[1] + missing[1]))
         self.netD = self._fused(netD, optimizer_D, size)
+        self.channels = (self.netG.plan.in_channels, self.netG.plan.layers[-1].out_channels)  # of real_A, of real_B
+        if self.netD.plan.in_channels != sum(self.channels):
+            raise InputError(
+                f"engine: got a discriminator of {self.netD.plan.in_channels} channels, expected {sum(self.channels)}: "
+                "it sees the generator's input and output"
+            )
+
+    def _check_training(self) -> None:
+        if not all(net.training for net in self.nets):
+            raise InputError("engine: got a network in eval mode, expected training mode: call .train() first")
 
     def _fused(self, net: nn.Module, optimizer: torch.optim.Adam, size: tuple[int, int]) -> FusedNetwork:
         unscale = None if self.loss_scale is None else self.loss_scale.unscale
@@ -120,34 +129,29 @@ class FusedStep:
         Raises:
             InputError: when they do not fit each other, the networks or the size.
         """
-        expected = [(len(real_A), channels, *self.size) for channels in self.channels]
-        devices = {real_A.device, real_B.device}
-        if [tuple(real_A.shape), tuple(real_B.shape)] != expected or devices != {self.rng.device}:
+        expected = [(max(1, len(real_A)), channels, *self.size) for channels in self.channels]
+        images = (real_A, real_B)
+        fit = [tuple(x.shape) for x in images] == expected and {x.device for x in images} == {self.rng.device}
+        if not fit or not all(x.is_floating_point() for x in images):
+            got = " and ".join(f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}" for x in images)
             raise InputError(
-                f"engine: got real_A {tuple(real_A.shape)} on {real_A.device}, real_B {tuple(real_B.shape)} on "
-                f"{real_B.device}; this step was made for {expected[0]} and {expected[1]} on {self.rng.device}"
+                f"engine: got real_A, real_B {got}; this step was made for floating {expected[0]} and {expected[1]} on "
+                f"{self.rng.device}"
             )
         self.prepare()
         losses = self.launch(real_A, real_B)
         self.conclude()
         return losses
 
-    @property
-    def channels(self) -> tuple[int, int]:
-        """Of real_A and of real_B."""
-        input_nc = self.netG.plan.in_channels
-        return input_nc, self.netD.plan.in_channels - input_nc
-
-    def check_size(self, size: tuple[int, ...]) -> None:
-        """Raise InputError unless images are of the size that the step was made for."""
-        if size != self.size:
-            got, expected = ("x".join(map(str, sides)) for sides in (size, self.size))
-            raise InputError(f"engine: got images of {got} px, expected {expected}, for which this step was made")
-
     def prepare(self) -> None:
-        """Before `launch`, and on the host: take over learning rates, and parameters changed in between."""
-        for net, optimizer in zip((self.netG, self.netD), self.optimizers, strict=True):
-            net.arena.prepare(optimizer.param_groups[0]["lr"])
+        """Before `launch`, and on the host: take over learning rates, and parameters changed in between.
+
+        Raises:
+            InputError: when the networks or optimizers are no longer what the step was made of.
+        """
+        self._check_training()
+        for net in (self.netG, self.netD):
+            net.arena.prepare()
 
     def conclude(self) -> None:
         """After `launch`, and on the host: the parameters have changed."""
@@ -156,14 +160,15 @@ class FusedStep:
 
     def launch(self, real_A: Tensor, real_B: Tensor) -> Losses[Tensor]:
         """The step's work on the device, nothing else, so that a CUDA graph can hold it."""
-        with (
-            torch._C._AutoDispatchBelowAutograd()
-        ):  # the operators' autograd layer, in Python, costs as much as a launch
+        # Below autograd, since the operators' autograd layer, in Python, costs as much as a launch
+        with torch._C._AutoDispatchBelowAutograd(), torch.autocast(self.rng.device.type, enabled=False):
             return self._step(real_A, real_B)
 
     def _step(self, real_A: Tensor, real_B: Tensor) -> Losses[Tensor]:
         """Isola et al., section 3.3 and equation 4, in upstream's order."""
         n, netG, netD = len(real_A), self.netG, self.netD
+        if self.loss_scale is not None:
+            self.loss_scale.begin()
 
         with part("netG forward"):
             real_A = real_A.to(self.dtype, memory_format=torch.channels_last)

@@ -23,7 +23,7 @@ def adam_ref(
 ) -> None:
     """The specification of `adam`."""
     grad = grad.to(param.dtype)
-    if unscale is not None:  # chosen on the device: whether it is 0 is not to be waited for
+    if unscale is not None:  # not `if unscale == 0`: that would wait for the device, and CUDA graphs cannot hold it
         buffers = [t for t in (param, exp_avg, exp_avg_sq, low_precision) if t is not None]
         param, exp_avg, exp_avg_sq, *low = after = [t.clone() for t in buffers]
         adam_ref(param, grad * unscale, exp_avg, exp_avg_sq, lr, powers, beta1, beta2, eps, *low)
@@ -69,6 +69,7 @@ def adam(
 ) -> None:
     """One step of Adam (Kingma and Ba 2015, algorithm 1) in place over flat buffers of M elements.
 
+        g = unscale * grad
         m <- beta1 m + (1 - beta1) g        v <- beta2 v + (1 - beta2) g²
         param <- param - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 

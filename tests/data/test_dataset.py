@@ -8,7 +8,7 @@ import torch
 from conftest import random_image
 from PIL import Image
 
-from fastp2p.data import PairFormat, batches_per_epoch, eval_batches, load_split, train_batches
+from fastp2p.data import PairFormat, batches_per_epoch, eval_batches, load_split, train_crops
 from fastp2p.data import dataset as dataset_module
 from fastp2p.data.jitter import epoch_order, jitter
 from fastp2p.errors import InputError
@@ -18,7 +18,7 @@ FORMAT = PairFormat("AtoB", 36)
 
 def batches(dataset, **changes):
     options = {"seed": 5, "epoch": 2, "batch_size": 2, "crop_size": 32, "flip": True} | changes
-    return list(train_batches(dataset, **options))
+    return [crops.cut("cpu") for crops in train_crops(dataset, **options)]
 
 
 def test_jitter_equals_pil_bit_for_bit(aligned: Path):

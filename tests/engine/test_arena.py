@@ -1,5 +1,6 @@
 """The arena: parameters are views, other programs go on with them, gradients in one bucket, dead taps."""
 
+import copy
 import io
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -123,6 +124,7 @@ def test_replicas_that_average_their_buckets_are_one_batch():
     for replica in replicas:
         for net, expected in ((replica.netG, whole.netG), (replica.netD, whole.netD)):
             for value, parameter in zip(net.parameters(), expected.parameters(), strict=True):
+                # Adam divides by the gradient's size: where that is near 0 its rounding shows as a part of lr, 2e-3
                 torch.testing.assert_close(value, parameter, rtol=1e-7, atol=1e-9)
 
 
@@ -141,7 +143,7 @@ def test_dead_taps_take_no_part(dtype: torch.dtype):
     before = e4.detach().clone()
     for batch in batches(1, SIZE, wide, steps=5):
         losses, expected = (step(*batch) for step in steps)
-        tolerance = 20 * torch.finfo(dtype).eps
+        tolerance = 20 * torch.finfo(dtype).eps  # a rounding or two in each of eleven layers
         torch.testing.assert_close(torch.stack(losses), torch.stack(expected), rtol=tolerance, atol=tolerance)
     (with_all_taps,) = (layer.weight for layer in steps[1].netG.plan.layers if layer.name == "e4")
     for weight in (e4, with_all_taps):
@@ -181,6 +183,43 @@ def test_weights_changed_from_outside_are_seen():
     twin.netG.load_state_dict(other.netG.state_dict())
     losses, expected = step(*data[3]), twin.fused(SIZE, torch.bfloat16, step=2)(*data[3])
     assert torch.equal(torch.stack(losses), torch.stack(expected))
+
+
+@pytest.mark.parametrize("how", ["another step", "to", "load_state_dict", "optimizer"])
+def test_a_step_whose_buffers_were_left_says_so(how: str):
+    """Otherwise it would train what nobody reads any more."""
+    nets = small_nets(levels=3)
+    step = nets.fused(SIZE, F64)
+    batch = next(batches(1, SIZE, F64))
+    step(*batch)
+    match how:
+        case "another step":
+            nets.fused(SIZE, F64)
+        case "to":
+            nets.netG.to(memory_format=torch.contiguous_format)
+        case "load_state_dict":
+            nets.netD.load_state_dict(copy.deepcopy(nets.netD.state_dict()), assign=True)
+        case "optimizer":
+            nets.optimizers[0].load_state_dict(copy.deepcopy(nets.optimizers[0].state_dict()))
+    with pytest.raises(InputError, match="were replaced since this step was made"):
+        step(*batch)
+    if how == "load_state_dict":  # which leaves the optimizer behind as well
+        nets = Trained(nets.netG, nets.netD)
+    nets.fused(SIZE, F64)(*batch)
+
+
+def test_a_learning_rate_may_be_a_tensor():
+    nets = small_nets(levels=3)
+    step = nets.fused(SIZE, F64)
+    for optimizer in nets.optimizers:
+        optimizer.param_groups[0]["lr"] = torch.tensor(1e-3)
+    batch = next(batches(1, SIZE, F64))
+    step(*batch)
+    for optimizer in nets.optimizers:
+        optimizer.param_groups[0]["lr"].fill_(0.0)
+    before = nets.netG.model.model[0].weight.clone()
+    step(*batch)
+    assert torch.equal(before, nets.netG.model.model[0].weight)
 
 
 def test_unequal_steps_are_refused():

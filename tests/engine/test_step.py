@@ -132,7 +132,8 @@ def test_other_sizes_and_networks_are_refused():
     step = nets.fused(SIZE, F64)
     A, B = torch.zeros(2, 1, 3, 16, 16, dtype=F64)
     with pytest.raises(
-        InputError, match=r"got real_A \(1, 3, 16, 16\).*made for \(1, 3, 16, 24\) and \(1, 3, 16, 24\)"
+        InputError,
+        match=r"got real_A, real_B \(1, 3, 16, 16\).*made for floating \(1, 3, 16, 24\) and \(1, 3, 16, 24\)",
     ):
         step(A, B)
     for a, b in (((1, 3), (2, 3)), ((2, 1), (2, 3)), ((1, 3), (1, 1))):
@@ -142,11 +143,20 @@ def test_other_sizes_and_networks_are_refused():
         small_nets().fused(SIZE, torch.bfloat16)
     with pytest.raises(InputError, match=r"got dtype torch\.int8, expected one of torch\.bfloat16"):
         small_nets().fused(SIZE, torch.int8)
+    for images in (torch.zeros(1, 3, *SIZE, dtype=torch.uint8), torch.zeros(0, 3, *SIZE)):
+        with pytest.raises(InputError, match="this step was made for floating"):
+            step(images, images)
     nets.netD.eval()
-    with pytest.raises(InputError, match="got a network in eval mode"):
-        nets.fused(SIZE, F64)
+    for call in (lambda: nets.fused(SIZE, F64), lambda: step(*next(batches(1, SIZE, F64)))):
+        with pytest.raises(InputError, match="got a network in eval mode"):
+            call()
     nets.netD.train()
+    with pytest.raises(InputError, match="got a discriminator of 2 channels, expected 6"):
+        Trained(nets.netG, PatchDiscriminator(2, ndf=4).double()).fused((32, 32), F64)
     with pytest.raises(InputError, match="got a Conv2d, expected a U-Net generator or a PatchGAN"):
         Trained(nets.netG, torch.nn.Conv2d(6, 1, 3)).fused(SIZE, F64)
     with pytest.raises(InputError, match=r"layer c3 leaves \(0, 2\) of an image of \(4, 8\)"):
         small_nets(levels=2, n_layers=1).fused((4, 8), F64)
+    nets.netG.model.model[0].weight.requires_grad_(False)
+    with pytest.raises(InputError, match="got 1 parameters with requires_grad False"):
+        nets.fused(SIZE, F64)
