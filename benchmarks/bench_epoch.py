@@ -9,6 +9,7 @@ import torch
 from fastp2p.config import TrainConfig
 from fastp2p.data import PairDataset, PairFormat, train_crops
 from fastp2p.data.pairs import Pair
+from fastp2p.device import best_precision
 from fastp2p.state import TrainState
 
 FACADES = 400  # pairs in an epoch
@@ -19,7 +20,8 @@ FACADES = 400  # pairs in an epoch
 def bench_epoch(benchmark, engine: str, batch_size: int):
     """A round is one batch; extra_info extrapolates to facades' 400 pairs."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = TrainConfig(data="facades", batch_size=batch_size, engine=engine).resolve(device.type)
+    config = TrainConfig(data="facades", batch_size=batch_size, engine=engine)
+    config = config.resolve(device.type, best_precision(device))
     state = TrainState.new(config, device, "")
     pairs = torch.randint(0, 256, (64, 286, 286, 6), dtype=torch.uint8)
     dataset = PairDataset([Pair(str(i), Path()) for i in range(len(pairs))], PairFormat("AtoB", 286), pairs)

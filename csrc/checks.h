@@ -19,13 +19,13 @@ inline void check_adam_types(const char* operation, const Tensor& param, const T
   if (unscale) check_tensor(operation, "unscale", *unscale, param, {}, float_or(*unscale, wide));
 }
 
-// bfloat16 where the weights of low precision are neither that nor float16: to be found wrong.
+// Of any other type it says bfloat16, so that the check that follows names the mistake.
 inline ScalarType low_type(const Tensor& low_precision) {
   return low_precision.scalar_type() == ScalarType::Half ? ScalarType::Half : ScalarType::BFloat16;
 }
 
 // Whether gradients of this type update parameters of that one.
-inline bool updates(ScalarType grad, ScalarType param) {
+inline bool grad_type_fits(ScalarType grad, ScalarType param) {
   const bool low = grad == ScalarType::BFloat16 || grad == ScalarType::Half;
   return grad == param || (low && param == ScalarType::Float);
 }
@@ -41,7 +41,7 @@ inline void check_adam(const Tensor& param, const Tensor& grad, const Tensor& ex
     FASTP2P_CHECK("adam", t.is_contiguous(), "got ", name, " ", describe(t), ", expected it contiguous");
   };
   check_buffer("param", param, type);
-  check_buffer("grad", grad, updates(grad.scalar_type(), type) ? grad.scalar_type() : type);
+  check_buffer("grad", grad, grad_type_fits(grad.scalar_type(), type) ? grad.scalar_type() : type);
   check_buffer("exp_avg", exp_avg, type);
   check_buffer("exp_avg_sq", exp_avg_sq, type);
   if (low_precision) check_buffer("low_precision", *low_precision, low_type(*low_precision));

@@ -4,13 +4,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, subcommand
 
-from fastp2p.config import Device, Direction, Dropout, NormStats, TrainConfig
+from fastp2p.config import Device, Direction, Dropout, NetD, Norm, NormStats, Precision, TrainConfig
 from fastp2p.convert import convert
 from fastp2p.errors import InputError, TrainingDiverged, WriteError
 from fastp2p.evaluate import evaluate, format_table, to_json
@@ -18,6 +18,7 @@ from fastp2p.info import info
 from fastp2p.run_folder import read_config
 from fastp2p.trainer import train
 from fastp2p.translate import translate
+from fastp2p.tuning import tune_networks
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,42 @@ class Convert:
 
 
 @dataclass(frozen=True)
+class Tune:
+    """Measure which kernels are the fastest here for a network, which fastp2p train otherwise does at its first run."""
+
+    netG: str = "unet_256"
+    """Generator, as for train."""
+    ngf: int = 64
+    """Channels of the generator's first layer."""
+    netD: NetD = "basic"
+    """Discriminator, as for train."""
+    ndf: int = 64
+    """Channels of the discriminator's first layer."""
+    n_layers_D: int = 3
+    """Strided layers of --netD n_layers."""
+    norm: Norm = "batch"
+    """Normalisation layer of both networks."""
+    input_nc: Literal[1, 3] = 3
+    """Channels of the input image."""
+    output_nc: Literal[1, 3] = 3
+    """Channels of the output image."""
+    crop_size: int = 256
+    """Side of the images, px."""
+    batch_size: int = 1
+    """Pairs per step."""
+    precision: Precision = "auto"
+    """Of the fused engine, as for train."""
+    device: Device = "auto"
+    """Where to measure."""
+    again: bool = False
+    """Measure what is known, too."""
+
+    def run(self) -> None:
+        options = {name: value for name, value in vars(self).items() if name != "again"}
+        print(tune_networks(TrainConfig(**options), again=self.again))
+
+
+@dataclass(frozen=True)
 class Info:
     """Show versions, the device, and which kernel serves each operator."""
 
@@ -130,11 +167,12 @@ Command = (
     | Annotated[Translate, subcommand("translate")]
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Convert, subcommand("convert")]
+    | Annotated[Tune, subcommand("tune")]
     | Annotated[Info, subcommand("info")]
 )
 
 
-def parse(args: Sequence[str]) -> Train | Translate | Evaluate | Convert | Info:
+def parse(args: Sequence[str]) -> Train | Translate | Evaluate | Convert | Tune | Info:
     """The command that the arguments ask for. Exits with 2 and a hint when they do not parse."""
     command = _parse(args)
     if isinstance(command, Train) and command.resume is not None:
@@ -143,9 +181,9 @@ def parse(args: Sequence[str]) -> Train | Translate | Evaluate | Convert | Info:
     return command
 
 
-def _parse(args: Sequence[str], **options: object) -> Train | Translate | Evaluate | Convert | Info:
+def _parse(args: Sequence[str], **options: object) -> Train | Translate | Evaluate | Convert | Tune | Info:
     command = tyro.cli(Command, prog="fastp2p", args=args, config=(OmitArgPrefixes,), **options)  # type: ignore[call-overload]
-    assert isinstance(command, Train | Translate | Evaluate | Convert | Info)
+    assert isinstance(command, Train | Translate | Evaluate | Convert | Tune | Info)
     return command
 
 

@@ -14,6 +14,7 @@ Direction = Literal["AtoB", "BtoA"]
 Norm = Literal["batch", "instance", "none"]
 Dropout = Literal["upstream", "paper", "none"]
 Engine = Literal["fused", "reference"]
+Kernels = Literal["auto", "aten", "triton"]
 NetD = Literal["basic", "n_layers", "pixel"]
 GanMode = Literal["vanilla", "lsgan", "hinge"]
 NormStats = Literal["image", "batch", "running"]
@@ -119,10 +120,14 @@ class TrainConfig:
     engine: Engine = "fused"
     """fused: the fast one, on fused operators. reference: the same step in plain PyTorch autograd, to compare with.
     Source: ours."""
+    kernels: Kernels = "auto"
+    """Of the fused engine's convolutions. auto: for each layer the fastest on this machine, which is measured where
+    fastp2p has not done so before. aten: ATen's, on a GPU cuDNN's. triton: our own on a GPU, by rule. Source: ours."""
     precision: Precision = "auto"
-    """Of the fused engine's activations, compute weights and their gradients; weights, statistics and losses are kept
-    in fp32. auto: bf16 where the hardware multiplies it fast, fp16 with loss scaling on older GPUs, else fp32. fp64 is
-    for proofs. Source: ours; fp16, Micikevicius et al. 2018."""
+    """Number format of the fused engine's activations, their gradients and the weights it multiplies by; the weights
+    that Adam updates, statistics and losses are in fp32. auto: bf16 on GPUs from compute capability 8.0 on and on CPUs
+    with AVX512_BF16 or AMX, fp16 with loss scaling on GPUs of 7.0 and 7.5, else fp32. fp64 is for proofs. Source: ours;
+    fp16, Micikevicius et al. 2018."""
 
     out: Path | None = None
     """Run folder to make. None: the next free runs/DATA-NUMBER. Source: ours."""
@@ -160,6 +165,8 @@ class TrainConfig:
             raise InputError(
                 f"precision: got {self.precision} with engine reference, which computes in fp32 or fp64; drop one"
             )
+        if self.engine == "reference" and self.kernels != "auto":
+            raise InputError(f"kernels: got {self.kernels} with engine reference, which runs on ATen's alone; drop one")
         if self.statistics == "sample" and self.norm != "batch":
             raise InputError(f"statistics: got sample with norm {self.norm}; it is for norm batch")
         if self.netG is not None:
@@ -174,11 +181,12 @@ class TrainConfig:
                     "enlarge the crop, or take fewer layers with --netD n_layers --n-layers-D K"
                 )
 
-    def resolve(self, device_type: str) -> "ResolvedConfig":
-        """The same configuration with every None that means "chosen for you" replaced.
+    def resolve(self, device_type: str, precision: Precision) -> "ResolvedConfig":
+        """The same configuration with every None and auto that means "chosen for you" replaced.
 
         Args:
             device_type: "cpu" or "cuda".
+            precision: what the fused engine's auto stands for on that device; the reference's is fp32.
         """
         chosen: dict[str, Any] = _PAPER
         if self.data == BUILTIN:
@@ -188,6 +196,8 @@ class TrainConfig:
         if self.crop_size is None and self.load_size is not None:
             chosen = chosen | {"crop_size": round(self.load_size * 256 / 286)}
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if self.precision == "auto":
+            fields["precision"] = precision if self.engine == "fused" else "fp32"
         return ResolvedConfig(**fields | {name: value for name, value in chosen.items() if fields[name] is None})
 
     def as_dict(self) -> dict[str, Any]:
@@ -226,7 +236,7 @@ _PAPER = {
     "n_epochs_decay": 100,
 }
 _EMOJI = {"load_size": 143, "crop_size": 128, "netG": "unet_128", "n_epochs": 20, "n_epochs_decay": 20}
-_EMOJI_CPU = {"netG": "unet_32", "ngf": 32, "ndf": 16, "gan_mode": "lsgan", "n_epochs": 1, "n_epochs_decay": 5}
+_EMOJI_CPU = {"netG": "unet_32", "ngf": 32, "ndf": 16, "gan_mode": "lsgan", "n_epochs": 2, "n_epochs_decay": 8}
 
 _AT_LEAST_ONE = [
     "load_size",

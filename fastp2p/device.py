@@ -8,6 +8,13 @@ import torch
 from fastp2p.config import Device, Precision
 from fastp2p.errors import InputError
 
+DTYPES: dict[Precision, torch.dtype] = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+}
+
 
 def choose_device(name: Device) -> torch.device:
     """The torch.device of a --device option; auto is a CUDA GPU if PyTorch finds one, else the CPU.
@@ -22,22 +29,14 @@ def choose_device(name: Device) -> torch.device:
     return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-
-
-def choose_precision(name: Precision, device: torch.device) -> torch.dtype:
-    """The dtype of a --precision option; auto is the fastest that this hardware multiplies at full speed.
-
-    bfloat16 on GPUs from compute capability 8.0 on and on CPUs with AVX512_BF16 or AMX, float16 on GPUs from 7.0 on,
-    else float32.
-    """
-    if name != "auto":
-        return DTYPES[name]
+def best_precision(device: torch.device) -> Precision:
+    """What --precision auto stands for: bf16 on GPUs of capability 8.0 or more and on CPUs with AVX512_BF16 or AMX,
+    fp16 on GPUs of 7.0 or more, else fp32."""
     if device.type == "cuda":
         major, _ = torch.cuda.get_device_capability(device)
-        return torch.bfloat16 if major >= 8 else torch.float16 if major >= 7 else torch.float32
+        return "bf16" if major >= 8 else "fp16" if major >= 7 else "fp32"
     has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if has_bf16 else torch.float32
+    return "bf16" if has_bf16 else "fp32"
 
 
 def describe_device(device: torch.device) -> str:

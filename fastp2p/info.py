@@ -7,7 +7,8 @@ import platform
 import torch
 
 from fastp2p import ops
-from fastp2p.device import choose_device, choose_precision, describe_device
+from fastp2p.device import best_precision, choose_device, describe_device
+from fastp2p.ops import _choices
 from fastp2p.ops._extension import describe_extension
 
 PACKAGES = ("torch", "triton", "numpy", "pillow", "safetensors", "torchmetrics", "tensorboard", "matplotlib")
@@ -25,12 +26,18 @@ def info() -> str:
         f"cores        {os.cpu_count()}, CPU capability {torch.backends.cpu.get_cpu_capability()}",
         f"C++ kernels  {describe_extension()}",
         f"CUDA         {torch.version.cuda or 'not in this PyTorch'}",
-        f"engine       fused, by default in {str(choose_precision('auto', device)).removeprefix('torch.')}",
+        f"engine       fused, by default in {best_precision(device)}",
+        f"kernels      {_describe_choices(device)}",
         "",
         f"{'operator':<19}served on {device.type} by",
         *(f"{name:<19}{ops.served_by(name, device.type)}" for name in ops.operators()),
     ]
     return "\n".join(lines)
+
+
+def _describe_choices(device: torch.device) -> str:
+    place = _choices.place_of(device)
+    return f"{len(_choices.read_cache(place))} convolutions measured on this device, in {_choices.cache_path(place)}"
 
 
 def _version(package: str) -> str:

@@ -95,6 +95,9 @@ def write_config(folder: Path, config: TrainConfig) -> None:
     write_atomically(folder / "config.json", json.dumps(fields, indent=2).encode() + b"\n")
 
 
+KERNELS = "kernels.json"  # which kernel computed what: other ones round otherwise
+
+
 def _next_free(data: str) -> Path:
     name = Path(data.removeprefix("builtin:")).resolve().stem
     return next(path for n in range(1, 10**6) if not (path := Path("runs") / f"{name}-{n:03d}").exists())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastp2p.checkpoint import load_strictly
 from fastp2p.config import ResolvedConfig, levels_of
 from fastp2p.data import Crops
-from fastp2p.device import choose_precision
+from fastp2p.device import DTYPES
 from fastp2p.engine import FusedStep, GraphedStep, LossScale
 from fastp2p.errors import InputError
 from fastp2p.losses import GANLoss, Losses
@@ -38,6 +38,7 @@ class TrainState:
     loss_steps: int = 0  # since the last line of stats.jsonl
     step: int = 0
     best_val_L1: float = math.inf
+    fused: FusedStep | None = None
 
     @classmethod
     def new(cls, config: ResolvedConfig, device: torch.device, fingerprint: str) -> "TrainState":
@@ -64,24 +65,30 @@ class TrainState:
 
         Made after `restore`: the fused step moves what training changes into buffers of its own.
         """
-        nets = (self.netG, self.netD, self.optimizer_G, self.optimizer_D)
         if config.engine == "reference":
+            nets = (self.netG, self.netD, self.optimizer_G, self.optimizer_D)
             dtype = next(self.netG.parameters()).dtype
             step = functools.partial(train_step, *nets, gan_loss=GANLoss(config.gan_mode), lambda_L1=config.lambda_L1)
             return lambda crops: step(*(x.to(dtype).contiguous() for x in crops.cut(self.device)))
-        fused = FusedStep(
-            *nets,
-            size=(config.crop_size, config.crop_size),
-            dtype=choose_precision(config.precision, self.device),
-            gan_mode=config.gan_mode,
-            lambda_L1=config.lambda_L1,
-            seed=config.seed,
-            step=self.step,
-            loss_scale=self.loss_scale,
-        )
+        fused = self.fused_step(config)
         if self.device.type == "cuda":
             return GraphedStep(fused)
         return lambda crops: fused(*crops.cut(self.device))
+
+    def fused_step(self, config: ResolvedConfig) -> FusedStep:
+        """The fused engine's step on these networks and optimizers, made at the first call."""
+        if self.fused is None:
+            self.fused = FusedStep(
+                *(self.netG, self.netD, self.optimizer_G, self.optimizer_D),
+                size=(config.crop_size, config.crop_size),
+                dtype=DTYPES[config.precision],
+                gan_mode=config.gan_mode,
+                lambda_L1=config.lambda_L1,
+                seed=config.seed,
+                step=self.step,
+                loss_scale=self.loss_scale,
+            )
+        return self.fused
 
     def set_lr(self, lr: float) -> None:
         """Set both optimizers' learning rate."""

@@ -19,7 +19,7 @@ from fastp2p.checkpoint import GeneratorSpec, load_checkpoint, save_checkpoint, 
 from fastp2p.config import ResolvedConfig, TrainConfig
 from fastp2p.data import Crops, batches_per_epoch, eval_batches, train_crops
 from fastp2p.data.splits import TrainData, load_train_data
-from fastp2p.device import choose_device, choose_precision, describe_device, memory_bytes
+from fastp2p.device import DTYPES, best_precision, choose_device, describe_device, memory_bytes
 from fastp2p.errors import InputError, TrainingDiverged
 from fastp2p.files import remove_leftovers
 from fastp2p.losses import Losses, read_losses
@@ -30,6 +30,7 @@ from fastp2p.ops._extension import WHY_ABSENT
 from fastp2p.recorder import Recorder
 from fastp2p.run_folder import locked, new_folder, reopen_folder, write_config
 from fastp2p.state import TrainState
+from fastp2p.tuning import check_kernels, choose_kernels
 
 Say = Callable[[str], None]
 
@@ -44,8 +45,8 @@ def train(config: TrainConfig, *, resume: bool = False, say: Say = tqdm.write) -
         say: takes each line of report.
 
     Returns:
-        The run folder: config.json, checkpoint.pt, netG.safetensors, netG_best.safetensors, stats.jsonl, panel.png,
-        panel/, losses.png, tensorboard/.
+        The run folder: config.json, kernels.json, checkpoint.pt, netG.safetensors, netG_best.safetensors,
+        stats.jsonl, panel.png, panel/, losses.png, tensorboard/.
 
     Raises:
         InputError: when the configuration or the data cannot be used; nothing is written then.
@@ -53,7 +54,8 @@ def train(config: TrainConfig, *, resume: bool = False, say: Say = tqdm.write) -
         WriteError: when a file cannot be written; the previous checkpoint is kept.
     """
     device = choose_device(config.device)
-    resolved = config.resolve(device.type)
+    resolved = config.resolve(device.type, best_precision(device))
+    check_kernels(resolved.kernels, device)
     torch.backends.cudnn.deterministic = True  # or a resumed run would not repeat the unbroken one's bits on a GPU
 
     # Everything that can be wrong is found before anything is written
@@ -77,6 +79,9 @@ def train(config: TrainConfig, *, resume: bool = False, say: Say = tqdm.write) -
             folder = new_folder(resolved)
             stack.enter_context(locked(folder))
         say(f"{last_step:,} steps of batch {resolved.batch_size}, {steps_per_epoch:,} an epoch -> {folder}")
+        if resolved.engine == "fused":
+            images = min(resolved.batch_size, len(data.train))
+            choose_kernels(state.fused_step(resolved), images, resolved.kernels, folder, say)
 
         bar_format = "{desc} |{bar:5}| {n_fmt}/{total_fmt} ETA {remaining}{postfix}"  # fits 80 columns
         bar = tqdm(total=last_step, initial=state.step, mininterval=0.5, smoothing=0.1, bar_format=bar_format)
@@ -123,8 +128,8 @@ def describe(config: ResolvedConfig, state: TrainState, pairs: int, say: Say) ->
     need, mib = step_memory(config, state, batch_size), 2**20
     say(
         f"{describe_device(state.device)}; engine {config.engine}, {describe_precision(config, state.device)}; "
-        f"a step of batch {batch_size} holds {need.total / mib:,.0f} MiB: {need.state / mib:,.0f} for weights and Adam"
-        f", {need.activations / mib:,.0f} for activations; scratch space comes on top"
+        f"a step of batch {batch_size} holds {need.total / mib:,.0f} MiB: {need.state / mib:,.0f} for the "
+        f"networks and Adam, {need.activations / mib:,.0f} for activations; scratch space comes on top"
     )
     if state.device.type == "cpu" and WHY_ABSENT is not None:
         say(f"no C++ kernels, so plain PyTorch serves the operators, more slowly: {WHY_ABSENT}")
@@ -137,7 +142,7 @@ def step_memory(config: ResolvedConfig, state: TrainState, batch_size: int) -> M
     if config.engine == "reference":
         sizes = {"input_nc": config.input_nc, "crop_size": config.crop_size}
         return estimate_step_memory(state.netG, state.netD, batch_size=batch_size, **sizes)
-    dtype = choose_precision(config.precision, state.device)
+    dtype = DTYPES[config.precision]
     return estimate_fused_step_memory(
         state.netG, state.netD, batch_size=batch_size, crop_size=config.crop_size, dtype=dtype
     )
@@ -145,14 +150,10 @@ def step_memory(config: ResolvedConfig, state: TrainState, batch_size: int) -> M
 
 def describe_precision(config: ResolvedConfig, device: torch.device) -> str:
     """In what a step of config.engine computes."""
-    if config.engine == "fused":
-        dtype = choose_precision(config.precision, device)
-        half = dtype in (torch.bfloat16, torch.float16)
-        return str(dtype).removeprefix("torch.") + (" on float32 weights" if half else "")
-    if config.precision == "fp64":
-        return "float64"
-    tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32
-    return "float32" + (", convolutions in TF32" if tf32 else "")
+    if config.precision in ("bf16", "fp16"):
+        return f"{config.precision} on fp32 weights"
+    tf32 = config.engine == "reference" and device.type == "cuda" and torch.backends.cudnn.allow_tf32
+    return config.precision + (", convolutions in TF32" if tf32 and config.precision == "fp32" else "")
 
 
 @contextmanager
@@ -281,6 +282,9 @@ class Run:
         losses: Losses[float] = Losses(*(state.loss_sums / state.loss_steps).tolist())
         if not all(map(math.isfinite, losses)):
             self.diverged(f"the losses are {', '.join(f'{name} {v:.3g}' for name, v in losses._asdict().items())}")
+
+        if state.loss_scale[0] < 1:
+            self.diverged("gradients overflow float16 whatever the loss scale (--precision bf16 or fp32 has room)")
 
         img_per_sec = self.images / (time.monotonic() - self.logged)
         self.images, self.logged = 0, time.monotonic()

@@ -152,7 +152,10 @@ def reduce_splits(
     activation: int = 0,
     stat_groups: int = 0,
 ) -> Tensor:
-    """Launch the reduction of (splits, pixels, n_out) into out; returns the tiles' statistics (or none)."""
+    """Launch the reduction of (splits, pixels, n_out) into out; returns the tiles' statistics (or none).
+
+    Of one split, workspace may be out itself, in its dtype: each element is read before the same program writes it.
+    """
     splits, pixels, n_out = workspace.shape
     rows = pixels // max(1, stat_groups)
     tiles = triton.cdiv(rows, REDUCE_CONFIG["BLOCK_M"])
@@ -244,10 +247,13 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def compile_cases() -> Iterator[Case]:
-    """The reduction, plain for weight gradients and with the epilogues of the networks' layers."""
+    """The reduction, plain for weight gradients and with the epilogues of the networks' layers; in place after ATen."""
     for dtype in ("fp32", "bf16", "fp16"):
         types = {"workspace_ptr": "*fp32", "partial_ptr": "*fp32", "slope": "fp32"}
         types |= dict.fromkeys(("out_ptr", "gate_ptr"), f"*{dtype}") | {"bias_ptr": "*fp32"}
         types |= dict.fromkeys(("pixels", "rows", "tiles", "n_out", "splits"), "i32")
         for name, flags in EPILOGUES.items():
             yield Case(f"reduce {name} {dtype}", _reduce_kernel, types, flags, [REDUCE_CONFIG])
+            if dtype != "fp32":
+                types_in_place = types | {"workspace_ptr": f"*{dtype}"}
+                yield Case(f"reduce {name} {dtype} in place", _reduce_kernel, types_in_place, flags, [REDUCE_CONFIG])

@@ -105,6 +105,19 @@ def _layer_cases(layer: Layer, pointers: list[str], types: dict[str, str], const
         yield replace(case, sizes={"row_stride": 0, "kernel_row_gap": 0} | case.sizes)
 
 
+def _gaps(param: Tensor) -> tuple[int, int]:
+    """Elements from row to row of a weight, and those between two kernel rows that are not its own."""
+    n_rows, n_inner, kh, kw = param.shape  # of a dimension of one element the stride means nothing
+    return param.stride(0) if n_rows > 1 else kh * kw * n_inner, param.stride(2) - kw * n_inner if kh > 1 else 0
+
+
+def largest_tile(param: Tensor) -> int:
+    """Elements of a tile; where neither rows nor taps are aligned each has an address of its own, and 64 x 64 spill."""
+    row_stride, gap = _gaps(param)
+    sliced = gap > 0 or row_stride > param[0].numel()
+    return LARGEST_TILE // 2 if sliced and param.shape[1] % 16 else LARGEST_TILE
+
+
 def wgrad_adam(
     outer: Tensor,
     outer2: Tensor | None,
@@ -126,14 +139,10 @@ def wgrad_adam(
     kh, kw = param.shape[2:]
     tensors, sizes, (m, n, k) = launch_arguments(outer, outer2, inner, (kh, kw))
     n_outer2, n_inner = sizes[6:8]
-    # Of a dimension of one element the stride means nothing
-    gap = param.stride(2) - kw * n_inner if kh > 1 else 0
-    row_stride = param.stride(0) if m > 1 else n
+    row_stride, gap = _gaps(param)
     sliced = gap > 0 or row_stride > n
     whole = gemm.is_whole(n_inner)
-    # Where neither rows nor taps are aligned each element has an address of its own, and 64 by 64 of them spill
-    largest = LARGEST_TILE // 2 if sliced and n_inner % 16 else LARGEST_TILE
-    config = {**(config or gemm.choose_config(m, n, k, inner, whole=whole, largest=largest))}
+    config = {**(config or gemm.choose_config(m, n, k, inner, whole=whole, largest=largest_tile(param)))}
     config.pop("SPLIT", None)  # a program owns its weights
     _wgrad_adam_kernel[(tiles(m - n_outer2, n_outer2, n, config),)](
         *tensors,

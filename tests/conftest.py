@@ -1,7 +1,9 @@
 """Small sets of pairs made on the spot, tiny training runs, and the real data beside the checkout when it is there."""
 
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,7 +25,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    """No test, and no process that one starts, reads or writes the user's measured choices of kernels."""
     on_device.check_options(config)
+    cache = tempfile.TemporaryDirectory(prefix="fastp2p-tests-")
+    config.add_cleanup(cache.cleanup)
+    os.environ["FASTP2P_CACHE"] = cache.name
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -49,24 +49,31 @@ def test_bad_values_say_got_and_expected(fields: dict, message: str):
 
 
 def test_resolve_is_the_paper_s_recipe_on_own_data():
-    config = TrainConfig(data="facades").resolve("cpu")
+    config = TrainConfig(data="facades").resolve("cpu", "bf16")
     assert (config.netG, config.ngf, config.ndf, config.gan_mode) == ("unet_256", 64, 64, "vanilla")
     assert (config.load_size, config.crop_size, config.n_epochs, config.n_epochs_decay) == (286, 256, 100, 100)
 
 
 def test_resolve_keeps_what_was_given():
-    config = TrainConfig(ngf=8, crop_size=64).resolve("cpu")
+    config = TrainConfig(ngf=8, crop_size=64).resolve("cpu", "bf16")
     assert (config.ngf, config.crop_size, config.load_size) == (8, 64, 72)  # load_size at the recipe's ratio
-    assert TrainConfig(load_size=286).resolve("cpu").crop_size == 256
+    assert TrainConfig(load_size=286).resolve("cpu", "bf16").crop_size == 256
 
 
 def test_resolve_takes_the_full_net_on_a_gpu():
-    config = TrainConfig().resolve("cuda")
+    config = TrainConfig().resolve("cuda", "bf16")
     assert (config.netG, config.ngf, config.ndf, config.gan_mode) == ("unet_128", 64, 64, "vanilla")
 
 
 def test_lr_factor_is_upstream_s_linear_policy():
-    config = TrainConfig(data="facades").resolve("cpu")
+    config = TrainConfig(data="facades").resolve("cpu", "bf16")
     assert config.lr_factor(1) == config.lr_factor(100) == 1
     assert config.lr_factor(101) == 1 - 1 / 101
     assert config.lr_factor(200) == pytest.approx(0.0099, abs=1e-4)
+
+
+@pytest.mark.parametrize(("engine", "precision", "expected"), [
+    ("fused", "auto", "bf16"), ("reference", "auto", "fp32"), ("fused", "fp16", "fp16"), ("reference", "fp64", "fp64"),
+])  # fmt: skip
+def test_resolve_decides_the_precision(engine: str, precision: str, expected: str):
+    assert TrainConfig(engine=engine, precision=precision).resolve("cpu", "bf16").precision == expected

@@ -161,7 +161,7 @@ def test_only_green_operators_are_timed(tmp_path: Path):
 
 def test_the_suite_is_all_of_its_files(tmp_path: Path):
     units = gpu_parity.list_units("cuda", False, tmp_path)
-    files = {path for folder in ("ops", "nn") for path in (ROOT / "tests" / folder).glob("test_*.py")}
+    files = {path for folder in ("ops", "nn", "engine") for path in (ROOT / "tests" / folder).glob("test_*.py")}
     assert {unit.file for unit in units} == files
     assert len({unit.xml for unit in units}) == len(units)
     assert {gpu_parity.operator_of(path.stem, "", OPERATORS) for path in files} - {None} == set(OPERATORS)
@@ -169,8 +169,9 @@ def test_the_suite_is_all_of_its_files(tmp_path: Path):
 
 def test_the_jobs_are_every_layer_and_operator():
     device = torch.device("cpu")
-    listed = gpu_rows.list_jobs(device, False, set(OPERATORS))
-    assert {job.operator for job in listed} == set(OPERATORS)
+    everything = {*OPERATORS, gpu_check.STEP}
+    listed = gpu_rows.list_jobs(device, False, everything)
+    assert {job.operator for job in listed} == everything
     assert len({job.name for job in listed}) == len(listed)
     products = [job for job in listed if job.provider == jobs.BEST]
     assert len(products) == len(LAYERS) * len(gemm_jobs.BATCHES) * 3

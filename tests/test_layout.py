@@ -31,6 +31,7 @@ LAYERS = [
     "reference",
     "state",
     "run_folder",
+    "tuning",
     "recorder",
     "trainer",
     "translate",

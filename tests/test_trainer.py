@@ -62,7 +62,7 @@ def unbroken(aligned: Path, tmp_path: Path) -> Path:
 def test_run_folder(unbroken: Path):
     names = {path.name for path in unbroken.iterdir()}
     assert names == {
-        *("config.json", "checkpoint.pt", "netG.safetensors", "netG_best.safetensors"),
+        *("config.json", "kernels.json", "checkpoint.pt", "netG.safetensors", "netG_best.safetensors"),
         *("stats.jsonl", "panel.png", "panel", "losses.png", "tensorboard"),
     }
     stats = read_stats(unbroken / "stats.jsonl")
@@ -130,10 +130,10 @@ def test_engines_see_the_same_data(aligned: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--precision", "bf16"), "engine fused, bfloat16 on float32 weights; "),
-        (("--precision", "fp16", "--dropout", "paper"), "engine fused, float16 on float32 weights; "),
-        (("--precision", "fp32", "--statistics", "sample"), "engine fused, float32; "),
-        (("--engine", "reference", "--statistics", "sample"), "engine reference, float32; "),
+        (("--precision", "bf16"), "engine fused, bf16 on fp32 weights; "),
+        (("--precision", "fp16", "--dropout", "paper"), "engine fused, fp16 on fp32 weights; "),
+        (("--precision", "fp32", "--statistics", "sample"), "engine fused, fp32; "),
+        (("--engine", "reference", "--statistics", "sample"), "engine reference, fp32; "),
         (("--norm", "instance", "--dropout", "paper"), "engine fused, "),
     ],
 )

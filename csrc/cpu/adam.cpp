@@ -1,5 +1,5 @@
 // adam: one pass over param, exp_avg and exp_avg_sq (read and written), grad (read) and the low-precision weights
-// (written): 26 to 30 bytes for each parameter, where single-tensor Adam takes some ten passes. Threads take ranges of
+// (written): 26 to 30 bytes for each parameter. Threads take ranges of
 // at least 16384 parameters; arithmetic is the parameters' type, the bias corrections are made in double.
 #include "cpu/adam.h"
 
@@ -49,6 +49,7 @@ FASTP2P_INLINE void update_range(const Range<A, Grad, Low>& range) {
   }
 }
 
+// What training on a CPU uses is compiled for each instruction set; the rest once, for the sake of the build's time.
 #define INSTANTIATE(CLONES, A, GRAD, LOW) \
   CLONES void run(const Range<A, GRAD, LOW>& range) { update_range(range); }
 INSTANTIATE(FASTP2P_CLONES, float, float, BFloat16)
@@ -61,7 +62,7 @@ INSTANTIATE(, double, double, BFloat16)
 INSTANTIATE(, double, double, Half)
 #undef INSTANTIATE
 
-double value(const Tensor& t) {
+double scalar(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? values<double>(t)[0] : values<float>(t)[0];
 }
 
@@ -72,9 +73,9 @@ AdamStep::AdamStep(const Tensor& param, const Tensor& exp_avg, const Tensor& exp
                    const std::optional<Tensor>& low_precision, const std::optional<Tensor>& unscale)
     : type_(param.scalar_type()), low_type_(low_precision ? low_type(*low_precision) : ScalarType::BFloat16),
       param_(param.data_ptr()), exp_avg_(exp_avg.data_ptr()), exp_avg_sq_(exp_avg_sq.data_ptr()),
-      low_(low_precision ? low_precision->data_ptr() : nullptr), lr_(value(lr)), power1_(values<double>(powers)[0]),
+      low_(low_precision ? low_precision->data_ptr() : nullptr), lr_(scalar(lr)), power1_(values<double>(powers)[0]),
       power2_(values<double>(powers)[1]), beta1_(beta1), beta2_(beta2), eps_(eps),
-      unscale_(unscale ? value(*unscale) : 1) {}
+      unscale_(unscale ? scalar(*unscale) : 1) {}
 
 void AdamStep::update(const void* grad, ScalarType grad_type, int64_t n, int64_t element, int64_t low_element) const {
   dispatch_adam(type_, grad_type, low_type_, [&](auto wide, auto gradient, auto low) {
@@ -102,7 +103,7 @@ void adam_cpu(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, Tens
               double beta2, double eps, std::optional<Tensor> low_precision, std::optional<Tensor> unscale) {
   check_adam(param, grad, exp_avg, exp_avg_sq, lr, powers, low_precision, unscale);
   const AdamStep step(param, exp_avg, exp_avg_sq, lr, powers, beta1, beta2, eps, low_precision, unscale);
-  if (step.left_out()) return;
+  if (step.skips()) return;
   const ScalarType type = grad.scalar_type();
   const char* data = static_cast<const char*>(grad.data_ptr());
   const int64_t element = static_cast<int64_t>(grad.element_size());

@@ -13,10 +13,10 @@ class AdamStep {
            const std::optional<Tensor>& unscale);
 
   // Whether unscale says to change nothing; update does not ask.
-  bool left_out() const { return unscale_ == 0; }
+  bool skips() const { return unscale_ == 0; }
 
   // Updates n elements of param and its moments from `element` on, and of low_precision from low_element on, by as many
-  // gradients of a type that `updates` param's. Starts no threads, and may be called from any.
+  // gradients of a type for which `grad_type_fits`. Starts no threads, and may be called from any.
   void update(const void* grad, ScalarType grad_type, int64_t n, int64_t element, int64_t low_element) const;
 
  private:

@@ -59,24 +59,6 @@ INSTANTIATE(, double)
 
 }  // namespace
 
-Algorithm& forced_algorithm() {
-  static Algorithm algorithm = Algorithm::AUTO;
-  return algorithm;
-}
-
-bool prefers_gemm(Direction direction, ScalarType type, int64_t pixels, int64_t channels) {
-  if (forced_algorithm() != Algorithm::AUTO) return forced_algorithm() == Algorithm::GEMM;
-  // Measured for every layer of unet_256 and the PatchGAN at batch 1 and 4, with weights that are not in the cache:
-  // benchmarks/cpu_convolution.py, figures in NOTES.md. The sum over the layers is within 5 % of the better of the two.
-  // float16 and float64, which nobody trains with on a CPU, go by float's figures.
-  const bool bfloat16 = type == ScalarType::BFloat16;
-  switch (direction) {
-    case Direction::DOWN: return pixels <= (bfloat16 ? 256 : 64);
-    case Direction::UP: return pixels <= (bfloat16 ? 256 : 64) || channels <= 3;
-    default: return pixels <= (bfloat16 ? 1024 : 512);
-  }
-}
-
 std::optional<Tensor> weight_matrix(const Tensor& weight) {
   if (pixel_stride(weight) != weight.size(1)) return std::nullopt;
   const int64_t rows = weight.size(0), columns = weight.numel() / rows;

@@ -4,7 +4,7 @@
 // layers of a U-Net, a few pixels against millions of weights, that copy is most of the time.
 #pragma once
 
-#include "common.h"
+#include "cpu/choices.h"
 
 namespace fastp2p {
 
@@ -32,15 +32,6 @@ struct Window {
     return true;
   }
 };
-
-enum class Direction { DOWN, UP, WGRAD };
-
-// Whether to take the matrix product, with so many pixels in the smaller images and so many channels in the larger
-// ones.
-bool prefers_gemm(Direction direction, ScalarType type, int64_t pixels, int64_t channels);
-
-enum class Algorithm { AUTO, GEMM, DIRECT };
-Algorithm& forced_algorithm();  // AUTO but in tests and measurements
 
 // The weight as (size(0), KH * KW * size(1)), or nothing where it is not laid out as channels_last.
 std::optional<Tensor> weight_matrix(const Tensor& weight);

@@ -17,9 +17,16 @@ std::tuple<Tensor, Tensor, Tensor> down_cpu(Tensor x, Tensor weight, std::option
                 width = window.output_size(x.size(3), window.width);
   check_convolution("down", x, weight, bias, gate, window, activation, {n, channels, height, width});
 
-  const std::optional<Tensor> matrix = prefers_gemm(Direction::DOWN, x.scalar_type(), n * height * width, x.size(1))
-                                           ? weight_matrix(weight)
-                                           : std::nullopt;
+  const Problem problem{.operation = Operation::DOWN,
+                        .type = x.scalar_type(),
+                        .pixels = n * height * width,
+                        .outer = channels,
+                        .outer2 = 0,
+                        .inner = x.size(1),
+                        .height = window.height,
+                        .width = window.width,
+                        .stride = stride};
+  const std::optional<Tensor> matrix = prefers_gemm(problem) ? weight_matrix(weight) : std::nullopt;
   Tensor out;
   if (matrix) {
     out = empty_images(x, n, channels, height, width);

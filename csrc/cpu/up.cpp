@@ -97,9 +97,16 @@ std::tuple<Tensor, Tensor, Tensor> up_cpu(Tensor x, std::optional<Tensor> x2, Te
                 "got height ", height, ", width ", width, ", expected what a convolution of stride ", stride,
                 " takes to x ", describe(x));
 
-  const std::optional<Tensor> matrix = prefers_gemm(Direction::UP, x.scalar_type(), n * x.size(2) * x.size(3), channels)
-                                           ? weight_matrix(weight)
-                                           : std::nullopt;
+  const Problem problem{.operation = Operation::UP,
+                        .type = x.scalar_type(),
+                        .pixels = n * x.size(2) * x.size(3),
+                        .outer = x.size(1),
+                        .outer2 = x2 ? x2->size(1) : 0,
+                        .inner = channels,
+                        .height = window.height,
+                        .width = window.width,
+                        .stride = stride};
+  const std::optional<Tensor> matrix = prefers_gemm(problem) ? weight_matrix(weight) : std::nullopt;
   Tensor out;
   if (matrix) {
     out = empty_images(x, n, channels, height, width);

@@ -33,8 +33,8 @@ void WeightGradient::multiply_rows(int64_t first, const Tensor& out) const {
   multiply(torch::stable::narrow(all, 0, first, out.size(0)), fields, out);
 }
 
-WeightGradient weight_gradient(const Tensor& outer, const std::optional<Tensor>& outer2, const Tensor& inner,
-                               const Window& window) {
+WeightGradient weight_gradient(Operation operation, const Tensor& outer, const std::optional<Tensor>& outer2,
+                               const Tensor& inner, const Window& window) {
   const bool half = inner.scalar_type() == ScalarType::Half;
   const auto widened = [&](const Tensor& t) { return half ? torch::stable::to(t, ScalarType::Float) : t; };
   const Tensor both = widened(concatenate(outer, outer2)), x = widened(inner);
@@ -44,7 +44,16 @@ WeightGradient weight_gradient(const Tensor& outer, const std::optional<Tensor>&
   const bool direct_is_right =
       type != ScalarType::BFloat16 || (window.every_tap_meets_a_pixel(x.size(2), window.height) &&
                                        window.every_tap_meets_a_pixel(x.size(3), window.width));
-  if (direct_is_right && !prefers_gemm(Direction::WGRAD, inner.scalar_type(), both.numel() / rows, x.size(1))) {
+  const Problem problem{.operation = operation,
+                        .type = inner.scalar_type(),
+                        .pixels = both.numel() / rows,
+                        .outer = outer.size(1),
+                        .outer2 = outer2 ? outer2->size(1) : 0,
+                        .inner = inner.size(1),
+                        .height = window.height,
+                        .width = window.width,
+                        .stride = window.stride};
+  if (direct_is_right && !prefers_gemm(problem)) {
     return {.rows = rows, .columns = columns, .type = type, .whole = convolution_dweight(both, x, window)};
   }
   return {.rows = rows,
@@ -58,7 +67,7 @@ Tensor wgrad_cpu(Tensor outer, std::optional<Tensor> outer2, Tensor inner, int64
                  int64_t stride, int64_t padding, ScalarType dtype) {
   const Window window{kernel_height, kernel_width, stride, padding};
   check_outer_inner("wgrad", outer, outer2, inner, window);
-  const WeightGradient gradient = weight_gradient(outer, outer2, inner, window);
+  const WeightGradient gradient = weight_gradient(Operation::WGRAD, outer, outer2, inner, window);
   if (gradient.whole) return torch::stable::to(*gradient.whole, dtype);
   const Tensor dweight = empty(inner, {gradient.rows, inner.size(1), kernel_height, kernel_width}, gradient.type,
                                MemoryFormat::ChannelsLast);

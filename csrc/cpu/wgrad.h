@@ -21,8 +21,8 @@ struct WeightGradient {
 void check_outer_inner(const char* operation, const Tensor& outer, const std::optional<Tensor>& outer2,
                        const Tensor& inner, const Window& window);
 
-// Of tensors that are checked.
-WeightGradient weight_gradient(const Tensor& outer, const std::optional<Tensor>& outer2, const Tensor& inner,
-                               const Window& window);
+// Of tensors that are checked, for WGRAD or WGRAD_ADAM.
+WeightGradient weight_gradient(Operation operation, const Tensor& outer, const std::optional<Tensor>& outer2,
+                               const Tensor& inner, const Window& window);
 
 }  // namespace fastp2p

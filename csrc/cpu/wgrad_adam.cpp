@@ -10,10 +10,8 @@
 namespace fastp2p {
 namespace {
 
-// How many rows of the gradient to make at once. About 1 MB: of 0.25 to 4, on a 1024x512x4x4 weight with 4 to 64
-// pixels, 1 and 2 MB are the fastest. And as many as there are pixels: for each chunk the fields are read whole and
-// laid out anew for the product, and with 512 pixels in float chunks of 1 MB took half as long again, more than no
-// chunks.
+// How many rows of the gradient to make at once: about 1 MB, which stays in a core's cache, but no fewer than there are
+// pixels, since for each chunk the product reads all pixels and lays them out anew. Measured: benchmarks/NOTES.md.
 int64_t rows_at_once(const WeightGradient& gradient) {
   constexpr int64_t CHUNK_BYTES = 1 << 20;
   const int64_t row_bytes = gradient.columns * static_cast<int64_t>(gradient.fields.element_size());
@@ -85,9 +83,9 @@ void wgrad_adam_cpu(Tensor outer, std::optional<Tensor> outer2, Tensor inner, Te
   }
 
   const AdamStep step(param, exp_avg, exp_avg_sq, lr, powers, beta1, beta2, eps, low_precision, std::nullopt);
-  const WeightGradient gradient = weight_gradient(outer, outer2, inner, window);
+  const WeightGradient gradient = weight_gradient(Operation::WGRAD_ADAM, outer, outer2, inner, window);
   const auto update = [&](int64_t first, const Tensor& grad) {
-    const bool fits = updates(gradient.type, param.scalar_type());
+    const bool fits = grad_type_fits(gradient.type, param.scalar_type());
     update_rows(step, rows, first, fits ? grad : torch::stable::to(grad, param.scalar_type()));
   };
   if (gradient.whole) return update(0, *weight_matrix(*gradient.whole));

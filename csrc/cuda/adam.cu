@@ -4,7 +4,8 @@
 // float64, go one element a thread.
 // Arithmetic is the parameters' type. The learning rate and the powers of the betas stay in device memory, where each
 // thread makes the bias corrections of them, so nothing waits for the host and a CUDA graph replays with new values;
-// 1 - power is in double, since 1 - 0.999 loses three digits in float. So does unscale, which may end each thread.
+// 1 - power is in double, since 1 - 0.999 loses three digits in float. unscale stays there as well: a thread that reads
+// 0 ends at once.
 #include "checks.h"
 #include "cuda/launch.h"
 

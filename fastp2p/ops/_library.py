@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastp2p.errors import InputError
+from fastp2p.ops._choices import Choice, chosen
 from fastp2p.ops._extension import INTERPRETED
 
 OLDEST_GPU = (8, 0)  # compute capability; Triton gave up sm_75
@@ -91,16 +92,22 @@ def serve_by_triton(name: str) -> None:
     if importlib.util.find_spec("triton") is None or _has_own_kernel(name, device_type):
         return
 
-    def launch(*args: Any) -> Any:
+    def serve(*args: Any) -> Any:
         device = args[0].device
         if args[0].dtype == torch.float64 or (device.type == "cuda" and not _triton_supports(device.index)):
             return _references[name](*args)
-        kernel = getattr(importlib.import_module(f"fastp2p.kernels.{file_of(name)}"), name)
         with contextlib.nullcontext() if INTERPRETED else torch.cuda.device(device):
-            return kernel(*args)
+            return launch(name, chosen(name, args), args)
 
-    LIBRARY.impl(name, launch, _DISPATCH_KEYS[device_type])
+    LIBRARY.impl(name, serve, _DISPATCH_KEYS[device_type])
     _triton_serves.add((name, device_type))
+
+
+def launch(name: str, choice: Choice | None, args: tuple[Any, ...]) -> Any:
+    """Call an operator's launcher: ours with a configuration, or by rule, or ATen's convolution for "aten"."""
+    file = "aten" if choice == "aten" else file_of(name)
+    kernel = getattr(importlib.import_module(f"fastp2p.kernels.{file}"), name)
+    return kernel(*args, config=choice) if isinstance(choice, dict) else kernel(*args)
 
 
 @functools.cache

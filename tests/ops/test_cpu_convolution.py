@@ -108,7 +108,7 @@ def test_autocast_does_not_reach_inside(algorithm: str):
 
 def test_an_unknown_algorithm_is_told():
     with (
-        pytest.raises(ValueError, match="got 'fast', expected 'auto', 'gemm' or 'direct'"),
+        pytest.raises(ValueError, match="got 'fast', expected one of 'auto', 'gemm', 'direct'"),
         convolution_on_the_cpu("fast"),
     ):
         pass

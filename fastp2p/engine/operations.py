@@ -1,0 +1,286 @@
+"""The convolutions of a training step as it calls them: their problems, and operands to time and check kernels with."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastp2p import ops
+from fastp2p.engine.network import FusedNetwork, statistics_groups
+from fastp2p.engine.plan import NONE, TANH, Layer, Size
+from fastp2p.engine.step import FusedStep
+from fastp2p.ops._choices import Problem
+
+Args = tuple[Any, ...]  # of an operator
+
+BETA1, BETA2 = 0.5, 0.999
+LR, EPS = 2e-4, 1e-8
+ROWS_CHECKED = 32  # of a weight after Adam, spread over all; of its gradient all are
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One call of down, up, wgrad or wgrad_adam."""
+
+    name: str  # netG e4 data gradient
+    problem: Problem
+    images: int
+    small: Size
+    large: Size
+    padding: int
+    activation: int = NONE
+    slope: float = 0.0
+    bias: bool = False
+    gate: bool = False
+    stat_groups: int = 0
+
+    @property
+    def wide(self) -> torch.dtype:
+        """Of sums, and of what is kept in full."""
+        return torch.promote_types(self.problem.dtype, torch.float32)
+
+    @property
+    def terms(self) -> int:
+        """How many products an element of the result sums up, at most."""
+        p = self.problem
+        if p.operator == "down":
+            return p.inner * p.kernel_height * p.kernel_width
+        if p.operator == "up":
+            taps = math.ceil(p.kernel_height / p.stride) * math.ceil(p.kernel_width / p.stride)
+            return (p.outer + p.outer2) * taps
+        return p.pixels
+
+    @property
+    def n_bytes(self) -> int:
+        """What a call touches, about: the images in and out, and the weight or what Adam reads of it."""
+        p = self.problem
+        weight = (p.outer + p.outer2) * p.inner * p.kernel_height * p.kernel_width
+        small, large = (self.images * height * width for height, width in (self.small, self.large))
+        images = (small * (p.outer + p.outer2) + large * p.inner) * p.dtype.itemsize
+        per_weight = {"wgrad": 0, "wgrad_adam": 3 * self.wide.itemsize}.get(p.operator, p.dtype.itemsize)
+        return images + weight * per_weight
+
+    def operands(self, noise: "Noise") -> Args:
+        """Arguments for the operator: normal values, in memory of their own, such that nothing saturates."""
+        p = self.problem
+        small = noise.images(self.images, p.outer, *self.small, dtype=p.dtype)
+        small2 = noise.images(self.images, p.outer2, *self.small, dtype=p.dtype) if p.outer2 else None
+        large = noise.images(self.images, p.inner, *self.large, dtype=p.dtype)
+        kernel, window = (p.kernel_height, p.kernel_width), (p.stride, self.padding)
+        weight_shape = (p.outer + p.outer2, p.inner, *kernel)
+        if p.operator == "wgrad":
+            return small, small2, large, *kernel, *window, self.wide
+        if p.operator == "wgrad_adam":
+            param = noise.images(*weight_shape, dtype=self.wide)
+            moments = torch.zeros_like(param), torch.zeros_like(param)
+            low = param.to(p.dtype) if p.dtype != self.wide else None
+            lr = torch.tensor(LR, dtype=self.wide, device=param.device)
+            powers = torch.tensor([BETA1, BETA2], dtype=torch.float64, device=param.device)  # of the first step
+            return small, small2, large, param, *moments, lr, powers, BETA1, BETA2, EPS, *window, low
+        weight = noise.images(*weight_shape, dtype=p.dtype).mul_(self.terms**-0.5)  # a result of deviation 1
+        bias = noise.images(1, p.outer if p.operator == "down" else p.inner, 1, 1, dtype=self.wide).flatten()
+        epilogue = (self.activation, self.slope, self.stat_groups)
+        if p.operator == "down":
+            return large, weight, bias if self.bias else None, small if self.gate else None, *window, *epilogue
+        gate = large if self.gate else None
+        return small, small2, weight, bias if self.bias else None, gate, *window, *self.large, *epilogue
+
+
+class Noise:
+    """Normal values without drawing each: a pool is repeated, from another place every time."""
+
+    def __init__(self, device: torch.device, seed: int = 0):
+        pool = torch.randn(2**20 + 7, generator=torch.Generator().manual_seed(seed), device="cpu")  # no whole rows
+        self.pools = {torch.float32: pool.to(device)}
+        self.first = 0
+
+    def images(self, n: int, c: int, h: int, w: int, *, dtype: torch.dtype) -> Tensor:
+        """(n, c, h, w), channels_last."""
+        pool = self.pools.setdefault(dtype, self.pools[torch.float32].to(dtype))
+        self.first = (self.first + 997) % 2**16
+        size = n * c * h * w
+        times = -(-(self.first + size) // len(pool))
+        values = pool.repeat(times)[self.first : self.first + size] if times > 1 else pool[self.first :][:size].clone()
+        return values.view(n, h, w, c).permute(0, 3, 1, 2)
+
+
+class Trial:
+    """An operation's operands, and how far what a kernel makes of them is off."""
+
+    def __init__(self, operation: Operation, noise: Noise):
+        self.operation, self.args = operation, operation.operands(noise)
+        self.expected: tuple[Tensor, ...] | None = None
+        self.bound = self.largest = math.nan  # of the first of them: its tolerance, its largest value
+        problem = operation.problem
+        self.rows = slice(None, None, max(1, (problem.outer + problem.outer2) // ROWS_CHECKED))
+
+    def error(self, run: Callable[[Args], Any]) -> float:
+        """How far a kernel's result is off, in tolerances: more than 1, or NaN, is wrong.
+
+        The reference computes in float32 (float64 for float64) from the same operands. A kernel may sum in another
+        order, which at the worst seen moves a sum of n products by (4 + sqrt(n)) roundings of float32 of the sum of
+        their absolute values; of normal values that is below n times their deviation. And it rounds to its dtype: ATen
+        the product, the bias and their sum, `up` by matrix product each tap's share, so four roundings of the largest
+        value, before its activation, are allowed.
+        """
+        operator = self.operation.problem.operator
+        if self.expected is None:
+            self.expected = self._reference()
+            self.largest = _largest(self.expected[0])
+            self.bound = self._bound(self.expected[0])
+        if operator == "wgrad_adam":
+            return self._error_of_adam(run, *self.expected)
+        result, (expected, *_) = run(self.args), self.expected
+        if operator == "wgrad":
+            return _largest(expected - result) / self.bound
+        errors = [_largest(expected - result[0]) / self.bound]
+        if self.operation.stat_groups:
+            # Those of the result as it is stored; sums of some thousand terms, in another order
+            mean, var = ops.norm_stats_ref(result[0], self.operation.stat_groups)
+            errors.append(_largest(mean - result[1]) / (1e-5 * self.largest))
+            errors.append(_largest(var - result[2]) / (1e-4 * self.largest**2))
+        return _worst(errors)
+
+    def forget_expected(self) -> None:
+        """Give its memory back."""
+        self.expected = None
+
+    def _reference(self) -> tuple[Tensor, ...]:
+        """What is expected; for wgrad_adam the gradient, and the rows of the weight that are looked at."""
+        p, wide = self.operation.problem, self.operation.wide
+        args = [t.to(wide) if isinstance(t, Tensor) and t.dtype == p.dtype else t for t in self.args]
+        if p.operator == "wgrad_adam":
+            (outer, outer2, inner), param, (stride, padding) = args[:3], self.args[3], self.args[11:13]
+            grad = ops.wgrad_ref(outer, outer2, inner, p.kernel_height, p.kernel_width, stride, padding, wide)
+            return grad, param[self.rows].clone()
+        result = getattr(ops, f"{p.operator}_ref")(*args)
+        return (result,) if isinstance(result, Tensor) else result
+
+    def _error_of_adam(self, run: Callable[[Args], Any], expected: Tensor, before: Tensor) -> float:
+        """A first step leaves a known share of the gradient, and moves each weight by lr to the gradient's sign."""
+        all_exp_avg, low = self.args[4], self.args[13]
+        param, exp_avg, exp_avg_sq = (t[self.rows] for t in self.args[3:6])
+        param.copy_(before)
+        for moment in self.args[4:6]:
+            moment.zero_()
+        run(self.args)
+        grad = exp_avg / (1 - BETA1)
+        after = before - LR * grad / (grad.abs() + EPS)
+        errors = [
+            _largest(torch.sub(all_exp_avg, expected, alpha=1 - BETA1)) / ((1 - BETA1) * self.bound),
+            _largest(exp_avg_sq - (1 - BETA2) * grad.square()) / (1e-5 * (1 - BETA2) * self.largest**2),
+            _largest(param - after) / (1e-3 * LR + 1e-6),  # and the rounding of a weight of a few units
+            0.0 if low is None or torch.equal(low[self.rows], param.to(low.dtype)) else math.inf,
+        ]
+        return _worst(errors)
+
+    def _bound(self, expected: Tensor) -> float:
+        dtype, terms = self.operation.problem.dtype, self.operation.terms
+        rounding = torch.finfo(dtype).eps / 2
+        if dtype == torch.float32 and expected.is_cuda and torch.backends.cudnn.allow_tf32:
+            rounding = 2.0**-11  # TF32's, of each factor
+        summing = torch.finfo(expected.dtype).eps / 2
+        gradient = self.operation.problem.operator.startswith("wgrad")
+        absolute = terms if gradient else math.sqrt(terms)
+        largest = max(self.largest, math.sqrt(terms) if gradient else 4.0)  # what tanh hides is that large
+        return 4 * rounding * largest + (4 + math.sqrt(terms)) * summing * absolute
+
+
+def _worst(errors: list[float]) -> float:
+    return next((error for error in errors if math.isnan(error)), max(errors))
+
+
+def _largest(t: Tensor) -> float:
+    least, largest = torch.aminmax(t)
+    return float(torch.maximum(-least, largest))
+
+
+def operations(step: FusedStep, images: int) -> list[Operation]:
+    """The convolutions of a step of so many images, of each problem the first."""
+    first: dict[Problem, Operation] = {}
+    for operation in _all_operations(step, images):
+        first.setdefault(operation.problem, operation)
+    return list(first.values())
+
+
+def _all_operations(step: FusedStep, n: int) -> Iterator[Operation]:
+    """In the order in which the step calls them."""
+    netG, netD, dtype = step.netG, step.netD, step.dtype
+    yield from _forward("netG", netG, dtype, n, batches=1)
+    yield from _forward("netD", netD, dtype, 2 * n, batches=2)
+    yield from _backward("netD", netD, dtype, 2 * n, wants_parameters=True)
+    yield from _forward("netD", netD, dtype, n, batches=1)
+    yield from _backward("netD", netD, dtype, n, wants_parameters=False)
+    layer, channels = netD.plan.layers[0], netD.plan.in_channels - netG.plan.in_channels
+    yield _operation("netD", "gradient of fake_B", layer, "up", dtype, n, inner=channels, activation=TANH, gate=True)
+    yield from _backward("netG", netG, dtype, n, wants_parameters=True)
+
+
+def _forward(name: str, net: FusedNetwork, dtype: torch.dtype, images: int, *, batches: int) -> Iterator[Operation]:
+    layers = net.plan.layers
+    for layer in layers:
+        yield _operation(
+            name,
+            "forward",
+            layer,
+            "up" if layer.transposed else "down",
+            dtype,
+            images,
+            skipped=0 if layer.skip is None else layers[layer.skip].out_channels,
+            activation=layer.activation if layer.activation_in_conv else NONE,
+            slope=layer.slope,
+            bias=layer.conv.bias is not None,
+            stat_groups=0 if layer.norm is None else statistics_groups(layer.norm, images, batches),
+        )
+
+
+def _backward(
+    name: str, net: FusedNetwork, dtype: torch.dtype, images: int, *, wants_parameters: bool
+) -> Iterator[Operation]:
+    layers = net.plan.layers
+    for number, layer in reversed([*enumerate(layers)]):
+        if number > 0:
+            before = layers[number - 1]
+            gated = before.activation_in_conv and before.activation != NONE
+            yield _operation(
+                name,
+                "data gradient",
+                layer,
+                "down" if layer.transposed else "up",
+                dtype,
+                images,
+                activation=before.activation if gated else NONE,
+                slope=before.slope,
+                gate=gated,
+                stat_groups=int(before.activation_in_conv and before.trains_bias and wants_parameters),
+            )
+        if wants_parameters:
+            operator = "wgrad_adam" if net.arena.grad is None else "wgrad"
+            skipped = 0 if layer.skip is None else layers[layer.skip].out_channels
+            yield _operation(name, "weight gradient", layer, operator, dtype, images, skipped=skipped)
+
+
+def _operation(
+    net: str,
+    direction: str,
+    layer: Layer,
+    operator: str,
+    dtype: torch.dtype,
+    images: int,
+    *,
+    skipped: int = 0,
+    inner: int | None = None,
+    **epilogue: Any,
+) -> Operation:
+    """skipped: channels that come over a skip connection, apart from the layer's own; inner: where it is not all."""
+    small, large = (layer.in_size, layer.out_size) if layer.transposed else (layer.out_size, layer.in_size)
+    outer, all_inner = layer.out_channels, layer.in_channels
+    if layer.transposed:
+        outer, all_inner = all_inner, outer
+    channels = (skipped or outer, outer - skipped if skipped else 0, all_inner if inner is None else inner)
+    window = (layer.taps.count, layer.taps.count, layer.stride)
+    problem = Problem(operator, dtype, images * small[0] * small[1], *channels, *window)
+    return Operation(f"{net} {layer.name} {direction}", problem, images, small, large, layer.taps.padding, **epilogue)

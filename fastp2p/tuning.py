@@ -1,0 +1,140 @@
+"""Which kernels a run's convolutions take: measured, kept with the run, and taken again when it is resumed."""
+
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from tqdm import tqdm
+
+from fastp2p.config import Kernels, TrainConfig
+from fastp2p.device import best_precision, choose_device, describe_device
+from fastp2p.engine import FusedStep
+from fastp2p.engine.operations import Operation, operations
+from fastp2p.engine.tune import tune, why_not
+from fastp2p.errors import InputError
+from fastp2p.files import write_atomically
+from fastp2p.ops import _choices
+from fastp2p.ops._choices import Measured, Place, Table, name_of
+from fastp2p.run_folder import KERNELS
+from fastp2p.state import TrainState
+
+Say = Callable[[str], None]
+
+
+def check_kernels(kernels: Kernels, device: torch.device) -> None:
+    """Raise InputError for Triton's kernels where they do not run."""
+    if kernels == "triton" and device.type == "cpu":
+        raise InputError("kernels: got triton on a CPU, where C++ and ATen compute; use --kernels auto, or a GPU")
+
+
+def choose_kernels(step: FusedStep, images: int, kernels: Kernels, folder: Path, say: Say) -> None:
+    """Decide which kernels the step's convolutions take, write it to the folder, and install it.
+
+    What the folder holds already, of the run that is resumed, is taken as it is: other kernels round otherwise. An
+    epoch's last, smaller batch goes by rule.
+
+    Args:
+        step: whose networks are trained.
+        images: of a batch.
+        kernels: as in TrainConfig.
+        folder: the run's.
+        say: takes each line of report.
+
+    Raises:
+        InputError: when the folder's file cannot be read.
+        WriteError: when it cannot be written.
+    """
+    device = step.rng.device
+    place = _choices.place_of(device)
+    path = folder / KERNELS
+    choices = _of_the_run(path, place, say)
+    if choices is None:
+        choices = {}
+        wanted = operations(step, images)
+        if (reason := why_not(device, step.dtype)) is not None:
+            say(f"kernels: nothing to choose from, {reason}")
+        elif kernels == "auto":
+            choices = tuned(wanted, place, say)
+        elif kernels == "aten":
+            atens = "direct" if place.device_type == "cpu" else "aten"
+            choices = {operation.problem: Measured(atens) for operation in wanted}
+        write_atomically(path, _choices.to_json(choices, place))
+    _choices.install(place, choices)
+
+
+def _of_the_run(path: Path, place: Place, say: Say) -> Table | None:
+    """The choices in a run's file; None where there is none, or it is of another device or other versions."""
+    if not path.exists():
+        return None
+    try:
+        made_at = _choices.environment_of(path.read_bytes())
+        if made_at == place.environment:
+            return _choices.from_json(path.read_bytes(), place)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path}: cannot be read: {error}; delete it to choose kernels anew, which round otherwise"
+        ) from error
+    say(f"kernels: chosen anew, since {path} is of {made_at}; the run's bits will not be those of an unbroken one")
+    return None
+
+
+def tuned(wanted: list[Operation], place: Place, say: Say, *, again: bool = False) -> Table:
+    """The choices for these operations, from the place's file; what it lacks, or with `again` all, is measured."""
+    known = {} if again else _choices.read_cache(place)
+    missing = [operation for operation in wanted if operation.problem not in known]
+    path = _choices.cache_path(place)
+    if missing:
+        load = os.getloadavg()[0]
+        if place.device_type == "cpu" and load > (os.cpu_count() or 1):
+            say(f"kernels: warning: others keep {load:.1f} cores busy; measure again later: fastp2p tune --again")
+        began = time.monotonic()
+        bar_format = "{desc} |{bar:5}| {n_fmt}/{total_fmt} ETA {remaining}"
+        bar: tqdm[NoReturn] = tqdm(total=len(missing), desc="tuning kernels", leave=False, bar_format=bar_format)
+        with bar:
+            known |= tune(missing, place, report=lambda line: say(f"kernels: {line}"), tick=bar.update)
+        took = time.monotonic() - began
+        say(f"kernels: {len(missing)} convolutions measured in {took:.1f} s, kept in {path}")
+    return {operation.problem: known[operation.problem] for operation in wanted if operation.problem in known}
+
+
+def tune_networks(config: TrainConfig, *, again: bool, say: Say = print) -> str:
+    """Measure what a training run with this configuration takes.
+
+    Returns:
+        A table to read: each operation's candidates, the choice, and their sums.
+    """
+    device = choose_device(config.device)
+    resolved = config.resolve(device.type, best_precision(device))
+    torch.backends.cudnn.deterministic = True  # as in training
+    step = TrainState.new(resolved, device, fingerprint="").fused_step(resolved)
+    if (reason := why_not(device, step.dtype)) is not None:
+        raise InputError(f"tune: there is nothing to choose from, {reason}")
+    place = _choices.place_of(device)
+    wanted = operations(step, config.batch_size)
+    choices = tuned(wanted, place, say, again=again)
+    return f"{describe_device(device)}, {place.environment}\n{format_table(wanted, choices)}"
+
+
+def format_table(wanted: list[Operation], choices: Table) -> str:
+    """Each operation with its candidates' milliseconds, the fastest first, and the sums."""
+    lines = [f"{'convolution':<34}{'problem':<48}{'chosen':<34}{'rule':>8} ms  candidates, ms"]
+    sums = {"chosen": 0.0, "rule": 0.0}
+    for operation in wanted:
+        name, key = operation.name, operation.problem.key
+        measured = choices.get(operation.problem)
+        if measured is None:
+            lines.append(f"{name:<34}{key:<48}by rule")
+            continue
+        chosen, rule_ms = name_of(measured.choice), measured.ms.get(measured.rule, math.nan)
+        sums["chosen"] += measured.ms[chosen]
+        sums["rule"] += rule_ms
+        times = sorted(measured.ms.items(), key=lambda item: item[1])[:4]
+        candidates = ", ".join(f"{candidate} {ms:.3f}" for candidate, ms in times)
+        mark = "" if chosen == measured.rule else " *"
+        lines.append(f"{name:<34}{key:<48}{chosen + mark:<34}{rule_ms:8.3f}     {candidates}")
+    lines.append(f"each once: {sums['chosen']:.2f} ms as chosen, {sums['rule']:.2f} by rule (* not the rule's choice)")
+    return "\n".join(lines)

@@ -1,0 +1,300 @@
+"""The table of measured choices: it reaches C++ and the launchers, and its file survives what files meet."""
+
+import importlib
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gemm_shapes import convolution_on_the_cpu, random
+
+from fastp2p import ops
+from fastp2p.errors import WriteError
+from fastp2p.ops import _choices
+from fastp2p.ops._choices import Measured, Place, Problem, problem_of
+from fastp2p.ops._extension import INTERPRETED, WHY_ABSENT
+from fastp2p.ops._library import launch
+
+TILE = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32, "SPLIT": 3, "num_warps": 2, "num_stages": 3}
+in_cpp = pytest.mark.skipif(WHY_ABSENT is not None, reason="C++ does not serve the CPU here")
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("FASTP2P_CACHE", str(tmp_path / "cache"))
+    _choices.forget()
+    yield
+    _choices.forget()
+
+
+def arguments(
+    operator: str, *, dtype: torch.dtype = torch.float32, epilogue: bool = False, inner: int = 40
+) -> tuple[Any, ...]:
+    """Of a k4 convolution of stride 2 between (2, inner, 8, 6) and (2, 36 + 7, 4, 3); always the same numbers."""
+    small, small2, large = (random(2, *shape, dtype=dtype) for shape in ((36, 4, 3), (7, 4, 3), (inner, 8, 6)))
+    weight = random(43, inner, 4, 4, dtype=dtype)
+    after = (2, 0.2, 2) if epilogue else (0, 0.0, 0)
+    if operator == "down":
+        return large, weight[:36], random(36) if epilogue else None, None, 2, 1, *after
+    if operator == "up":
+        gate = random(2, inner, 8, 6, dtype=dtype, scale=2.0) if epilogue else None
+        return small, small2, weight, None, gate, 2, 1, 8, 6, *after
+    if operator == "wgrad":
+        return small, small2, large, 4, 4, 2, 1, torch.float32
+    param, lr, powers = random(43, inner, 4, 4), torch.tensor(2e-4), torch.tensor([0.5, 0.999], dtype=torch.float64)
+    moments = torch.zeros_like(param), torch.zeros_like(param)
+    low = param.to(dtype) if dtype != torch.float32 else None
+    return small, small2, large, param, *moments, lr, powers, 0.5, 0.999, 1e-8, 2, 1, low
+
+
+def results(operator: str, args: tuple[Any, ...], run: Any = None) -> list[torch.Tensor]:
+    """What a call returns, or for wgrad_adam changes."""
+    returned = (run or getattr(torch.ops.fastp2p, operator))(*args)
+    if operator == "wgrad_adam":
+        return [t for t in (*args[3:6], args[13]) if t is not None]
+    return [returned] if operator == "wgrad" else list(returned)
+
+
+def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return all(map(torch.equal, one, other))
+
+
+def test_keys():
+    for operator, shape in (("down", "24px 36+0-40"), ("up", "24px 36+7-40"), ("wgrad_adam", "24px 36+7-40")):
+        problem = problem_of(operator, arguments(operator, dtype=torch.bfloat16))
+        assert problem.key == f"{operator} bfloat16 {shape} 4x4s2"
+        assert Problem.parse(problem.key) == problem
+        assert hash(tuple(problem)) == hash(problem)  # a call looks it up by a plain tuple
+    for key in ("", "down float33 1px 1+0-1 4x4s2", "down float32 1px 1-1 4x4s2", "adam float32 1px 1+0-1 4x4s2"):
+        with pytest.raises(ValueError, match="is no problem"):
+            Problem.parse(key)
+
+
+@in_cpp
+@pytest.mark.parametrize("operator", ["down", "up", "wgrad", "wgrad_adam"])
+def test_a_choice_reaches_cpp(operator: str):
+    """The two algorithms round differently, so the bits tell which one has served."""
+    forced = {}
+    for choice in ("gemm", "direct"):
+        with convolution_on_the_cpu(choice):
+            forced[choice] = results(operator, arguments(operator))
+    assert not same(forced["gemm"], forced["direct"])
+    place, problem = _choices.place_of(torch.device("cpu")), problem_of(operator, arguments(operator))
+    for choice in ("gemm", "direct"):
+        _choices.install(place, {problem: Measured(choice)})
+        assert same(results(operator, arguments(operator)), forced[choice])
+    extension = importlib.import_module("fastp2p._C")
+    rule = extension.convolution_by_rule(operator, "float32", *problem[2:])
+    for change in ({"pixels": 25}, {"outer": 35}, {"outer2": 1}, {"inner": 39}, {"stride": 1}, {"kernel_width": 3}):
+        _choices.install(place, {problem._replace(**change): Measured("gemm" if rule == "direct" else "direct")})
+        assert same(results(operator, arguments(operator)), forced[rule]), f"{change} is another problem"
+
+
+@in_cpp
+def test_the_file_serves_from_the_first_convolution_on():
+    """For each number of threads its own; what is written later counts from the next process on, or after forget."""
+    args, problem = arguments("down"), problem_of("down", arguments("down"))
+    forced = {}
+    for choice in ("gemm", "direct"):
+        with convolution_on_the_cpu(choice):
+            forced[choice] = results("down", args)
+    n_threads = torch.get_num_threads()
+    try:
+        for choice, threads in (("gemm", 1), ("direct", 2)):
+            _choices.add_to_cache(Place("cpu", threads), {problem: Measured(choice, "gemm", {"gemm": 1.5})})
+        for choice, threads in (("gemm", 1), ("direct", 2), ("gemm", 1)):
+            torch.set_num_threads(threads)
+            assert same(results("down", args), forced[choice])
+        _choices.add_to_cache(Place("cpu", 1), {problem: Measured("direct")})
+        assert same(results("down", args), forced["gemm"])
+        _choices.forget()
+        assert same(results("down", args), forced["direct"])
+    finally:
+        torch.set_num_threads(n_threads)
+
+
+def test_a_file_is_added_to():
+    place = Place("cpu", 3)
+    first, second = (problem_of(operator, arguments(operator)) for operator in ("down", "up"))
+    assert _choices.read_cache(place) == {}
+    _choices.add_to_cache(place, {first: Measured("gemm", "direct", {"gemm": 0.25, "direct": 1.0})})
+    _choices.add_to_cache(place, {second: Measured("direct")})
+    found = _choices.read_cache(place)
+    assert found == {
+        first: Measured("gemm", "direct", {"gemm": 0.25, "direct": 1.0}),
+        second: Measured("direct"),
+    }
+    assert "3-threads-torch" in _choices.cache_path(place).name
+    assert _choices.read_cache(Place("cpu", 4)) == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda content: b"", "Expecting value"),
+        (lambda content: content[:-20], "cannot be used"),
+        (lambda content: b"[]", "it is no file of kernel choices"),
+        (lambda content: content.replace(b'"format": 1', b'"format": 2'), "it is of format 2, this version reads 1"),
+        (lambda content: content.replace(b"3-threads", b"8-threads"), "it is for .*8-threads.*, this is .*3-threads"),
+        (lambda content: content.replace(b'"gemm"', b'"fast"'), "has the choice 'fast'"),
+        (lambda content: content.replace(b"4x4s2", b"4x4"), "is no problem"),
+        (lambda content: content.replace(b'"choice"', b'"chosen"'), "it is damaged"),
+    ],
+)
+def test_a_damaged_or_foreign_file_is_said_once_and_written_anew(change: Any, said: str):
+    place, problem = Place("cpu", 3), problem_of("down", arguments("down"))
+    _choices.add_to_cache(place, {problem: Measured("gemm")})
+    path = _choices.cache_path(place)
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.warns(UserWarning, match=said) as warned:
+        assert _choices.table(place) == {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _choices.table(place) == {}
+        _choices.add_to_cache(place, {problem: Measured("direct")})
+    assert len(warned) == 1
+    assert _choices.read_cache(place) == {problem: Measured("direct")}
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FASTP2P_CACHE", str(tmp_path / "file"))
+    problem = problem_of("down", arguments("down"))
+    with pytest.warns(UserWarning, match="cannot be written, so kernels are tuned in every run"):
+        _choices.add_to_cache(Place("cpu", 3), {problem: Measured("gemm")})
+    monkeypatch.setenv("FASTP2P_CACHE", str(tmp_path))
+    monkeypatch.setattr(_choices, "write_atomically", full_disk)
+    with pytest.warns(UserWarning, match="cannot be written"):
+        _choices.add_to_cache(Place("cpu", 3), {problem: Measured("gemm")})
+
+
+def full_disk(path: Path, content: bytes) -> None:
+    raise WriteError(path, OSError(28, "No space left on device"))
+
+
+@in_cpp
+def test_what_cpp_is_given_is_checked():
+    extension = importlib.import_module("fastp2p._C")
+    row = ("down", "float32", 24, 36, 0, 40, 4, 4, 2, "gemm")
+    for wrong, error, said in (
+        ([(*row[:-1], "fast")], ValueError, "got 'fast', expected one of 'auto', 'gemm', 'direct'"),
+        ([("adam", *row[1:])], ValueError, "got 'adam', expected one of 'down', 'up', 'wgrad', 'wgrad_adam'"),
+        ([("down", "int8", *row[2:])], ValueError, "got 'int8', expected one of 'float32'"),
+        ([row[:-1]], TypeError, "exactly 10 arguments"),
+        ([list(row)], TypeError, "expected a tuple"),
+        (3, TypeError, "not iterable"),
+    ):
+        with pytest.raises(error, match=said):
+            extension.choose_convolutions(2, wrong)
+
+
+@in_cpp
+def test_a_table_that_cannot_be_read_leaves_the_rule_and_is_told(monkeypatch: pytest.MonkeyPatch):
+    told: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+
+    def fail(place: Place) -> None:
+        raise RuntimeError("no table")
+
+    monkeypatch.setattr(_choices, "table", fail)
+    for _ in range(2):
+        results("down", arguments("down"))
+    assert [str(unraisable.exc_value) for unraisable in told] == ["no table"]
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("operator", ["down", "up", "wgrad", "wgrad_adam"])
+def test_a_choice_reaches_the_launcher(operator: str, monkeypatch: pytest.MonkeyPatch):
+    args, called = arguments(operator), []
+    for file in (operator, "aten"):
+
+        def launcher(*args: Any, file: str = file, **options: Any) -> Any:
+            called.append((file, options))
+            return getattr(ops, f"{operator}_ref")(*args)
+
+        monkeypatch.setattr(importlib.import_module(f"fastp2p.kernels.{file}"), operator, launcher)
+    place, problem = _choices.place_of(args[0].device), problem_of(operator, args)
+    for choices, expected in (
+        ({}, (operator, {})),
+        ({problem: Measured(TILE)}, (operator, {"config": TILE})),
+        ({problem: Measured("aten")}, ("aten", {})),
+        ({problem._replace(pixels=25): Measured("aten")}, (operator, {})),
+    ):
+        _choices.install(place, choices)
+        results(operator, args)
+        assert called.pop() == expected
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("operator", ["down", "up", "wgrad", "wgrad_adam"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_aten_against_the_reference(operator: str, dtype: torch.dtype):
+    """With everything that follows a convolution. bfloat16 rounds the product, and what becomes of it."""
+    args = arguments(operator, dtype=dtype, epilogue=True, inner=5)
+    again = arguments(operator, dtype=dtype, epilogue=True, inner=5)
+    ours = results(operator, args, lambda *args: launch(operator, "aten", args))
+    expected = results(operator, again, getattr(ops, f"{operator}_ref"))
+    for one, other in zip(ours, expected, strict=True):
+        assert one.shape == other.shape
+        assert one.dtype == other.dtype
+        largest = other.abs().max().item()
+        rounding = 2.0**-6 if dtype == torch.bfloat16 else 1e-5
+        if operator == "wgrad_adam" and one.shape == args[3].shape:
+            largest = max(largest, 4e-4 / rounding)  # a step is of one size, and a small gradient's may flip
+        torch.testing.assert_close(one.double(), other.double(), rtol=rounding, atol=rounding * largest)
+
+
+@pytest.mark.kernels
+def test_aten_updates_a_slice_of_the_taps():
+    """As the innermost layers have it; what lies beside the slice stays."""
+    args = list(arguments("wgrad_adam", inner=5))
+    whole = [random(43, 5, 6, 6) for _ in range(3)]
+    whole[1].zero_(), whole[2].zero_()
+    before = [t.clone() for t in whole]
+    args[3:6] = [t[:, :, 1:5, 1:5] for t in whole]
+    dense = [t.contiguous(memory_format=torch.channels_last) for t in args[3:6]]
+    launch("wgrad_adam", "aten", tuple(args))
+    launch("wgrad_adam", "aten", (*args[:3], *dense, *args[6:]))
+    for changed, unchanged, alone in zip(whole, before, dense, strict=True):
+        assert torch.equal(changed[:, :, 1:5, 1:5], alone)
+        unchanged[:, :, 1:5, 1:5] = alone
+        assert torch.equal(changed, unchanged)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("operator", ["down", "up", "wgrad", "wgrad_adam"])
+def test_the_tuner_knows_the_rule(operator: str, monkeypatch: pytest.MonkeyPatch):
+    """What the launcher asks the rule is what the tuner asks it, and its answer is the first candidate."""
+    candidates = importlib.import_module("fastp2p.kernels.candidates")
+    gemm = importlib.import_module("fastp2p.kernels.gemm")
+    asked: list[Any] = []
+    choose = gemm.choose_config
+
+    class AskedError(Exception):
+        """In place of the launch."""
+
+    def ask(m: int, n: int, k: int, like: torch.Tensor, **options: Any) -> None:
+        asked.append((m, n, k, {"products": 1, "largest": 128 * 128} | options))
+        raise AskedError
+
+    args = arguments(operator)
+    product = candidates.product_of(operator, args)
+    with monkeypatch.context() as patch:
+        patch.setattr(gemm, "choose_config", ask)
+        for call in (lambda: launch(operator, None, args), lambda: candidates.by_rule(product)):
+            with pytest.raises(AskedError):
+                call()
+    assert asked[0] == asked[1]
+    found = candidates.candidates(product)
+    rule = choose(product.m, product.n, product.k, product.like, **asked[0][3])
+    assert found[0] == (rule if operator != "wgrad_adam" else rule | {"SPLIT": 1})
+    assert 1 < len(found) <= candidates.MOST
+    assert not any(config in found[:i] for i, config in enumerate(found))
+
+
+def test_place_names_the_interpreter():
+    """Its kernels have no file: nobody times them."""
+    assert (_choices.place_of(torch.device("cpu")).device_type == "triton-interpreted") == INTERPRETED

@@ -1,0 +1,168 @@
+"""Which kernels a run takes: measured once, written into its folder, and taken from there when it is resumed."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from test_trainer import assert_same_state, config, resume
+
+from fastp2p import tuning
+from fastp2p.checkpoint import load_checkpoint
+from fastp2p.cli import main
+from fastp2p.errors import InputError
+from fastp2p.info import info
+from fastp2p.ops import _choices
+from fastp2p.ops._choices import Problem, Table
+from fastp2p.ops._extension import WHY_ABSENT
+from fastp2p.run_folder import read_config
+from fastp2p.trainer import train
+
+# TINY's, as far as tune has them
+NETWORKS = ["--netG", "unet_8", "--ngf", "4", "--netD", "pixel", "--ndf", "4", "--crop-size", "32", "--batch-size", "2"]
+pytestmark = pytest.mark.skipif(
+    WHY_ABSENT is not None or torch.cuda.is_available(), reason="written for a CPU on which C++ serves"
+)
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("FASTP2P_CACHE", str(tmp_path / "cache"))
+    _choices.forget()
+    yield
+    _choices.forget()
+
+
+def place() -> _choices.Place:
+    return _choices.place_of(torch.device("cpu"))
+
+
+def flipped(choices: Table) -> Table:
+    other = {"gemm": "direct", "direct": "gemm"}
+    return {problem: measured._replace(choice=other[measured.choice]) for problem, measured in choices.items()}
+
+
+def of_run(folder: Path) -> Table:
+    return _choices.from_json((folder / "kernels.json").read_bytes(), place())
+
+
+def test_a_run_measures_what_is_missing_and_writes_what_it_takes(aligned: Path, tmp_path: Path):
+    said: list[str] = []
+    folder = train(config(aligned, tmp_path / "run", "--max-steps", "1"), say=said.append)
+    (line,) = (line for line in said if line.startswith("kernels: ") and "warning" not in line)
+    n, kept = len(of_run(folder)), _choices.read_cache(place())
+    assert n > 15
+    assert line.startswith(f"kernels: {n} convolutions measured in ")
+    assert line.endswith(str(_choices.cache_path(place())))
+    assert of_run(folder) == kept == _choices.table(place())
+
+    said.clear()
+    again = train(config(aligned, tmp_path / "again", "--max-steps", "1"), say=said.append)
+    assert not any(line.startswith("kernels: ") for line in said)
+    assert of_run(again) == kept
+    assert_same_state(folder, again)
+
+    for problem in list(kept)[:2]:
+        del kept[problem]
+    _choices.cache_path(place()).write_bytes(_choices.to_json(flipped(kept), place()))
+    said.clear()
+    other = train(config(aligned, tmp_path / "other", "--max-steps", "1"), say=said.append)
+    assert any(line.startswith("kernels: 2 convolutions measured in ") for line in said)
+    assert flipped(kept).items() <= of_run(other).items()
+
+
+def test_a_resumed_run_takes_its_own_kernels_whatever_the_file_says_by_then(aligned: Path, tmp_path: Path):
+    """And they matter: with the others the weights differ."""
+    options = ("--dropout", "paper", "--precision", "fp32", "--ngf", "16", "--max-steps")
+    unbroken = train(config(aligned, tmp_path / "unbroken", *options, "5"))
+    broken = train(config(aligned, tmp_path / "broken", *options, "2"))
+    choices = of_run(broken)
+    _choices.cache_path(place()).write_bytes(_choices.to_json(flipped(choices), place()))
+    _choices.forget()
+    before = (broken / "kernels.json").read_bytes()
+    resume(broken, max_steps=5)
+    assert_same_state(unbroken, broken)
+    assert (broken / "kernels.json").read_bytes() == before
+
+    with_others = train(config(aligned, tmp_path / "others", *options, "5"))
+    assert of_run(with_others) == flipped(choices)
+    with pytest.raises(AssertionError, match="differs"):
+        assert_same_state(unbroken, with_others)
+
+
+def test_another_machine_s_kernels_are_chosen_anew_and_damaged_ones_told(aligned: Path, tmp_path: Path):
+    folder = train(config(aligned, tmp_path / "run", "--max-steps", "1"))
+    path = folder / "kernels.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"environment": "another-machine"}))
+    said: list[str] = []
+    train(dataclasses.replace(read_config(folder), max_steps=2), resume=True, say=said.append)
+    assert any("chosen anew" in line and "is of another-machine" in line for line in said)
+    assert of_run(folder) == _choices.read_cache(place())
+    path.write_text("{")
+    with pytest.raises(InputError, match=r"kernels\.json: cannot be read: .*; delete it to choose kernels anew"):
+        resume(folder, max_steps=3)
+    path.unlink()
+    resume(folder, max_steps=3)
+    assert load_checkpoint(folder / "checkpoint.pt")["step"] == 3
+    assert of_run(folder)
+
+
+def test_kernels_aten(aligned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tuning, "tune", lambda *args, **options: pytest.fail("nothing is to be measured"))
+    folder = train(config(aligned, tmp_path / "run", "--kernels", "aten", "--max-steps", "1"))
+    assert {measured.choice for measured in of_run(folder).values()} == {"direct"}
+    assert _choices.read_cache(place()) == {}
+    with pytest.raises(InputError, match=r"kernels: got auto, but .* was trained with aten"):
+        resume(folder, kernels="auto")
+
+
+def test_kernels_that_do_not_run_here(aligned: Path, tmp_path: Path):
+    with pytest.raises(InputError, match=r"kernels: got triton on a CPU, .*use --kernels auto, or a GPU"):
+        train(config(aligned, tmp_path / "run", "--kernels", "triton"))
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(InputError, match="kernels: got aten with engine reference"):
+        config(aligned, tmp_path / "run", "--kernels", "aten", "--engine", "reference")
+
+
+def test_where_there_is_nothing_to_choose_from(aligned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tuning, "why_not", lambda device, dtype: "the convolutions are served by: reference (PyTorch)")
+    said: list[str] = []
+    folder = train(config(aligned, tmp_path / "run", "--max-steps", "1"), say=said.append)
+    assert "kernels: nothing to choose from, the convolutions are served by: reference (PyTorch)" in said
+    assert of_run(folder) == {}
+    assert main(["tune", *NETWORKS, "--device", "cpu"]) == 1
+
+
+def test_a_busy_machine_is_said(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tuning.os, "getloadavg", lambda: (99.5, 0.0, 0.0))
+    monkeypatch.setattr(tuning, "tune", lambda *args, **options: {})
+    operation: Any = SimpleNamespace(problem=Problem("down", torch.float32, 1, 1, 0, 1, 4, 4, 2))
+    said: list[str] = []
+    assert tuning.tuned([operation], place(), said.append) == {}
+    assert said[0] == "kernels: warning: others keep 99.5 cores busy; measure again later: fastp2p tune --again"
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    options: list[Any] = ["tune", *NETWORKS, "--device", "cpu", "--precision", "fp32"]
+    assert f"kernels      0 convolutions measured on this device, in {_choices.cache_path(place())}" in info()
+    assert main(options) == 0
+    lines = capsys.readouterr().out.splitlines()
+    n = len(_choices.read_cache(place()))
+    assert any(line.startswith(f"kernels: {n} convolutions measured in ") for line in lines)
+    rows = [line for line in lines if line.startswith(("netG ", "netD "))]
+    assert len(rows) == n
+    assert all("gemm " in row and "direct " in row for row in rows)
+    assert lines[-1].startswith("each once: ")
+    assert f"kernels      {n} convolutions measured" in info()
+
+    monkeypatch.setattr(tuning, "tune", lambda missing, *args, **options: {"measured": len(missing)})
+    assert main(options) == 0
+    assert "measured in" not in capsys.readouterr().out
+    monkeypatch.setattr(tuning, "tuned", lambda wanted, place, say, again: {} if again else pytest.fail("--again"))
+    assert main([*options, "--again"]) == 0
+    assert capsys.readouterr().out.count("by rule\n") == n
