@@ -20,15 +20,15 @@ BYTES_PER_PARAMETER = 26  # that Adam must move where its gradients never reach 
 
 def step_jobs(device: torch.device, rehearse: bool) -> Iterator[Job]:
     """Batch sizes 1, 4, 16 and 64; each provider has networks of its own, in device memory from the first call on."""
-    size, levels, width = (32, 4, 4) if rehearse else (256, 8, 64)
-    netG, netD = UnetGenerator(levels=levels, ngf=width), PatchDiscriminator(ndf=width, n_layers=2 if rehearse else 3)
+    size, levels, width, n_layers = (8, 2, 4, 1) if rehearse else (256, 8, 64, 3)
+    netG, netD = UnetGenerator(levels=levels, ngf=width), PatchDiscriminator(ndf=width, n_layers=n_layers)
     plans = [plan_network(net, (size, size)) for net in (netG, netD)]
     n_bytes = BYTES_PER_PARAMETER * (count_parameters(netG) + count_parameters(netD))
     for batch in (1,) if rehearse else (1, 4, 16, 64):
         # Forward, data gradient and weight gradient; the first layer of G has no data gradient to give
         macs_G = 3 * plans[0].macs(batch) - plans[0].layers[0].macs(batch)
         macs_D = (2 * D_PASSES + D_WEIGHT_GRADIENTS) * plans[1].macs(batch) - 2 * plans[1].layers[0].macs(batch)
-        for provider, make in _providers(device, size, levels, width, 2 if rehearse else 3, batch).items():
+        for provider, make in _providers(device, size, levels, width, n_layers, batch).items():
             yield Job(
                 f"step batch {batch}", STEP, provider, make, n_bytes, COLD_BYTES, flop=2 * (macs_G + macs_D),
                 capturable=provider == OURS, facts={"batch": batch, "size": size},
