@@ -219,15 +219,31 @@ def _live_taps(conv: Convolution, in_size: Size) -> Taps:
     return taps if sizes == small else _all_taps(conv)
 
 
-def plan_table(plan: Plan, images: int, dtype: torch.dtype) -> str:
-    """The plan to read: each layer's shape and what it computes, the FLOPs of a forward pass of so many images, and the
-    bytes of its weight, and of the maps that the convolution reads and writes, in `dtype`.
+@dataclass(frozen=True)
+class Ceilings:
+    """What a machine can do at most."""
+
+    name: str
+    flop_per_sec: float
+    bytes_per_sec: float
+
+
+H200 = Ceilings("an H200", 790e12, 4.3e12)  # bfloat16 products and copying, as measured on one
+
+
+def plan_table(plan: Plan, images: int, dtype: torch.dtype, ceilings: Ceilings = H200) -> str:
+    """The plan to read: each layer's shape, its operator and what follows, and what a forward pass of so many images
+    costs: FLOPs, bytes of the weight and of the maps that are read and written, in `dtype`, and the least time.
     """
-    lines = [f"{'layer':<6}{'convolution':<26}{'map':<18}{'then':<34}{'GFLOP':>8}{'weight MB':>11}{'maps MB':>9}"]
+    lines = [
+        f"{'layer':<6}{'convolution':<34}{'map':<20}{'by':<6}{'then':<30}"
+        f"{'GFLOP':>8}{'weight MB':>11}{'maps MB':>9}{'floor µs':>10}"
+    ]
+    floors = 0.0
     for layer in plan.layers:
         kernel, stride = layer.conv.kernel_size[0], layer.stride
         kind = f"{'T ' if layer.transposed else ''}{layer.in_channels}→{layer.out_channels} {kernel}x{kernel} s{stride}"
-        if not layer.taps.are_all(layer.conv.weight):
+        if not layer.taps.are_all(layer.weight):
             kind += f" ({layer.taps.count}x{layer.taps.count} live)"
         then = [type(layer.norm).__name__.removesuffix("2d")] if layer.norm is not None else []
         then += [ACTIVATIONS[layer.activation]] if layer.activation else []
@@ -236,10 +252,13 @@ def plan_table(plan: Plan, images: int, dtype: torch.dtype) -> str:
         pixels_in, pixels_out = (height * width for height, width in (layer.in_size, layer.out_size))
         maps = images * (pixels_in * layer.in_channels + pixels_out * layer.out_channels) * dtype.itemsize
         weight = layer.taps.count**2 * layer.in_channels * layer.out_channels * dtype.itemsize
+        floor = max(2 * layer.macs(images) / ceilings.flop_per_sec, (weight + maps) / ceilings.bytes_per_sec)
+        floors += floor
         sizes = f"{layer.in_size[0]}x{layer.in_size[1]} → {layer.out_size[0]}x{layer.out_size[1]}"
+        operator = "up" if layer.transposed else "down"
         lines.append(
-            f"{layer.name:<6}{kind:<26}{sizes:<18}{' '.join(then):<34}{2e-9 * layer.macs(images):8.3f}"
-            f"{weight / 1e6:11.3f}{maps / 1e6:9.3f}"
+            f"{layer.name:<6}{kind:<34}{sizes:<20}{operator:<6}{' '.join(then):<30}"
+            f"{2e-9 * layer.macs(images):8.3f}{weight / 1e6:11.3f}{maps / 1e6:9.3f}{floor * 1e6:10.2f}"
         )
-    lines.append(f"{'sum':<84}{2e-9 * plan.macs(images):8.3f}")
+    lines.append(f"{'sum, floors for ' + ceilings.name:<96}{2e-9 * plan.macs(images):8.3f}{'':>20}{floors * 1e6:10.2f}")
     return "\n".join(lines)
