@@ -97,7 +97,8 @@ def tuned(wanted: list[Operation], place: Place, say: Say, *, again: bool = Fals
         with bar:
             known |= tune(missing, place, report=lambda line: say(f"kernels: {line}"), tick=bar.update)
         took = time.monotonic() - began
-        say(f"kernels: {len(missing)} convolutions measured in {took:.1f} s, kept in {path}")
+        kept = f", kept in {path}" if path.exists() else ""  # that it could not be written was warned of
+        say(f"kernels: {len(missing)} convolutions measured in {took:.1f} s{kept}")
     return {operation.problem: known[operation.problem] for operation in wanted if operation.problem in known}
 
 
