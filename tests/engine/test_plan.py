@@ -55,8 +55,8 @@ def test_flops_are_those_of_pytorch_s_counter(paper: bool):
     nets = [(netG, 3), (netD, 6), (PixelDiscriminator(ndf=4), 6)]
     size = (256, 256) if paper else (32, 64)
     for net, channels in nets:
-        with FlopCounterMode(display=False) as counter, torch.device("meta"):
-            net.to("meta")(torch.empty(3, channels, *size))
+        with FlopCounterMode(display=False) as counter:
+            net.to("meta")(torch.empty(3, channels, *size, device="meta"))
         assert 2 * plan_network(net, size, skip_dead_taps=False).macs(3) == counter.get_total_flops()
     if paper:
         macs = [plan_network(net, size, skip_dead_taps=False).macs() / 1e9 for net, _ in nets[:2]]
