@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
+from fastp2p.kernels.candidates import CANNOT
 from gemm_jobs import gemm_jobs, wgrad_adam_jobs
 from jobs import BEST, COMPILED, OURS, Config, Job
 from pointwise_jobs import pointwise_jobs
@@ -22,7 +22,6 @@ from timing import COLD_BYTES, Timing, input_sets, measure
 
 from fastp2p.ops import served_by
 
-CANNOT = (triton.OutOfResources, triton.CompilationError)  # a configuration that this GPU or compiler refuses
 SEARCH_SECONDS = 0.02  # for each configuration
 
 

@@ -81,7 +81,16 @@ def wgrad(
     dtype: torch.dtype,
 ) -> Tensor:
     """See `fastp2p.ops.wgrad`."""
-    return _gradient(outer, outer2, inner, kernel_height, kernel_width, stride, padding).to(dtype)
+    both = _concatenate(outer, outer2)
+    if inner.dtype == torch.float16:  # whose range a weight gradient may leave
+        both, inner = both.float(), inner.float()
+    shape = (both.shape[1], inner.shape[1], kernel_height, kernel_width)
+    like = torch.empty(shape, dtype=inner.dtype, device=inner.device, memory_format=torch.channels_last)
+    window = ([stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1)
+    _, dweight, _ = torch.ops.aten.convolution_backward(
+        _channels_last(both), _channels_last(inner), like, None, *window, [False, True, False]
+    )
+    return _channels_last(dweight).to(dtype)
 
 
 @_without_autocast
@@ -102,13 +111,12 @@ def wgrad_adam(
     low_precision: Tensor | None = None,
 ) -> None:
     """See `fastp2p.ops.wgrad_adam`."""
-    kernel_height, kernel_width = param.shape[2:]
-    grad = _gradient(outer, outer2, inner, kernel_height, kernel_width, stride, padding)
+    low = None if low_precision is None else _flat(low_precision)
+    as_it_is = low is not None and low.dtype == inner.dtype == torch.bfloat16  # Adam reads it so
+    dtype = torch.bfloat16 if as_it_is else torch.float32
+    grad = wgrad(outer, outer2, inner, *param.shape[2:], stride, padding, dtype)
     buffers = [param, exp_avg, exp_avg_sq]
     dense = [_channels_last(buffer) for buffer in buffers]  # of a slice of the taps a copy
-    low = None if low_precision is None else _flat(low_precision)
-    if low is None or grad.dtype != low.dtype:
-        grad = grad.float()
     adam(_flat(dense[0]), _flat(grad), *map(_flat, dense[1:]), lr, powers, beta1, beta2, eps, low)
     for buffer, updated in zip(buffers, dense, strict=True):
         if updated is not buffer:
@@ -121,28 +129,6 @@ def _convolve(x: Tensor, weight: Tensor, stride: int, padding: int, output_paddi
     transposed = (output_padding is not None, output_padding or [0, 0], 1)
     out = torch.ops.aten.convolution(_channels_last(x), _channels_last(weight), None, *window, *transposed)
     return _channels_last(out)
-
-
-def _gradient(
-    outer: Tensor,
-    outer2: Tensor | None,
-    inner: Tensor,
-    kernel_height: int,
-    kernel_width: int,
-    stride: int,
-    padding: int,
-) -> Tensor:
-    """The weight's, in the tensors' dtype, but for float16, whose range it may leave: of that in float32."""
-    both = _concatenate(outer, outer2)
-    if inner.dtype == torch.float16:
-        both, inner = both.float(), inner.float()
-    shape = (both.shape[1], inner.shape[1], kernel_height, kernel_width)
-    like = torch.empty(shape, dtype=inner.dtype, device=inner.device, memory_format=torch.channels_last)
-    window = ([stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1)
-    _, dweight, _ = torch.ops.aten.convolution_backward(
-        _channels_last(both), _channels_last(inner), like, None, *window, [False, True, False]
-    )
-    return _channels_last(dweight)
 
 
 def _finish(

@@ -10,6 +10,7 @@ from fastp2p.kernels.layer_shapes import may_split
 from torch import Tensor
 
 Config = dict[str, int]
+CANNOT = (triton.OutOfResources, triton.CompilationError)  # a configuration that this GPU or compiler refuses
 MOST = 8  # configurations of a problem: each is compiled before it is timed, in about a second
 
 

@@ -10,7 +10,10 @@ from pathlib import Path
 import numpy as np
 import on_device
 import pytest
+import torch
 from PIL import Image
+
+from fastp2p.ops import _choices
 
 TESTS = Path(__file__).resolve().parent
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -44,6 +47,25 @@ def _device(request: pytest.FixtureRequest) -> Iterator[None]:
         yield from on_device.run_on_gpu()
     else:
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Folders of small tensors: threads would only wait for each other."""
+    n_threads = torch.get_num_threads()
+    if request.path.relative_to(TESTS).parts[0] in ("nn", "engine"):
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Measured choices of kernels of the test's own: none at first."""
+    monkeypatch.setenv("FASTP2P_CACHE", str(tmp_path / "cache"))
+    _choices.forget()
+    yield
+    _choices.forget()
 
 
 def _shared(*parts: str) -> Path:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,17 +23,13 @@ from fastp2p.trainer import train
 
 # TINY's, as far as tune has them
 NETWORKS = ["--netG", "unet_8", "--ngf", "4", "--netD", "pixel", "--ndf", "4", "--crop-size", "32", "--batch-size", "2"]
-pytestmark = pytest.mark.skipif(
-    WHY_ABSENT is not None or torch.cuda.is_available(), reason="written for a CPU on which C++ serves"
-)
-
-
-@pytest.fixture(autouse=True)
-def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("FASTP2P_CACHE", str(tmp_path / "cache"))
-    _choices.forget()
-    yield
-    _choices.forget()
+pytestmark = [
+    pytest.mark.usefixtures("own_cache"),
+    pytest.mark.skipif(
+        WHY_ABSENT is not None or torch.cuda.is_available(),
+        reason="written for a CPU on which C++ serves",
+    ),
+]
 
 
 def place() -> _choices.Place:

@@ -136,6 +136,13 @@ def _extension() -> Any:
     return importlib.import_module("fastp2p._C")
 
 
+def _refusals(device: torch.device) -> tuple[type[Exception], ...]:
+    """What a candidate raises that cannot compute here; anything else is a mistake of ours."""
+    if device.type == "cpu":
+        return (RuntimeError,)
+    return RuntimeError, *importlib.import_module("fastp2p.kernels.candidates").CANNOT
+
+
 def _contest(trial: Trial, device: torch.device, report: Report) -> tuple[Contest, dict[str, Run]]:
     """The candidates that compute what the reference does; each has been called by then."""
     operation = trial.operation
@@ -148,7 +155,7 @@ def _contest(trial: Trial, device: torch.device, report: Report) -> tuple[Contes
             error = trial.error(run if device.type == "cuda" else partial(_timed, run, contest.first, name))
         except torch.AcceleratorError:  # the GPU is lost to this process
             raise
-        except Exception as fault:  # such as a tile that this GPU has no memory for
+        except _refusals(device) as fault:  # such as a tile that this GPU has no memory for
             contest.first.pop(name, None)
             report(f"{operation.name} by {name} is left out: it fails with {fault!r:.200}")
             continue

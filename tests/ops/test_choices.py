@@ -3,7 +3,6 @@
 import importlib
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,8 @@ from fastp2p.ops._extension import INTERPRETED, WHY_ABSENT
 from fastp2p.ops._library import launch
 
 TILE = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32, "SPLIT": 3, "num_warps": 2, "num_stages": 3}
+pytestmark = pytest.mark.usefixtures("own_cache")
 in_cpp = pytest.mark.skipif(WHY_ABSENT is not None, reason="C++ does not serve the CPU here")
-
-
-@pytest.fixture(autouse=True)
-def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("FASTP2P_CACHE", str(tmp_path / "cache"))
-    _choices.forget()
-    yield
-    _choices.forget()
 
 
 def arguments(
