@@ -1,8 +1,9 @@
 """The command line, generated from the types and docstrings of what it calls."""
 
+import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,6 +16,8 @@ from fastp2p.convert import convert
 from fastp2p.errors import InputError, TrainingDiverged, WriteError
 from fastp2p.evaluate import evaluate, format_table, to_json
 from fastp2p.info import info
+from fastp2p.profile import profile_step
+from fastp2p.roofline import count_roofline, measure_roofline
 from fastp2p.run_folder import read_config
 from fastp2p.trainer import train
 from fastp2p.translate import translate
@@ -119,8 +122,8 @@ class Convert:
 
 
 @dataclass(frozen=True)
-class Tune:
-    """Measure which kernels are the fastest here for a network, which fastp2p train otherwise does at its first run."""
+class Networks:
+    """The options of commands that look at a training step without images."""
 
     netG: str = "unet_256"
     """Generator, as for train."""
@@ -145,13 +148,61 @@ class Tune:
     precision: Precision = "auto"
     """Of the fused engine, as for train."""
     device: Device = "auto"
-    """Where to measure."""
+    """Where to compute."""
+
+    def config(self) -> TrainConfig:
+        return TrainConfig(**{field.name: getattr(self, field.name) for field in fields(Networks)})
+
+
+@dataclass(frozen=True)
+class Tune(Networks):
+    """Measure which kernels are the fastest here for a network, which fastp2p train otherwise does at its first run."""
+
     again: bool = False
     """Measure what is known, too."""
 
     def run(self) -> None:
-        options = {name: value for name, value in vars(self).items() if name != "again"}
-        print(tune_networks(TrainConfig(**options), again=self.again))
+        print(tune_networks(self.config(), again=self.again))
+
+
+@dataclass(frozen=True)
+class Roofline(Networks):
+    """Count what a training step must do, and compare the least time that takes here with what it takes."""
+
+    steps: int = 5
+    """Steps to run with the profiler, and as many without."""
+    layers: bool = False
+    """Show every call of an operator, instead of sums."""
+    limits: tuple[float, float] | None = None
+    """TFLOP/s and GB/s of another machine, an H200's being 790 4300: its floors, in --precision (auto: bf16), with
+    nothing run."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+    def run(self) -> None:
+        if self.limits is None:
+            result = measure_roofline(self.config(), steps=self.steps)
+        else:
+            result = count_roofline(self.config(), tflop_per_sec=self.limits[0], gb_per_sec=self.limits[1])
+        print(json.dumps(result.as_dict(), indent=1) if self.json else result.table(layers=self.layers))
+
+
+@dataclass(frozen=True)
+class Profile(Networks):
+    """Show where a training step's time goes, part by part and kernel by kernel, and write its timeline."""
+
+    steps: int = 5
+    """Steps to profile."""
+    trace: Path = Path("fastp2p-trace.json.gz")
+    """The timeline, for ui.perfetto.dev: .json or .json.gz."""
+    overwrite: bool = False
+    """Replace a timeline that is there."""
+    json: bool = False
+    """Print JSON instead of tables."""
+
+    def run(self) -> None:
+        result = profile_step(self.config(), trace=self.trace, steps=self.steps, overwrite=self.overwrite)
+        print(json.dumps(result.as_dict(), indent=1) if self.json else result.table())
 
 
 @dataclass(frozen=True)
@@ -168,11 +219,14 @@ Command = (
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Convert, subcommand("convert")]
     | Annotated[Tune, subcommand("tune")]
+    | Annotated[Roofline, subcommand("roofline")]
+    | Annotated[Profile, subcommand("profile")]
     | Annotated[Info, subcommand("info")]
 )
+AnyCommand = Train | Translate | Evaluate | Convert | Tune | Roofline | Profile | Info
 
 
-def parse(args: Sequence[str]) -> Train | Translate | Evaluate | Convert | Tune | Info:
+def parse(args: Sequence[str]) -> AnyCommand:
     """The command that the arguments ask for. Exits with 2 and a hint when they do not parse."""
     command = _parse(args)
     if isinstance(command, Train) and command.resume is not None:
@@ -181,9 +235,9 @@ def parse(args: Sequence[str]) -> Train | Translate | Evaluate | Convert | Tune 
     return command
 
 
-def _parse(args: Sequence[str], **options: object) -> Train | Translate | Evaluate | Convert | Tune | Info:
+def _parse(args: Sequence[str], **options: object) -> AnyCommand:
     command = tyro.cli(Command, prog="fastp2p", args=args, config=(OmitArgPrefixes,), **options)  # type: ignore[call-overload]
-    assert isinstance(command, Train | Translate | Evaluate | Convert | Tune | Info)
+    assert isinstance(command, AnyCommand)
     return command
 
 

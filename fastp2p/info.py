@@ -18,9 +18,9 @@ def info() -> str:
     """A report to read, and to paste into an issue."""
     device = choose_device("auto")
     lines = [
-        f"fastp2p      {_version('fastp2p')}",
+        f"fastp2p      {version_of('fastp2p')}",
         f"python       {platform.python_version()} on {platform.platform()}",
-        *(f"{name:<13}{_version(name)}" for name in PACKAGES),
+        *(f"{name:<13}{version_of(name)}" for name in PACKAGES),
         "",
         f"device       {device.type}: {describe_device(device)}",
         f"cores        {os.cpu_count()}, CPU capability {torch.backends.cpu.get_cpu_capability()}",
@@ -40,7 +40,8 @@ def _describe_choices(device: torch.device) -> str:
     return f"{len(_choices.read_cache(place))} convolutions measured on this device, in {_choices.cache_path(place)}"
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """Of an installed package, for a report."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

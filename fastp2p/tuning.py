@@ -88,8 +88,7 @@ def tuned(wanted: list[Operation], place: Place, say: Say, *, again: bool = Fals
     missing = [operation for operation in wanted if operation.problem not in known]
     path = _choices.cache_path(place)
     if missing:
-        load = os.getloadavg()[0]
-        if place.device_type == "cpu" and load > (os.cpu_count() or 1):
+        if (load := too_busy(place.device_type)) is not None:
             say(f"kernels: warning: others keep {load:.1f} cores busy; measure again later: fastp2p tune --again")
         began = time.monotonic()
         bar_format = "{desc} |{bar:5}| {n_fmt}/{total_fmt} ETA {remaining}"
@@ -100,6 +99,12 @@ def tuned(wanted: list[Operation], place: Place, say: Say, *, again: bool = Fals
         kept = f", kept in {path}" if path.exists() else ""  # that it could not be written was warned of
         say(f"kernels: {len(missing)} convolutions measured in {took:.1f} s{kept}")
     return {operation.problem: known[operation.problem] for operation in wanted if operation.problem in known}
+
+
+def too_busy(device_type: str) -> float | None:
+    """How many cores others keep busy, where on a CPU that spoils what is measured; else None."""
+    load = os.getloadavg()[0]
+    return load if device_type == "cpu" and load > (os.cpu_count() or 1) else None
 
 
 def tune_networks(config: TrainConfig, *, again: bool, say: Say = print) -> str:

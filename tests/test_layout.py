@@ -38,6 +38,9 @@ LAYERS = [
     "evaluate",
     "convert",
     "info",
+    "measure",
+    "roofline",
+    "profile",
     "cli",
     "__main__",
 ]

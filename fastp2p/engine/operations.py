@@ -1,7 +1,7 @@
 """The convolutions of a training step as it calls them: their problems, and operands to time and check kernels with."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastp2p import ops
-from fastp2p.engine.network import FusedNetwork, statistics_groups
-from fastp2p.engine.plan import NONE, TANH, Layer, Size
+from fastp2p.engine.calls import CONVOLUTIONS, Call, calls
+from fastp2p.engine.plan import NONE, Size
 from fastp2p.engine.step import FusedStep
 from fastp2p.ops._choices import Problem
 
@@ -201,86 +201,23 @@ def _largest(t: Tensor) -> float:
 def operations(step: FusedStep, images: int) -> list[Operation]:
     """The convolutions of a step of so many images, of each problem the first."""
     first: dict[Problem, Operation] = {}
-    for operation in _all_operations(step, images):
-        first.setdefault(operation.problem, operation)
+    for call in calls(step, images):
+        if call.operator in CONVOLUTIONS:
+            operation = operation_of(call, step.dtype)
+            first.setdefault(operation.problem, operation)
     return list(first.values())
 
 
-def _all_operations(step: FusedStep, n: int) -> Iterator[Operation]:
-    """In the order in which the step calls them."""
-    netG, netD, dtype = step.netG, step.netD, step.dtype
-    yield from _forward("netG", netG, dtype, n, batches=1)
-    yield from _forward("netD", netD, dtype, 2 * n, batches=2)
-    yield from _backward("netD", netD, dtype, 2 * n, wants_parameters=True)
-    yield from _forward("netD", netD, dtype, n, batches=1)
-    yield from _backward("netD", netD, dtype, n, wants_parameters=False)
-    layer, channels = netD.plan.layers[0], netD.plan.in_channels - netG.plan.in_channels
-    yield _operation("netD", "gradient of fake_B", layer, "up", dtype, n, inner=channels, activation=TANH, gate=True)
-    yield from _backward("netG", netG, dtype, n, wants_parameters=True)
-
-
-def _forward(name: str, net: FusedNetwork, dtype: torch.dtype, images: int, *, batches: int) -> Iterator[Operation]:
-    layers = net.plan.layers
-    for layer in layers:
-        yield _operation(
-            name,
-            "forward",
-            layer,
-            "up" if layer.transposed else "down",
-            dtype,
-            images,
-            skipped=0 if layer.skip is None else layers[layer.skip].out_channels,
-            activation=layer.activation if layer.activation_in_conv else NONE,
-            slope=layer.slope,
-            bias=layer.conv.bias is not None,
-            stat_groups=0 if layer.norm is None else statistics_groups(layer.norm, images, batches),
-        )
-
-
-def _backward(
-    name: str, net: FusedNetwork, dtype: torch.dtype, images: int, *, wants_parameters: bool
-) -> Iterator[Operation]:
-    layers = net.plan.layers
-    for number, layer in reversed([*enumerate(layers)]):
-        if number > 0:
-            before = layers[number - 1]
-            gated = before.activation_in_conv and before.activation != NONE
-            yield _operation(
-                name,
-                "data gradient",
-                layer,
-                "down" if layer.transposed else "up",
-                dtype,
-                images,
-                activation=before.activation if gated else NONE,
-                slope=before.slope,
-                gate=gated,
-                stat_groups=int(before.activation_in_conv and before.trains_bias and wants_parameters),
-            )
-        if wants_parameters:
-            operator = "wgrad_adam" if net.arena.grad is None else "wgrad"
-            skipped = 0 if layer.skip is None else layers[layer.skip].out_channels
-            yield _operation(name, "weight gradient", layer, operator, dtype, images, skipped=skipped)
-
-
-def _operation(
-    net: str,
-    direction: str,
-    layer: Layer,
-    operator: str,
-    dtype: torch.dtype,
-    images: int,
-    *,
-    skipped: int = 0,
-    inner: int | None = None,
-    **epilogue: Any,
-) -> Operation:
-    """skipped: channels that come over a skip connection, apart from the layer's own; inner: where it is not all."""
+def operation_of(call: Call, dtype: torch.dtype) -> Operation:
+    """A convolution's call as the problem that it poses, computed in dtype."""
+    layer = call.layer
+    assert layer is not None
     small, large = (layer.in_size, layer.out_size) if layer.transposed else (layer.out_size, layer.in_size)
-    outer, all_inner = layer.out_channels, layer.in_channels
+    outer, inner = layer.out_channels, layer.in_channels
     if layer.transposed:
-        outer, all_inner = all_inner, outer
-    channels = (skipped or outer, outer - skipped if skipped else 0, all_inner if inner is None else inner)
+        outer, inner = inner, outer
+    channels = (call.skipped or outer, outer - call.skipped if call.skipped else 0, call.inner or inner)
     window = (layer.taps.count, layer.taps.count, layer.stride)
-    problem = Problem(operator, dtype, images * small[0] * small[1], *channels, *window)
-    return Operation(f"{net} {layer.name} {direction}", problem, images, small, large, layer.taps.padding, **epilogue)
+    problem = Problem(call.operator, dtype, call.images * small[0] * small[1], *channels, *window)
+    epilogue = (call.activation, call.slope, call.bias, call.gate, call.stat_groups)
+    return Operation(call.name, problem, call.images, small, large, layer.taps.padding, *epilogue)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastp2p.engine.ceilings import H200, Ceilings
 from fastp2p.errors import InputError
 from fastp2p.networks import PatchDiscriminator, PixelDiscriminator, UnetBlock, UnetGenerator
 from fastp2p.ops._activation import ACTIVATIONS
@@ -217,18 +218,6 @@ def _live_taps(conv: Convolution, in_size: Size) -> Taps:
     taps = Taps(rows[0], len(rows), padding - rows[0])
     sizes = tuple((side + 2 * taps.padding - taps.count) // stride + 1 for side in large)
     return taps if sizes == small else _all_taps(conv)
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """What a machine can do at most."""
-
-    name: str
-    flop_per_sec: float
-    bytes_per_sec: float
-
-
-H200 = Ceilings("an H200", 790e12, 4.3e12)  # bfloat16 products and copying, as measured on one
 
 
 def plan_table(plan: Plan, images: int, dtype: torch.dtype, ceilings: Ceilings = H200) -> str:

@@ -1,0 +1,142 @@
+"""fastp2p roofline: floors beside what was measured, every call with its own."""
+
+import json
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from fastp2p.cli import main
+from fastp2p.config import TrainConfig
+from fastp2p.engine import ceilings as ceilings_module
+from fastp2p.engine.ceilings import H200, Ceilings, measure_ceilings
+from fastp2p.engine.ranges import PARTS
+from fastp2p.errors import InputError
+from fastp2p.measure import Machine, Spread
+from fastp2p.roofline import Roofline, count_roofline, measure_roofline
+
+# The smallest networks, as the command takes them
+NETWORKS = ["--netG", "unet_8", "--ngf", "4", "--netD", "pixel", "--ndf", "4", "--crop-size", "32", "--device", "cpu"]
+
+
+def tiny(**options: Any) -> TrainConfig:
+    sizes: dict[str, Any] = {"netG": "unet_8", "ngf": 4, "ndf": 4, "netD": "pixel", "crop_size": 32}
+    return TrainConfig(**sizes | {"device": "cpu", "batch_size": 2} | options)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch, own_cache: None) -> None:
+    monkeypatch.setattr(ceilings_module, "COPY_BYTES", {"cpu": 2**20})
+    monkeypatch.setattr(ceilings_module, "SIDES", {"cpu": 128})
+    monkeypatch.setattr(ceilings_module, "SIDES_ON_CPU", {})
+
+
+@pytest.fixture
+def measured() -> Roofline:
+    return measure_roofline(tiny(), steps=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_ceilings(dtype: torch.dtype):
+    found = measure_ceilings(torch.device("cpu"), dtype)
+    assert found.flop_per_sec > 1e6
+    assert found.bytes_per_sec > 1e6
+    assert found.name.endswith(f"{torch.get_num_threads()} threads")
+    with pytest.raises(InputError, match="ceilings: got device meta"):
+        measure_ceilings(torch.device("meta"), dtype)
+
+
+def test_ceilings_are_the_least_time(monkeypatch: pytest.MonkeyPatch):
+    seconds = iter([0.5, 0.25, 1.0, 2.0] * 2)
+    monkeypatch.setattr(ceilings_module, "_seconds", lambda run, device: next(seconds))
+    found = measure_ceilings(torch.device("cpu"), torch.float32)  # until 1.5 s are over
+    assert (found.flop_per_sec, found.bytes_per_sec) == (2 * 128**3 / 0.25, 2 * 2**20 / 0.25)
+    assert Ceilings("a", 1.0, 4.0).or_higher(Ceilings("a", 2.0, 3.0)) == Ceilings("a", 2.0, 4.0)
+
+
+def test_every_call_is_measured(measured: Roofline):
+    ran = measured.measured
+    assert ran is not None
+    assert len(ran.calls) == len(measured.costs)
+    assert all(ms > 0 for ms in [*ran.calls, ran.rest])
+    assert ran.step.n == 2
+    assert ran.step.quartiles_ms[0] <= ran.step.median_ms <= ran.step.quartiles_ms[1]
+
+
+def test_table(measured: Roofline):
+    text = measured.table()
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 140
+    (networks,) = (line for line in lines if line.startswith("unet_8, "))
+    assert networks.startswith("unet_8, ngf 4; netD pixel, ndf 4; norm batch; 32 px, batch size 2, ")
+    assert networks.endswith("convolutions tuned (fastp2p tune)") or "no kernels to choose from" in networks
+    rows = {line[:40].split("  ")[0]: line for line in lines if line and not line.startswith(" ")}
+    assert set(PARTS) < set(rows)
+    assert rows["sum, each call for itself"].split()[5] == str(len(measured.costs))
+    assert "the rest: copies, Python" in rows
+    assert len(text.split("the 10 calls that lose most")[1].splitlines()) == 11
+
+    by_call = measured.table(layers=True)
+    for cost in measured.costs:
+        assert cost.call.name in by_call
+    assert "netD c1 forward, 4 images" in by_call
+
+
+def test_json(measured: Roofline):
+    read = json.loads(json.dumps(measured.as_dict()))
+    assert read["networks"]["batch_size"] == 2
+    assert read["machine"]["versions"]["torch"]
+    assert len(read["calls"]) == len(measured.costs)
+    convolution = next(call for call in read["calls"] if call["operator"] == "down")
+    assert (convolution["net"], convolution["layer"], convolution["direction"]) == ("netG", "e1", "forward")
+    assert convolution["floor_ms"] > 0
+    assert convolution["measured_ms"] > 0
+    assert read["floor"]["overlapped_ms"] < read["floor"]["in_turn_ms"]
+    assert read["measured"]["n"] == 2
+    assert read["convolutions"]["tuned"] == 0
+
+
+def test_limits_of_another_machine_without_running(capsys: pytest.CaptureFixture[str]):
+    assert main(["roofline", "--limits", "790", "4300", "--batch-size", "64", "--json"]) == 0
+    read = json.loads(capsys.readouterr().out)
+    assert read["floor"]["overlapped_ms"] == pytest.approx(7.03, abs=0.005)
+    assert read["networks"]["precision"] == "bf16"
+    assert (read["machine"], read["convolutions"]) == (None, None)
+    assert read["ceilings"]["bytes_per_sec"] == H200.bytes_per_sec
+    assert "measured_ms" not in read["calls"][0]
+
+    text = count_roofline(tiny(precision="fp32"), tflop_per_sec=1, gb_per_sec=10).table()
+    assert "limits, as given: 1 TFLOP/s, 10 GB/s; nothing was run" in text
+    assert "fp32" in text
+    assert "measured ms" not in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--limits", "0", "4300"], "limits: got 0 TFLOP/s and 4300 GB/s, expected two numbers above 0"),
+        (["--limits", "790", "nan"], "limits: got 790 TFLOP/s and nan GB/s"),
+        (["--steps", "0"], "steps: got 0, expected 1 or more"),
+        (["--netG", "resnet"], "netG: got 'resnet', expected unet_S"),
+        (["--crop-size", "4"], "crop_size: got 4"),
+    ],
+)
+def test_wrong_input(capsys: pytest.CaptureFixture[str], options: list[str], message: str):
+    assert main(["roofline", *NETWORKS, *options]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_busy_machine_is_said(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "getloadavg", lambda: (99.5, 0.0, 0.0))
+    machine = Machine.here(torch.device("cpu"))
+    assert machine.too_busy
+    assert machine.lines()[1] == "warning: others keep 99.5 cores busy; times are too long, and the ceilings too low"
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.25, 0.0, 0.0))
+    (line,) = Machine.here(torch.device("cpu")).lines()
+    assert line.endswith("; load average 0.25")
+
+
+def test_spread():
+    assert Spread.of([0.001, 0.002, 0.003]) == Spread(2.0, (1.5, 2.5), 3)
+    assert Spread.of([0.004]) == Spread(4.0, (4.0, 4.0), 1)
