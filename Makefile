@@ -47,8 +47,10 @@ compile-check: .venv/installed
 cuda-check: .venv/installed
 	$(BIN)/python -m pytest tests/test_cuda_sources.py -s
 
+# Ours beside eager PyTorch, torch.compile and the rest: three minutes on two cores; ARGS="--out benchmarks/results" is
+# all of it, an hour.
 bench: .venv/installed
-	$(BIN)/python -m pytest benchmarks
+	$(BIN)/python -m pytest benchmarks $(or $(ARGS),--quick)
 
 # On a CUDA GPU: the parity suite, then the operator benchmarks, into benchmarks/results/. Runs on $(PYTHON) as it is, with
 # torch, triton, numpy and pillow alone; pytest and setuptools come from .gpu-wheels, so it needs no network.
@@ -63,7 +65,7 @@ gpu-rehearse:
 gpu-wheels:
 	rm -rf .gpu-wheels
 	$(PYTHON) -m pip download --quiet --no-deps --only-binary :all: --constraint constraints.txt --dest .gpu-wheels \
-		pytest iniconfig pluggy pygments packaging "setuptools>=77"
+		pytest pytest-benchmark py-cpuinfo2 iniconfig pluggy pygments packaging "setuptools>=77" ninja
 
 # Made anew when what is installed changes. PyTorch comes first: the extension is built against it.
 .venv/installed: pyproject.toml setup.py constraints.txt $(CSRC)

@@ -1,18 +1,16 @@
-"""Each part of a step on the CPU: eager float32 as upstream computes it, and fastp2p's operators, in turn.
-
-What pytest-benchmark times is ours; the table after it has both, and what of the machine's copy bandwidth ours reaches.
-"""
+"""Each part of a step on the CPU: eager float32 as upstream computes it, and fastp2p's operators, in turn."""
 
 import pytest
 import torch
-from alternating import alternate, seconds
+from calls import compare_calls
 from cpu_parts import parts
+from providers import PAPER, TINY
 
 from fastp2p import ops
+from fastp2p.device import DTYPES, best_precision
 
-ROUNDS = 7
-NAMES = [name for name, _ in parts(1, torch.float32)]
-COPIED_BYTES = 2**28  # far more than a cache holds
+CPU = torch.device("cpu")
+ROUNDS, QUICK_ROUNDS = 7, 3
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU: make gpu-check times those"),
@@ -20,22 +18,36 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def copy_gb_per_sec() -> float:
-    """Of tensors that no cache holds, read and written bytes counted."""
-    source, target = torch.ones(COPIED_BYTES // 4), torch.ones(COPIED_BYTES // 4)
-    return 2 * COPIED_BYTES / min(seconds(lambda: target.copy_(source)) for _ in range(9)) / 1e9
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every part at two batch sizes, in the CPU's best dtype and in float32; with --quick at one, in the best alone.
+
+    Adam does not depend on the batch.
+    """
+    best = DTYPES[best_precision(CPU)]
+    quick = metafunc.config.getoption("quick")
+    for_all = [(dtype, batch) for dtype in dict.fromkeys([best, *([] if quick else [torch.float32])])
+               for batch in ([1] if quick else [1, 4])]  # fmt: skip
+    names = [name for name, _ in parts(1, best)]
+    cases = [(n, d, b) for d, b in for_all for n in names if b == 1 or not n.startswith("adam")]
+    ids = [f"{n}-{d}-batch {b}".replace("torch.", "") for n, d, b in cases]
+    metafunc.parametrize(("name", "dtype", "batch_size"), cases, ids=ids)
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("name", NAMES)
-def bench_part(benchmark, copy_gb_per_sec: float, name: str, dtype: torch.dtype, batch_size: int):
-    if name.startswith("adam") and batch_size > 1:
-        pytest.skip("does not depend on the batch")
-    part = dict(parts(batch_size, dtype))[name]()
-    benchmark.extra_info |= {"part": name, "batch": batch_size, "dtype": str(dtype).removeprefix("torch.")}
-    alternate(benchmark, part.eager, part.ours, rounds=ROUNDS)
-    if part.n_bytes:
-        gb_per_sec = part.n_bytes / benchmark.extra_info["ours_ms"] / 1e6
-        benchmark.extra_info |= {"gb_per_sec": gb_per_sec, "of_copy_bandwidth": gb_per_sec / copy_gb_per_sec}
+def bench_part(
+    benchmark, quick: bool, rehearse: bool, copy_gb_per_sec: float, name: str, dtype: torch.dtype, batch_size: int
+):
+    part = dict(parts(batch_size, dtype, TINY if rehearse else PAPER))[name]()
+    compare_calls(
+        benchmark,
+        name if name.startswith("adam") else f"{name}, batch {batch_size}",
+        suite="parts of a step, CPU",
+        what="eager in float32, NCHW, as upstream has it, and fastp2p in the dtype told; every layer of the step once",
+        eager=part.eager,
+        ours=part.ours,
+        check=part.check,
+        device=CPU,
+        dtype=dtype,
+        rounds=QUICK_ROUNDS if quick else ROUNDS,
+        n_bytes=part.n_bytes,
+        copy_gb_per_sec=copy_gb_per_sec,
+    )

@@ -1,27 +1,102 @@
-"""The table that compares, after pytest-benchmark's own."""
+"""Options of the benchmarks, the providers' processes, and the tables after pytest-benchmark's own."""
 
-import os
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from epochs import write_builtin_pairs
+from machine import name_of
+from plot import plot
+from providers import EAGER, HALF_SIDE, PAPER, TINY, providers
+from results import head, save, tables
+from team import Team
+
+from fastp2p.engine.ceilings import copy_bytes_per_sec
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+LEFT_OUT = pytest.StashKey[dict[str, str]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fastp2p")
+    group.addoption("--quick", action="store_true", help="fewer rounds and cases: three minutes on two CPU cores")
+    group.addoption("--rehearse", action="store_true", help="tiny networks, to see that all runs: times mean nothing")
+    group.addoption("--out", type=Path, metavar="DIR", help="keep results there: JSON and a plot; benchmarks/results")
+    group.addoption("--data", type=Path, metavar="DIR", help="pairs for epochs, A|B side by side in DIR/train; without "
+                    "it the built-in set's")  # fmt: skip
+    group.addoption("--direction", default="AtoB", choices=["AtoB", "BtoA"], help="of --data")
+    group.addoption("--without", action="append", default=[], metavar="PROVIDER", help="leave one out, by its name in "
+                    "the table; may be repeated")  # fmt: skip
+    group.addoption("--upstream", type=Path, metavar="DIR", help="checkout of pytorch-CycleGAN-and-pix2pix to compare")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[LEFT_OUT] = {}
+
+
+@pytest.fixture(scope="session")
+def quick(pytestconfig: pytest.Config) -> bool:
+    return bool(pytestconfig.getoption("quick"))
+
+
+@pytest.fixture(scope="session")
+def rehearse(pytestconfig: pytest.Config) -> bool:
+    return bool(pytestconfig.getoption("rehearse"))
+
+
+@pytest.fixture(scope="session")
+def copy_gb_per_sec() -> float:
+    """Of this machine's memory, read and written bytes counted."""
+    return copy_bytes_per_sec(DEVICE) / 1e9
+
+
+@pytest.fixture(scope="session")
+def team(pytestconfig: pytest.Config, quick: bool, rehearse: bool) -> Iterator[Team]:
+    """Every provider that makes sense on this machine, in processes of their own."""
+    who, left_out = providers(DEVICE, quick=quick)
+    unwanted = pytestconfig.getoption("without")
+    others = [p.name for p in who if not p.ours and p is not EAGER]
+    if not set(unwanted) <= set(others):
+        pytest.exit(f"--without: got {', '.join(unwanted)}; expected some of {', '.join(others)}", returncode=2)
+    who = [p for p in who if p.name not in unwanted]
+    left_out |= dict.fromkeys(unwanted, "by --without")
+    pytestconfig.stash[LEFT_OUT] = left_out
+    scale = TINY if rehearse else HALF_SIDE if quick and DEVICE.type == "cpu" else PAPER
+    team = Team(who, DEVICE, scale, left_out, quick=quick)
+    yield team
+    team.close()
+
+
+@pytest.fixture(scope="session")
+def data(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """--data, or pairs of the built-in set written side by side at 256 px, as the usual data sets come."""
+    given: Path | None = pytestconfig.getoption("data")
+    if given is None:
+        folder = tmp_path_factory.mktemp("pairs")
+        write_builtin_pairs(folder / "train")
+        return folder
+    if not (given / "train").is_dir():
+        pytest.fail(f"--data: got {given}, which has no folder train; expected DIR/train with A|B side by side")
+    return given.resolve()
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     session = getattr(config, "_benchmarksession", None)
-    rows = [b.extra_info for b in session.benchmarks if "speed_up" in b.extra_info] if session else []
+    rows = [row for b in session.benchmarks for row in b.extra_info.get("rows", [])] if session else []
     if not rows:
         return
-    write = terminalreporter.write_line
-    terminalreporter.section("eager float32 (as upstream) and fastp2p, alternating")
-    columns = ("batch", 5), ("eager ms", 11), ("ours ms", 10), ("speed-up", 10), ("GB/s", 8), ("of copy", 9)
-    write(f"{'part':<36}{'dtype':<10}" + "".join(name.rjust(width) for name, width in columns))
-    for row in rows:
-        moved = f"{row['gb_per_sec']:8.1f}{row['of_copy_bandwidth']:9.0%}" if "gb_per_sec" in row else ""
-        write(
-            f"{row['part']:<36}{row['dtype']:<10}{row['batch']:>5}{row['eager_ms']:11.3f}{row['ours_ms']:10.3f}"
-            f"{row['speed_up']:9.2f}x{moved}"
-        )
-    write("of copy: bytes that the part must move, against copying 256 MB; a part that works in place can exceed 100 %")
-    busiest, cores = max(row["load_average"] for row in rows), os.cpu_count() or 1
-    if busiest > cores:
-        write(f"not to be trusted: load average {busiest:.1f} on {cores} cores, so something else ran as well")
+    rehearsal = config.getoption("rehearse")
+    content = head(gpu=DEVICE.type == "cuda", rehearsal=rehearsal)
+    content |= {"left_out": config.stash[LEFT_OUT], "rows": rows}
+    terminalreporter.section(f"{name_of(content)}, torch {content['versions']['torch']}")
+    for line in tables(rows, config.stash[LEFT_OUT]):
+        terminalreporter.write_line(line)
+    if rehearsal:
+        terminalreporter.write_line("a rehearsal: its times mean nothing")
+    if (folder := config.getoption("out")) is not None:
+        path = save(content, folder)
+        terminalreporter.write_line(f"kept: {path}")
+        if (picture := plot(content, path.with_suffix(".png"))) is not None:
+            terminalreporter.write_line(f"plot: {picture}")

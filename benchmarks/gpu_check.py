@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import gpu_parity
-from gpu_machine import ROOT, Unfit, check_given, describe, prepare, slug, smi_state
+from gpu_machine import Unfit, check_given, prepare
+from machine import ROOT, describe, name_of, slug, smi_state
+from results import RESULTS, free_path
 
 BEGINNINGS = 8  # of the process that times, after faults
 LEAST_SECONDS = 20  # for it to be worth beginning
@@ -42,6 +44,7 @@ NOTES = [
     "decoder's forward pass includes the concatenation; wgrad writes float32, cuDNN bfloat16",
     "step: a whole training step; fastp2p's as one CUDA graph of its kernels, eager in float32 as upstream has it "
     "(with TF32 where PyTorch's default allows it), bytes those of Adam alone",
+    "peak_mem_mib: what PyTorch's allocator had handed out at most in the first call, its inputs included",
     "fastp2p, best of candidates: the tile and SPLIT that were fastest here, of all in `tried`, each timed briefly",
 ]
 
@@ -102,7 +105,7 @@ def check(args: argparse.Namespace, env: dict[str, str], begun: float) -> int:
         env | {"TRITON_INTERPRET": "1"} if args.rehearse else {k: v for k, v in env.items() if k != "TRITON_INTERPRET"}
     )
     head = {"rehearsal": args.rehearse, "complete": False, "date": datetime.datetime.now().astimezone().isoformat()}
-    head |= describe(args.rehearse) | {"load_average": os.getloadavg(), "notes": NOTES}
+    head |= describe(gpu=not args.rehearse) | {"load_average": os.getloadavg(), "notes": NOTES}
     head |= {"clocks": {"before": smi_state()}, "ceilings": None, "parity": None, "jobs_left_for_want_of_time": None}
     report = Report(_results_path(args, head), head)
     report.write()
@@ -143,11 +146,8 @@ def _results_path(args: argparse.Namespace, head: dict[str, Any]) -> Path:
     if args.out is None and args.rehearse:
         folder = Path(tempfile.mkdtemp(prefix="fastp2p-gpu-rehearsal-"))
     else:
-        folder = args.out or ROOT / "benchmarks" / "results"
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = f"{'rehearsal' if args.rehearse else slug(head['gpu'])}-{head['date'][:10]}"
-    names = (folder / f"{stem}{suffix}.json" for suffix in ["", *(f"-{i}" for i in range(2, 1000))])
-    return next(path for path in names if not path.exists())
+        folder = args.out or RESULTS
+    return free_path(folder, f"{'rehearsal' if args.rehearse else slug(head['gpu'])}-{head['date'][:10]}")
 
 
 def _to_time(report: Report, names: list[str], rehearse: bool) -> list[str]:
@@ -265,7 +265,7 @@ def add_speedups(rows: list[dict[str, Any]]) -> None:
 def print_table(content: dict[str, Any]) -> None:
     """One line a case, in microseconds; in brackets the best of the candidates; rate and speed-up of our fastest."""
     result = content["parity"]
-    print(f"\n{content['gpu']}, torch {content['versions']['torch']}, triton {content['versions']['triton']}")
+    print(f"\n{name_of(content)}, torch {content['versions']['torch']}, triton {content['versions']['triton']}")
     if result is None:
         print("parity: not run")
     else:

@@ -1,24 +1,17 @@
-"""The machine under gpu_check.py: what it lacks and how it gets that without a network, and what it is."""
+"""The machine under gpu_check.py: what it lacks, and how it gets that without a network."""
 
 import importlib.metadata
 import importlib.util
 import os
-import platform
-import re
-import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from machine import ROOT
+
 WHEELS = ROOT / ".gpu-wheels"
 GIVEN = {"torch": "torch", "triton": "triton", "numpy": "numpy", "PIL": "pillow"}  # module: package
-SMI_FIELDS = (
-    "name,driver_version,pstate,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,"
-    "temperature.gpu,power.draw,power.limit,utilization.gpu,memory.used,memory.total"
-)
 
 
 class Unfit(Exception):
@@ -101,65 +94,3 @@ def _pip(*args: str, env: dict[str, str]) -> None:
     if done.returncode:
         hint = "make gpu-wheels, where there is a network, fetches setuptools and pytest for it"
         raise Unfit(f"{' '.join(command)} failed ({hint}): {done.stderr.strip().splitlines()[-1:]}")
-
-
-def describe(rehearse: bool) -> dict[str, Any]:
-    """GPU and versions, for the head of the results."""
-    import torch
-
-    smi = smi_state()
-    facts = {
-        "gpu": "none: rehearsed on the CPU" if rehearse else torch.cuda.get_device_name(),
-        "driver": None if rehearse or smi is None else smi.get("driver_version"),
-        "cpu_cores": os.cpu_count(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "triton": importlib.metadata.version("triton"),
-            "numpy": importlib.metadata.version("numpy"),
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
-            "fastp2p": importlib.metadata.version("fastp2p"),
-        },
-        "platform": platform.platform(),
-    }
-    return facts | commit()
-
-
-def slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def smi_state() -> dict[str, str] | None:
-    """Clocks, temperature, power and load of the first GPU as nvidia-smi tells them; None where it is not there."""
-    if shutil.which("nvidia-smi") is None:
-        return None
-    command = ["nvidia-smi", f"--query-gpu={SMI_FIELDS}", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except subprocess.TimeoutExpired:
-        return {"error": "nvidia-smi did not answer within 20 s"}
-    if done.returncode or not done.stdout.strip():
-        return {"error": (done.stderr or done.stdout).strip()[-300:]}
-    values = (value.strip() for value in done.stdout.splitlines()[0].split(","))
-    return dict(zip(SMI_FIELDS.split(","), values, strict=False))
-
-
-def commit() -> dict[str, Any]:
-    """The commit and whether files differ from it; without a repository FASTP2P_COMMIT, with -dirty if they do.
-
-    Where there is a repository that variable is not looked at: an old one would put its name to other code's results.
-    """
-    if not (ROOT / ".git").exists():
-        given = os.environ.get("FASTP2P_COMMIT")
-        if not given:
-            return {"commit": None, "dirty": None}
-        return {"commit": given.removesuffix("-dirty"), "dirty": given.endswith("-dirty")}
-    if shutil.which("git") is None:
-        return {"commit": None, "dirty": None}
-    git = ["git", "-C", str(ROOT)]
-    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-    status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
-    if head.returncode or status.returncode:
-        return {"commit": None, "dirty": None}
-    return {"commit": head.stdout.strip(), "dirty": bool(status.stdout.strip())}

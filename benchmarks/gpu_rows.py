@@ -16,6 +16,7 @@ import torch
 from fastp2p.kernels.candidates import CANNOT
 from gemm_jobs import gemm_jobs, wgrad_adam_jobs
 from jobs import BEST, COMPILED, OURS, Config, Job
+from peak_memory import Peak
 from pointwise_jobs import pointwise_jobs
 from step_jobs import STEP, step_jobs
 from timing import COLD_BYTES, Timing, input_sets, measure
@@ -76,8 +77,13 @@ def do_jobs(jobs: list[Job], done: list[str], device: torch.device, end: float) 
 
 def do(job: Job, device: torch.device, end: float) -> dict[str, Any]:
     """Time a job; of several configurations each briefly, then the best."""
+    peak = Peak(device)
+    peak.begin()
+    runners = [job.make()]
+    runners[0](None)
+    peak_mem_mib = peak.mib()
     sets = input_sets(job.input_bytes, device)
-    runners = [job.make() for _ in range(sets)]
+    runners += [job.make() for _ in range(sets - 1)]
 
     def timed(config: Config | None, seconds: float) -> Timing:
         calls = [partial(runner, config) for runner in runners]
@@ -100,7 +106,7 @@ def do(job: Job, device: torch.device, end: float) -> dict[str, Any]:
     row = {"case": job.case, "operator": job.operator, "provider": job.provider, **job.facts, **vars(timing)}
     if job.provider == OURS and job.operator != STEP:
         row["served_by"] = served_by(job.operator, device.type)
-    row |= {"sets": sets, "cold": sets * job.input_bytes >= COLD_BYTES}
+    row |= {"peak_mem_mib": peak_mem_mib, "sets": sets, "cold": sets * job.input_bytes >= COLD_BYTES}
     row |= {"bytes": job.n_bytes, "input_bytes": job.input_bytes, "flop": job.flop}
     row |= {"gb_per_s": job.n_bytes / timing.ms / 1e6, "tflops": job.flop / timing.ms / 1e9 or None}
     return row | ({"config": config, "tried": tried, "candidates": len(job.configs)} if job.configs else {})

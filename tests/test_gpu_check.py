@@ -18,6 +18,7 @@ import gpu_machine
 import gpu_parity
 import gpu_rows
 import jobs
+import machine
 import timing
 from fastp2p.kernels import gemm
 from fastp2p.kernels.layer_shapes import LAYERS
@@ -103,27 +104,27 @@ def test_another_checkout_is_not_measured_for_this_one(monkeypatch: pytest.Monke
 
 
 def test_the_commit_of_a_copy_without_a_repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setattr(gpu_machine, "ROOT", tmp_path)
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
     monkeypatch.delenv("FASTP2P_COMMIT", raising=False)
-    assert gpu_machine.commit() == {"commit": None, "dirty": None}
+    assert machine.commit() == {"commit": None, "dirty": None}
     monkeypatch.setenv("FASTP2P_COMMIT", "abc123-dirty")
-    assert gpu_machine.commit() == {"commit": "abc123", "dirty": True}
+    assert machine.commit() == {"commit": "abc123", "dirty": True}
     (tmp_path / ".git").mkdir()  # a repository, if a broken one, speaks for itself
-    assert gpu_machine.commit() == {"commit": None, "dirty": None}
+    assert machine.commit() == {"commit": None, "dirty": None}
 
 
 def test_clocks_are_those_of_nvidia_smi(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert gpu_machine.smi_state() is None
+    assert machine.smi_state() is None
     fake = tmp_path / "nvidia-smi"
     fake.write_text(
         "#!/bin/sh\necho 'NVIDIA H200, 580.1, P0, 1980, 3201, 1980, 3201, 34, 120 W, 700 W, 0 %, 4, 143771'\n"
     )
     fake.chmod(0o755)
-    state = gpu_machine.smi_state()
+    state = machine.smi_state()
     assert state["clocks.sm"] == "1980"
     assert state["memory.total"] == "143771"
-    assert gpu_machine.slug(state["name"]) == "nvidia-h200"
+    assert machine.slug(state["name"]) == "nvidia-h200"
 
 
 def unit(folder: Path, file: str, shard: int, cases: dict[str, str], ended: str = "") -> gpu_parity.Unit:

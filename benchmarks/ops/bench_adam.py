@@ -1,30 +1,45 @@
-"""adam: one step over unet_256's 54 million parameters, against torch.optim.Adam."""
+"""adam: one step over as many parameters as unet_256 has, and their copy in half precision, against torch.optim.Adam.
 
-import pytest
+Upstream's Adam has them in many tensors, here all of a deep layer's size, and writes no copy: autocast makes it anew in
+each pass.
+"""
+
 import torch
 from jobs import UNET_256_PARAMETERS
-from layers import DEVICE, synchronize
+from layers import DEVICE, NOISE, each_dtype
+from parity import assert_adam
+from torch import nn
 
 from fastp2p.ops import adam
 
+LR, BETAS = 2e-4, (0.5, 0.999)
+DEEP = 512 * 512 * 4 * 4  # elements of a weight; one tensor of all would spoil eager's caches
 
-@pytest.mark.parametrize("provider", ["fastp2p", "torch single-tensor", "torch foreach"])
-def bench_adam(benchmark, provider: str):
-    param, grad, exp_avg, exp_avg_sq = (torch.rand(UNET_256_PARAMETERS, device=DEVICE) for _ in range(4))
-    if provider == "fastp2p":
-        lr = torch.tensor(2e-4, device=DEVICE)
-        powers = torch.tensor([0.5, 0.999], dtype=torch.float64, device=DEVICE)
 
-        def step() -> None:
-            adam(param, grad, exp_avg, exp_avg_sq, lr=lr, powers=powers)
-    else:
-        parameter = torch.nn.Parameter(param)
-        parameter.grad = grad
-        step = torch.optim.Adam([parameter], lr=2e-4, betas=(0.5, 0.999), foreach=provider == "torch foreach").step
+@each_dtype
+def bench_adam(compare, quick: bool, rehearse: bool, dtype: torch.dtype):
+    n = 10_000 if rehearse else 2**24 if quick else UNET_256_PARAMETERS  # caches hold neither of the latter
+    param, grad = (NOISE.images(1, n, 1, 1, dtype=torch.float32).flatten() for _ in range(2))
+    exp_avg, exp_avg_sq = torch.zeros_like(param), torch.zeros_like(param)
+    low = None if dtype == torch.float32 else torch.empty_like(param, dtype=dtype)
+    lr, powers = torch.tensor(LR, device=DEVICE), torch.ones(2, dtype=torch.float64, device=DEVICE)
+    parameters = [nn.Parameter(weight) for weight in param.clone().split(DEEP)]
+    for parameter, its_grad in zip(parameters, grad.split(DEEP), strict=True):
+        parameter.grad = its_grad
+    optimizer = torch.optim.Adam(parameters, lr=LR, betas=BETAS)
 
-    def timed() -> None:
-        step()
-        synchronize()
+    def ours() -> None:
+        adam(param, grad, exp_avg, exp_avg_sq, lr=lr, powers=powers, low_precision=low)
 
-    benchmark.extra_info["bytes"] = UNET_256_PARAMETERS * 28  # 16 read, 12 written
-    benchmark.pedantic(timed, rounds=5, warmup_rounds=1)
+    def check() -> None:
+        for _ in range(2):
+            powers.mul_(powers.new_tensor(BETAS))
+            ours()
+            optimizer.step()
+        moments = [[optimizer.state[p][name] for p in parameters] for name in ("exp_avg", "exp_avg_sq")]
+        expected = [torch.cat(tensors).detach() for tensors in (parameters, *moments)]
+        assert_adam((param, exp_avg, exp_avg_sq), expected, low, LR)
+
+    n_bytes = n * (28 + (0 if low is None else low.itemsize))  # 16 read, 12 written, and the copy
+    case = f"adam, {n:,} parameters"
+    compare(case, dtype=dtype, eager=optimizer.step, ours=ours, check=check, n_bytes=n_bytes)

@@ -1,24 +1,28 @@
 """down with the statistics for batch norm, against PyTorch's convolution alone."""
 
-import pytest
 import torch
-from layers import CONVOLUTIONS, Convolution, synchronize
+import torch.nn.functional as F
+from layers import Convolution, check, each_batch_size, each_dtype, each_layer, gflop
 
 from fastp2p.ops import down
 
 
-@pytest.mark.parametrize("provider", ["fastp2p", "eager"])
-@pytest.mark.parametrize("layer", CONVOLUTIONS, ids=lambda layer: layer.name)
-@pytest.mark.parametrize("batch_size", [1, 16])
-def bench_down(benchmark, provider: str, layer: Convolution, batch_size: int):
-    x, weight = layer.large(batch_size), layer.weight()
+@each_layer
+@each_batch_size
+@each_dtype
+def bench_down(compare, rehearse: bool, layer: Convolution, batch_size: int, dtype: torch.dtype):
+    layer = layer.tiny if rehearse else layer
+    trial = layer.trial("down", dtype, batch_size, stat_groups=1)
+    x, weight, *_ = trial.args
 
-    def timed() -> None:
-        if provider == "fastp2p":
-            down(x, weight, stride=layer.stride, stat_groups=1)
-        else:
-            torch.conv2d(x, weight, None, layer.stride, 1)
-        synchronize()
+    def ours() -> object:
+        return down(x, weight, stride=layer.stride, stat_groups=1)
 
-    benchmark.extra_info["gflop"] = layer.gflop * batch_size
-    benchmark(timed)
+    compare(
+        f"down {layer.name}, batch {batch_size}",
+        dtype=dtype,
+        eager=lambda: F.conv2d(x, weight, None, layer.stride, 1),
+        ours=ours,
+        check=lambda: check(trial, ours),
+        gflop=gflop(trial),
+    )

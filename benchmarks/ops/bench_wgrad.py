@@ -1,24 +1,28 @@
-"""wgrad into float32, against the weight gradient of PyTorch's convolution."""
+"""wgrad into float32, against the weight gradient of PyTorch's convolution, which is of the operands' dtype."""
 
-import pytest
-from layers import CONVOLUTIONS, Convolution, synchronize
+import torch
+from layers import Convolution, check, each_batch_size, each_dtype, each_layer, gflop
 from torch.nn.grad import conv2d_weight
 
 from fastp2p.ops import wgrad
 
 
-@pytest.mark.parametrize("provider", ["fastp2p", "eager"])
-@pytest.mark.parametrize("layer", CONVOLUTIONS, ids=lambda layer: layer.name)
-@pytest.mark.parametrize("batch_size", [1, 16])
-def bench_wgrad(benchmark, provider: str, layer: Convolution, batch_size: int):
-    dy, x = layer.small(batch_size), layer.large(batch_size)
+@each_layer
+@each_batch_size
+@each_dtype
+def bench_wgrad(compare, rehearse: bool, layer: Convolution, batch_size: int, dtype: torch.dtype):
+    layer = layer.tiny if rehearse else layer
+    trial = layer.trial("wgrad", dtype, batch_size)
+    dy, _, x, *_ = trial.args
 
-    def timed() -> None:
-        if provider == "fastp2p":
-            wgrad(dy, x, stride=layer.stride)
-        else:
-            conv2d_weight(x, (layer.o, layer.c, 4, 4), dy, layer.stride, 1)
-        synchronize()
+    def ours() -> object:
+        return wgrad(dy, x, stride=layer.stride)
 
-    benchmark.extra_info["gflop"] = layer.gflop * batch_size
-    benchmark(timed)
+    compare(
+        f"wgrad {layer.name}, batch {batch_size}",
+        dtype=dtype,
+        eager=lambda: conv2d_weight(x, (layer.o, layer.c, 4, 4), dy, layer.stride, 1),
+        ours=ours,
+        check=lambda: check(trial, ours),
+        gflop=gflop(trial),
+    )

@@ -1,33 +1,35 @@
-"""wgrad_adam of a deep layer at batch size 1, against wgrad and adam apart and against PyTorch's gradient and Adam."""
+"""wgrad_adam of a deep layer at batch size 1, against PyTorch's gradient and torch.optim.Adam of float32 weights."""
 
-import pytest
 import torch
-from layers import CONVOLUTIONS, DEVICE, DTYPE, synchronize
+from layers import CONVOLUTIONS, check, each_dtype
+from torch import nn
 from torch.nn.grad import conv2d_weight
 
-from fastp2p.ops import adam, wgrad, wgrad_adam
+from fastp2p.engine.operations import BETA1, BETA2, LR
+from fastp2p.ops import wgrad_adam
 
 
-@pytest.mark.parametrize("provider", ["fastp2p", "wgrad, adam", "eager"])
-def bench_wgrad_adam(benchmark, provider: str):
-    layer = CONVOLUTIONS[2]  # e7
-    dy, x = layer.small(1), layer.large(1)
-    param, exp_avg, exp_avg_sq = (layer.weight().float().square() for _ in range(3))
-    lr = torch.tensor(2e-4, device=DEVICE)
-    powers = torch.tensor([0.5, 0.999], dtype=torch.float64, device=DEVICE)
-    parameter = torch.nn.Parameter(param.clone(memory_format=torch.preserve_format))
-    optimizer = torch.optim.Adam([parameter], lr=2e-4, betas=(0.5, 0.999), fused=True)
+@each_dtype
+def bench_wgrad_adam(compare, rehearse: bool, dtype: torch.dtype):
+    layer = CONVOLUTIONS[2].tiny if rehearse else CONVOLUTIONS[2]
+    trial = layer.trial("wgrad_adam", dtype, 1)
+    dy, _, x, param, exp_avg, exp_avg_sq, lr, powers, *_, low = trial.args
+    weight = nn.Parameter(param.clone(memory_format=torch.preserve_format))
+    optimizer = torch.optim.Adam([weight], lr=LR, betas=(BETA1, BETA2))
 
-    def timed() -> None:
-        if provider == "fastp2p":
-            wgrad_adam(dy, x, param, exp_avg, exp_avg_sq, lr=lr, powers=powers)
-        elif provider == "eager":
-            parameter.grad = conv2d_weight(x, (layer.o, layer.c, 4, 4), dy, 2, 1).float()
-            optimizer.step()
-        else:
-            flat = [t.permute(0, 2, 3, 1).reshape(-1) for t in (param, wgrad(dy, x), exp_avg, exp_avg_sq)]
-            adam(*flat, lr=lr, powers=powers)
-        synchronize()
+    def eager() -> None:
+        weight.grad = conv2d_weight(x, weight.shape, dy, 2, 1).to(torch.float32)
+        optimizer.step()
 
-    benchmark.extra_info["bytes"] = param.numel() * 24 + (dy.numel() + x.numel()) * DTYPE.itemsize
-    benchmark(timed)
+    def ours() -> None:
+        wgrad_adam(dy, x, param, exp_avg, exp_avg_sq, lr=lr, powers=powers, low_precision=low)
+
+    moved = param.numel() * (24 + (0 if low is None else low.itemsize))  # weight and moments read and written
+    compare(
+        f"wgrad_adam {layer.name}, batch 1",
+        dtype=dtype,
+        eager=eager,
+        ours=ours,
+        check=lambda: check(trial, ours),
+        n_bytes=moved + (dy.numel() + x.numel()) * dtype.itemsize,
+    )

@@ -1,13 +1,21 @@
-"""The device, and operands of four of the networks' convolutions, for the benchmarks of the operators.
+"""The device, its dtypes, and operands of four of the networks' convolutions, for the benchmarks of the operators.
+
+Eager PyTorch gets the very operands that ours gets, in the same dtype and layout: what is gained is the operator's, not
+the dtype's. bench_cpu.py compares with float32 as upstream has it.
 
 Apart from fastp2p.kernels.layer_shapes, whose Layer is what a kernel is compiled for: that needs Triton, which there is
 for Linux alone, and these benchmarks run wherever PyTorch does.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
+import pytest
 import torch
-from torch import Tensor
+
+from fastp2p.device import DTYPES, best_precision
+from fastp2p.engine.operations import Noise, Operation, Trial
+from fastp2p.ops._choices import Problem
 
 
 @dataclass(frozen=True)
@@ -21,22 +29,22 @@ class Convolution:
     stride: int = 2
 
     @property
-    def gflop(self) -> float:
-        """Of one image: two operations for each tap, input channel, output channel and pixel."""
-        return 2 * 16 * self.c * self.o * self.out_side**2 / 1e9
-
-    @property
     def out_side(self) -> int:
         return (self.side - 2) // self.stride + 1
 
-    def large(self, batch_size: int) -> Tensor:
-        return _random(batch_size, self.c, self.side, self.side)
+    @property
+    def tiny(self) -> "Convolution":
+        """For a rehearsal."""
+        return replace(self, c=12, side=min(8, self.side), o=16)
 
-    def small(self, batch_size: int) -> Tensor:
-        return _random(batch_size, self.o, self.out_side, self.out_side)
-
-    def weight(self) -> Tensor:
-        return _random(self.o, self.c, 4, 4) * 0.02
+    def trial(self, operator: str, dtype: torch.dtype, images: int, *, stat_groups: int = 0) -> Trial:
+        """An operator's arguments, and how to judge what it makes of them. `up` gets the smaller map twice, as after
+        torch.cat with a skip connection's."""
+        small, large = (self.out_side, self.out_side), (self.side, self.side)
+        channels = (self.o, self.o if operator == "up" else 0, self.c)
+        problem = Problem(operator, dtype, images * self.out_side**2, *channels, 4, 4, self.stride)
+        operation = Operation(self.name, problem, images, small, large, padding=1, stat_groups=stat_groups)
+        return Trial(operation, NOISE)
 
 
 # Of the generator an outer, a middle and a deep layer; of the discriminator the one that costs most
@@ -46,15 +54,25 @@ CONVOLUTIONS = [
     Convolution("e7", 512, 4, 512),
     Convolution("D4", 256, 32, 512, 1),
 ]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+NOISE = Noise(DEVICE)
+BEST = DTYPES[best_precision(DEVICE)]
+
+# With --quick the first of each is timed. On a GPU nobody trains in float32 who need not
+_TIMED = dict.fromkeys([BEST] if DEVICE.type == "cuda" else [BEST, torch.float32])
+each_dtype = pytest.mark.parametrize("dtype", _TIMED, ids=lambda dtype: str(dtype).removeprefix("torch."))
+each_batch_size = pytest.mark.parametrize("batch_size", [1, 16] if DEVICE.type == "cuda" else [1, 4])
+each_layer = pytest.mark.parametrize("layer", CONVOLUTIONS, ids=lambda layer: layer.name)
 
 
-def _random(*shape: int) -> Tensor:
-    return torch.randn(shape, device=DEVICE).to(DTYPE).contiguous(memory_format=torch.channels_last)
+def check(trial: Trial, ours: Callable[[], object]) -> None:
+    """Compare ours with the reference, which computes in float32; Trial.error argues for the tolerance."""
+    error = trial.error(lambda _: ours())
+    trial.forget_expected()
+    assert error <= 1, f"{trial.operation.problem.key}: off by {error:.3g} tolerances, so nothing is timed"
 
 
-def synchronize() -> None:
-    """Wait for the GPU, if there is one: a benchmark's clock is the host's."""
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
+def gflop(trial: Trial) -> float:
+    """Two operations for each tap, pair of channels and pixel of the smaller map."""
+    p = trial.operation.problem
+    return 2 * 16 * p.pixels * (p.outer + p.outer2) * p.inner / 1e9

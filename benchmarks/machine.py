@@ -1,0 +1,161 @@
+"""The machine that results are of: what it is, its clocks, and what else keeps it busy."""
+
+import importlib.metadata
+import math
+import os
+import platform
+import re
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+SMI_FIELDS = (
+    "name,driver_version,pstate,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,"
+    "temperature.gpu,power.draw,power.limit,utilization.gpu,memory.used,memory.total"
+)
+
+TOLERATED_CORES = 0.1  # busy with other things while we measure: a twentieth of the smallest machine that we use
+
+
+def describe(*, gpu: bool) -> dict[str, Any]:
+    """Hardware, versions and commit, for the head of results. gpu: they are a GPU's, not the CPU's."""
+    import torch
+
+    smi = smi_state() if gpu else None
+    facts = {
+        "gpu": torch.cuda.get_device_name() if gpu else None,
+        "driver": None if smi is None else smi.get("driver_version"),
+        "cpu": _cpu_name(),
+        "cpu_cores": os.cpu_count(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": _version("triton"),
+            "numpy": _version("numpy"),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version() if gpu else None,
+            "fastp2p": _version("fastp2p"),
+        },
+        "platform": platform.platform(),
+    }
+    return facts | commit()
+
+
+def name_of(head: dict[str, Any]) -> str:
+    """The GPU, or how many cores of which CPU."""
+    return head["gpu"] or f"{head['cpu_cores']} cores of {head['cpu']}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    """As Linux tells it, else platform's word."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.exists() else ""
+    fields = dict(re.findall(r"^(\S[^\t]*?)\s*: (.*)$", text.split("\n\n")[0], re.MULTILINE))
+    name = fields.get("model name", platform.processor() or platform.machine())
+    if "cpu family" in fields:  # virtual machines often hide the model, but not which generation it is of
+        name += f" family {fields['cpu family']} model {fields['model']}"
+    return name
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def smi_state() -> dict[str, str] | None:
+    """Clocks, temperature, power and load of the first GPU as nvidia-smi tells them; None where it is not there."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", f"--query-gpu={SMI_FIELDS}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except subprocess.TimeoutExpired:
+        return {"error": "nvidia-smi did not answer within 20 s"}
+    if done.returncode or not done.stdout.strip():
+        return {"error": (done.stderr or done.stdout).strip()[-300:]}
+    values = (value.strip() for value in done.stdout.splitlines()[0].split(","))
+    return dict(zip(SMI_FIELDS.split(","), values, strict=False))
+
+
+def commit() -> dict[str, Any]:
+    """The commit and whether files differ from it; without a repository FASTP2P_COMMIT, with -dirty if they do.
+
+    Where there is a repository that variable is not looked at: an old one would put its name to other code's results.
+    """
+    if not (ROOT / ".git").exists():
+        given = os.environ.get("FASTP2P_COMMIT")
+        if not given:
+            return {"commit": None, "dirty": None}
+        return {"commit": given.removesuffix("-dirty"), "dirty": given.endswith("-dirty")}
+    if shutil.which("git") is None:
+        return {"commit": None, "dirty": None}
+    git = ["git", "-C", str(ROOT)]
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+    status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
+    if head.returncode or status.returncode:
+        return {"commit": None, "dirty": None}
+    return {"commit": head.stdout.strip(), "dirty": bool(status.stdout.strip())}
+
+
+class Strangers:
+    """How many cores' worth of work is not ours while we measure: other processes, and what a hypervisor takes away.
+
+    Args:
+        sessions: of processes that are ours, beside this one's. Linux alone tells.
+    """
+
+    def __init__(self, sessions: set[int]):
+        self.knows = Path("/proc/stat").exists()
+        self.sessions = {os.getsid(0), *sessions} if self.knows else set()
+        self.intervals, self.wall, self.seconds = 0, 0.0, 0.0  # seconds: of CPU, in all intervals
+
+    def begin(self) -> None:
+        if self.knows:
+            self._before = self._now()
+
+    def end(self) -> None:
+        """An interval is over."""
+        if not self.knows:
+            return
+        after = self._now()
+        wall, machine, ours = (b - a for a, b in zip(self._before, after, strict=True))
+        self.intervals += 1
+        self.wall += wall
+        self.seconds += machine - ours
+
+    def cores(self) -> float | None:
+        """Their mean number of busy cores over all intervals, at least; None where nobody tells.
+
+        Linux counts in ticks of 10 ms, so of some intervals a few ticks, times the root of their number, may be the
+        clock's.
+        """
+        if not self.wall:
+            return None
+        unsure = 3 * math.sqrt(self.intervals) / os.sysconf("SC_CLK_TCK")
+        return max(0.0, self.seconds - unsure) / self.wall
+
+    def _now(self) -> tuple[float, float, float]:
+        """Wall clock, CPU seconds of the whole machine, and ours."""
+        tick = os.sysconf("SC_CLK_TCK")
+        user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+        ours = 0
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                fields = path.read_text().rpartition(")")[2].split()  # from the state on: names may hold blanks
+            except (FileNotFoundError, ProcessLookupError):
+                continue  # it has ended
+            if int(fields[3]) in self.sessions:
+                ours += int(fields[11]) + int(fields[12])
+        machine = user + nice + system + irq + softirq + steal
+        return time.monotonic(), machine / tick, ours / tick

@@ -1,0 +1,101 @@
+"""The official implementation from a checkout of its own, in a process of its own: see worker.py for how it is asked.
+
+    python upstream_worker.py CHECKOUT [--device cpu|cuda] [--scale paper|tiny]
+
+Its modules are called data, models, options and util, so nothing of ours by these names may be imported here. Between
+its loader and its optimize_parameters() there is nothing; the prints, pages and checkpoints of its train.py are left
+out.
+"""
+
+import argparse
+import itertools
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from providers import SCALES, Scale
+from worker import Answer, Measured, Unit, images, moments, serve
+
+
+class Upstream(Measured):
+    """The official pix2pix, as its own options make it."""
+
+    def __init__(self, checkout: Path, device: torch.device, scale: Scale):
+        super().__init__(device)
+        self.checkout, self.scale = checkout, scale
+        self.folder = tempfile.TemporaryDirectory(prefix="fastp2p-upstream-")  # for what it writes
+
+    def check(self, batch: int, data: str, weights: str) -> Answer:
+        """The first step's losses and moments on images and weights that others take, too, without dropout.
+
+        Args:
+            weights: file to write the weights to.
+        """
+        model = self._model(self._options(batch, data, "AtoB", "--no_dropout"))
+        torch.save({name: getattr(model, name).state_dict() for name in ("netG", "netD")}, weights)
+        real_A, real_B = images(self.scale, batch, self.device)[0]
+        model.set_input({"A": real_A, "B": real_B, "A_paths": [], "B_paths": []})
+        model.optimize_parameters()
+        losses = model.get_current_losses()
+        names = "G_GAN", "G_L1", "D_real", "D_fake"
+        optimizers = (model.optimizer_G, model.optimizer_D)
+        return {"losses": [float(losses[name]) for name in names]} | moments((model.netG, model.netD), optimizers)
+
+    def _epoch(self, batch: int, data: str, direction: str) -> Unit:
+        options = self._options(batch, data, direction)
+        model, batches = self._model(options), self._batches(options, batch)
+
+        def unit() -> None:
+            model.set_input(next(batches))
+            model.optimize_parameters()
+
+        return unit
+
+    def _options(self, batch: int, data: str, direction: str, *more: str) -> Any:
+        """Parsed by its own parser, with its own defaults but for what a comparison must fix."""
+        scale, folder = self.scale, self.folder.name
+        given: dict[str, object] = {"dataroot": data, "direction": direction, "batch_size": batch, "model": "pix2pix"}
+        given |= {"crop_size": scale.size, "load_size": scale.load_size, "name": "fastp2p", "checkpoints_dir": folder}
+        given |= {"ngf": scale.width, "ndf": scale.width}
+        given |= {"netG": f"unet_{2**scale.levels}", "netD": "n_layers", "n_layers_D": scale.n_layers}
+        if "--gpu_ids" in (self.checkout / "options/base_options.py").read_text():  # before 2025
+            given["gpu_ids"] = 0 if self.device.type == "cuda" else -1
+        words = ((f"--{name}", str(value)) for name, value in given.items())
+        sys.argv = ["train.py", *itertools.chain.from_iterable(words), *more]
+        from options.train_options import TrainOptions  # type: ignore[import-not-found]
+
+        options = TrainOptions().parse()
+        options.device = self.device
+        return options
+
+    def _model(self, options: Any) -> Any:
+        from models import create_model  # type: ignore[import-not-found]
+
+        model = create_model(options)
+        model.setup(options)
+        return model
+
+    def _batches(self, options: Any, batch: int) -> Iterator[Any]:
+        """Epoch after epoch, as its train.py reads them; whole batches alone."""
+        from data import create_dataset  # type: ignore[import-not-found]
+
+        dataset = create_dataset(options)
+        epochs = itertools.chain.from_iterable(itertools.repeat(dataset))
+        return (pairs for pairs in epochs if len(pairs["A"]) == batch)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkout", type=Path)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--scale", default="paper", choices=[*SCALES])
+    args = parser.parse_args()
+    sys.path.insert(0, str(args.checkout))
+    serve(lambda: Upstream(args.checkout, torch.device(args.device), SCALES[args.scale]))
+
+
+if __name__ == "__main__":
+    main()
