@@ -3,13 +3,12 @@
 from pathlib import Path
 
 import pytest
+from epochs import PAIRS
 from providers import BATCHES
 from team import Team
-
-FACADES = 400  # pairs of the paper's data set, whose epoch is what people quote
 
 
 @pytest.mark.parametrize("batch_size", BATCHES)
 def bench_epoch(benchmark, team: Team, data: Path, pytestconfig: pytest.Config, batch_size: int):
     direction = pytestconfig.getoption("direction")
-    team.compare(benchmark, "epoch", batch_size, images=FACADES, data=str(data), direction=direction)
+    team.compare(benchmark, "epoch", batch_size, images=PAIRS, data=str(data), direction=direction)

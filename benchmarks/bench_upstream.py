@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from bench_epoch import FACADES
 from contest import Row
+from epochs import PAIRS
 from providers import BATCHES
 from team import HERE, Team, Worker, bounds_of, contest, difference
 
@@ -18,7 +18,7 @@ NAME = "upstream"
 
 
 @pytest.fixture(scope="module")
-def upstream(pytestconfig: pytest.Config, rehearse: bool, team: Team) -> Iterator[Worker]:
+def upstream(pytestconfig: pytest.Config, rehearse: bool, request: pytest.FixtureRequest) -> Iterator[Worker]:
     checkout: Path | None = pytestconfig.getoption("upstream")
     if checkout is None:
         pytest.skip("needs --upstream DIR, a clone of pytorch-CycleGAN-and-pix2pix")
@@ -28,6 +28,7 @@ def upstream(pytestconfig: pytest.Config, rehearse: bool, team: Team) -> Iterato
     if rehearse:
         pytest.skip("the official U-Nets have no tiny size")
     pytest.importorskip("torchvision", reason="the official repository needs torchvision: pip install torchvision")
+    team: Team = request.getfixturevalue("team")  # not begun where this is skipped
     script = str(HERE / "upstream_worker.py")
     worker = Worker(NAME, script, str(checkout.resolve()), "--device", team.device.type, "--scale", team.scale.name)
     yield worker
@@ -36,7 +37,7 @@ def upstream(pytestconfig: pytest.Config, rehearse: bool, team: Team) -> Iterato
 
 @pytest.mark.parametrize("batch_size", BATCHES)
 def bench_upstream(
-    benchmark, team: Team, upstream: Worker, data: Path, pytestconfig: pytest.Config, tmp_path: Path, batch_size: int
+    benchmark, upstream: Worker, team: Team, data: Path, pytestconfig: pytest.Config, tmp_path: Path, batch_size: int
 ):
     """Its loader and its optimize_parameters(), and our trainer's; what either prints and saves is left out."""
     weights = str(tmp_path / "weights.pt")
@@ -44,17 +45,23 @@ def bench_upstream(
     ours = [name for name, provider in team.members.items() if provider.ours]
     for name in ours:
         got = team.workers[name].ask("check", what="step", batch=batch_size, weights=weights)
-        wrong = difference(got, expected, bounds_of(team.members[name]))
+        wrong = difference(got, expected, bounds_of(team.members[name], "step", team.device))
         assert not wrong, f"{name} is wrong, so nothing is timed: {wrong}"
 
     workers = [upstream, *(team.workers[name] for name in ours)]
     request = {"batch": batch_size, "data": str(data), "direction": pytestconfig.getoption("direction")}
-    prepared = {worker.name: worker.ask("prepare", what="epoch", **request) for worker in workers}
-    rows: list[Row] = contest(benchmark, workers, prepared, ours[0], "epoch", batch_size,
-                              on_gpu=team.device.type == "cuda", quick=team.quick, images=FACADES)  # fmt: skip
+    try:
+        prepared = {worker.name: worker.ask("prepare", what="epoch", **request) for worker in workers}
+        rows: list[Row] = contest(benchmark, workers, prepared, ours[0], "epoch", batch_size,
+                                  on_gpu=team.device.type == "cuda", quick=team.quick, images=PAIRS)  # fmt: skip
+    finally:
+        for worker in workers:
+            worker.ask("release")
     for row in rows:
-        row |= {"suite": "upstream", "case": f"upstream, batch {batch_size}", "what": team.scale.describe("epoch")}
+        row |= {
+            "suite": "upstream",
+            "case": f"upstream, batch {batch_size}",
+            "what": f"{team.scale.describe('epoch')}, {data.name}",
+        }
         row["settings"] = "as it is" if row["provider"] == NAME else team.members[row["provider"]].settings
     benchmark.extra_info["rows"] = rows
-    for worker in workers:
-        worker.ask("release")

@@ -32,15 +32,15 @@ def compare(before: Row, after: Row) -> list[str]:
     for title, mine, other in (("before", rows[0], rows[1]), ("after", rows[1], rows[0])):
         lines += [f"{title} alone: {_name(key)}" for key in mine if key not in other]
     return lines + [f"{title}: {line}" for title, content in (("before", before), ("after", after))
-                    for line in distrust(content["rows"])]  # fmt: skip
+                    for line in distrust(content)]  # fmt: skip
 
 
 def _key(row: Row) -> tuple[str, ...]:
-    return row["case"], row["provider"], row.get("dtype", "")
+    return row["case"], row["provider"], row.get("dtype", ""), row.get("what", "")
 
 
 def _name(key: tuple[str, ...]) -> str:
-    return ", ".join(filter(None, key))
+    return ", ".join(filter(None, key[:3]))
 
 
 def _word(a: Row, b: Row) -> str:
@@ -61,7 +61,10 @@ def _describe(content: Row) -> str:
 
 def _differences(before: Row, after: Row) -> list[tuple[str, object, object]]:
     """Of hardware and versions: without it two figures are of the same machine."""
-    pairs = [("machine", name_of(before), name_of(after)), ("driver", before.get("driver"), after.get("driver"))]
+    pairs = [
+        ("machine", name_of(before), name_of(after)),
+    ]
+    pairs += [(name, before.get(name), after.get(name)) for name in ("driver", "threads", "cpu_capability")]
     pairs += [(name, before["versions"].get(name), after["versions"].get(name)) for name in before["versions"]]
     return [(name, a, b) for name, a, b in pairs if a != b]
 
@@ -75,7 +78,8 @@ def main() -> int:
     for path in (args.before, args.after):
         try:
             contents.append(json.loads(path.read_text()))
-            contents[-1]["rows"], contents[-1]["versions"]
+            for field in ("rows", "versions", "commit", "dirty", "date", "rehearsal", "cpu_cores"):
+                contents[-1][field]
         except (OSError, ValueError, KeyError, TypeError) as error:
             print(f"compare: {path}: expected results of pytest benchmarks/ --out or of make gpu-check: {error!r}",
                   file=sys.stderr)  # fmt: skip

@@ -1,5 +1,6 @@
 """Options of the benchmarks, the providers' processes, and the tables after pytest-benchmark's own."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[LEFT_OUT] = {}
+    if (folder := config.getoption("out")) is not None:  # better now than in an hour
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise pytest.UsageError(f"--out: got {folder}, which cannot be written to; choose another folder")
 
 
 @pytest.fixture(scope="session")
@@ -74,7 +79,7 @@ def data(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) 
     """--data, or pairs of the built-in set written side by side at 256 px, as the usual data sets come."""
     given: Path | None = pytestconfig.getoption("data")
     if given is None:
-        folder = tmp_path_factory.mktemp("pairs")
+        folder = tmp_path_factory.mktemp("builtin-emoji", numbered=False)
         write_builtin_pairs(folder / "train")
         return folder
     if not (given / "train").is_dir():
@@ -82,21 +87,23 @@ def data(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) 
     return given.resolve()
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
     session = getattr(config, "_benchmarksession", None)
     rows = [row for b in session.benchmarks for row in b.extra_info.get("rows", [])] if session else []
     if not rows:
         return
-    rehearsal = config.getoption("rehearse")
-    content = head(gpu=DEVICE.type == "cuda", rehearsal=rehearsal)
-    content |= {"left_out": config.stash[LEFT_OUT], "rows": rows}
+    write = terminalreporter.write_line
+    content = head(gpu=DEVICE.type == "cuda", rehearsal=config.getoption("rehearse"))
+    content |= {"complete": exitstatus == 0, "left_out": config.stash[LEFT_OUT], "rows": rows}
     terminalreporter.section(f"{name_of(content)}, torch {content['versions']['torch']}")
-    for line in tables(rows, config.stash[LEFT_OUT]):
-        terminalreporter.write_line(line)
-    if rehearsal:
-        terminalreporter.write_line("a rehearsal: its times mean nothing")
-    if (folder := config.getoption("out")) is not None:
-        path = save(content, folder)
-        terminalreporter.write_line(f"kept: {path}")
+    for line in tables(content):
+        write(line)
+    if (folder := config.getoption("out")) is None:
+        return
+    path = save(content, folder)
+    write(f"kept: {path}")
+    try:
         if (picture := plot(content, path.with_suffix(".png"))) is not None:
-            terminalreporter.write_line(f"plot: {picture}")
+            write(f"plot: {picture}")
+    except ModuleNotFoundError as error:
+        write(f"no plot: {error}; where it is installed, python benchmarks/plot.py {path}")

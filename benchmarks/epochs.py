@@ -1,6 +1,7 @@
 """Batches of real images as each provider reads them, epoch after epoch, without end; whole batches alone."""
 
 import itertools
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from fastp2p.device import best_precision
 from fastp2p.losses import Losses
 from fastp2p.state import TrainState
 
-BUILTIN_PAIRS = 128
+PAIRS = 400  # of an epoch, as many as facades has
 WORKERS = 4  # upstream's --num_threads
 
 
@@ -54,8 +55,10 @@ def eager_batches(
     """As upstream's loader gives them; with every trick its processes live on and its memory is pinned."""
     tricks = provider.channels_last
     images = AlignedImages(data / "train", scale, direction)
+    check_count(len(images), batch)
     loader = DataLoader(
-        images, batch, shuffle=True, drop_last=True, num_workers=WORKERS, persistent_workers=tricks,
+        images, batch, shuffle=True, drop_last=True, persistent_workers=tricks,
+        num_workers=os.cpu_count() or 1 if tricks else WORKERS,
         pin_memory=tricks and device.type == "cuda",
     )  # fmt: skip
     layout = torch.channels_last if tricks else torch.contiguous_format
@@ -72,9 +75,10 @@ def fused_steps(
         netG=f"unet_{2**scale.levels}", ngf=scale.width, ndf=scale.width, netD="n_layers", n_layers_D=scale.n_layers,
         crop_size=scale.size, load_size=scale.load_size,
     ).resolve(device.type, best_precision(device))  # fmt: skip
-    dataset = load_split(str(data), "train", PairFormat(config.direction, config.load_size))
-    if device.type == "cuda":
-        dataset.resident = dataset.resident.to(device)
+    dataset = load_split(str(data), "train", PairFormat(config.direction, config.load_size), stream="never")
+    check_count(len(dataset), batch)
+    assert dataset.resident is not None
+    dataset.resident = dataset.resident.to(device)
     step = TrainState.new(config, device, "").training_step(config)
     for epoch in itertools.count(1):
         for crops in train_crops(dataset, seed=0, epoch=epoch, batch_size=batch, crop_size=config.crop_size, flip=True):
@@ -82,11 +86,17 @@ def fused_steps(
                 yield step(crops)
 
 
+def check_count(pairs: int, batch: int) -> None:
+    """Raise where there is no whole batch."""
+    if pairs < batch:
+        raise ValueError(f"the data has {pairs} pairs, too few for a batch of {batch}")
+
+
 def write_builtin_pairs(folder: Path, side: int = 256) -> None:
-    """Some of the built-in set's training pairs as JPEG files, A|B side by side."""
+    """As many of the built-in set's training pairs as an epoch of facades has, JPEG files with A|B side by side."""
     folder.mkdir()
     pairs, _, _ = find_pairs(open_root("builtin:emoji"), "train")
-    for pair in pairs[:BUILTIN_PAIRS]:
+    for pair in pairs[:PAIRS]:
         both = Image.new("RGB", (2 * side, side))
         for i, image in enumerate((pair.A, pair.B)):
             both.paste(read_image(image, 3)[0].resize((side, side), Image.Resampling.BICUBIC), (side * i, 0))

@@ -44,7 +44,7 @@ NOTES = [
     "decoder's forward pass includes the concatenation; wgrad writes float32, cuDNN bfloat16",
     "step: a whole training step; fastp2p's as one CUDA graph of its kernels, eager in float32 as upstream has it "
     "(with TF32 where PyTorch's default allows it), bytes those of Adam alone",
-    "peak_mem_mib: what PyTorch's allocator had handed out at most in the first call, its inputs included",
+    "peak_mem_mib: what PyTorch's allocator had reserved at most in the first call, its inputs included",
     "fastp2p, best of candidates: the tile and SPLIT that were fastest here, of all in `tried`, each timed briefly",
 ]
 

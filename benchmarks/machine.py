@@ -17,7 +17,7 @@ SMI_FIELDS = (
     "temperature.gpu,power.draw,power.limit,utilization.gpu,memory.used,memory.total"
 )
 
-TOLERATED_CORES = 0.1  # busy with other things while we measure: a twentieth of the smallest machine that we use
+TOLERATED_SHARE = 0.05  # of the cores, busy with other things while we measure
 
 
 def describe(*, gpu: bool) -> dict[str, Any]:
@@ -112,12 +112,12 @@ class Strangers:
     """How many cores' worth of work is not ours while we measure: other processes, and what a hypervisor takes away.
 
     Args:
-        sessions: of processes that are ours, beside this one's. Linux alone tells.
+        sessions: of processes that are ours, beside this one. Linux alone tells, in a container of the whole machine.
     """
 
     def __init__(self, sessions: set[int]):
         self.knows = Path("/proc/stat").exists()
-        self.sessions = {os.getsid(0), *sessions} if self.knows else set()
+        self.sessions = sessions
         self.intervals, self.wall, self.seconds = 0, 0.0, 0.0  # seconds: of CPU, in all intervals
 
     def begin(self) -> None:
@@ -155,7 +155,7 @@ class Strangers:
                 fields = path.read_text().rpartition(")")[2].split()  # from the state on: names may hold blanks
             except (FileNotFoundError, ProcessLookupError):
                 continue  # it has ended
-            if int(fields[3]) in self.sessions:
-                ours += int(fields[11]) + int(fields[12])
+            if path.parent.name == str(os.getpid()) or int(fields[3]) in self.sessions:
+                ours += sum(map(int, fields[11:15]))  # its own, and that of its children that have ended
         machine = user + nice + system + irq + softirq + steal
         return time.monotonic(), machine / tick, ours / tick

@@ -1,4 +1,4 @@
-"""Peak memory: on a CUDA GPU as PyTorch's allocator counts it, on Linux the process's resident memory."""
+"""Peak memory: on a CUDA GPU what PyTorch's allocator reserves, graphs included; on Linux resident memory."""
 
 import ctypes
 import gc
@@ -21,7 +21,8 @@ class Peak:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-            self.before = torch.cuda.memory_allocated(self.device)
+            torch.cuda.empty_cache()
+            self.before = torch.cuda.memory_reserved(self.device)
         elif _CLEAR_REFS.exists():
             ctypes.CDLL(None).malloc_trim(0)  # free memory that glibc keeps would serve what comes unseen
             self.before = _status("VmRSS")
@@ -30,6 +31,7 @@ class Peak:
     def restart(self) -> None:
         """Forget the peak so far."""
         if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # cuDNN tries algorithms that take a lot, once
             torch.cuda.reset_peak_memory_stats(self.device)
         elif _CLEAR_REFS.exists():
             _CLEAR_REFS.write_text("5")  # proc(5): resets the peak resident set size
@@ -37,7 +39,7 @@ class Peak:
     def mib(self) -> float | None:
         """MiB; None where nobody counts."""
         if self.device.type == "cuda":
-            return (torch.cuda.max_memory_allocated(self.device) - self.before) / MIB
+            return (torch.cuda.max_memory_reserved(self.device) - self.before) / MIB
         return (_status("VmHWM") - self.before) / MIB if _CLEAR_REFS.exists() else None
 
 

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -45,20 +45,21 @@ class Provider:
         return self.precision is not None
 
 
-EAGER = Provider("eager float32", "as upstream: float32, NCHW, torch.optim.Adam(), cudnn.benchmark")
+EAGER = Provider("eager float32", "as upstream: float32 (convolutions in TF32 where a GPU has it), NCHW, "
+                 "torch.optim.Adam(), cudnn.benchmark")  # fmt: skip
 _TRICKS = {"amp": True, "channels_last": True, "fused_adam": True}
-_PUBLIC = "channels_last, autocast, Adam(fused=True), cudnn.benchmark"
+_PUBLIC = "channels_last, Adam(fused=True), autocast (inference: half-precision weights), cudnn.benchmark"
 _COMPILED = {**_TRICKS, "checked_with_dropout": True}
 _LAYOUT = "inductor's force_layout_optimization"
 OTHERS = [
     EAGER,
-    Provider("eager, every trick", f"{_PUBLIC}; epochs: persistent workers, pinned memory", **_TRICKS),
+    Provider("eager, every trick", f"{_PUBLIC}; epochs: persistent workers, one a core, pinned memory", **_TRICKS),
     Provider("torch.compile", f"{_PUBLIC}, {_LAYOUT}", compile_mode="default", **_COMPILED),
     Provider("torch.compile reduce-overhead", f"{_PUBLIC}, {_LAYOUT}; CUDA graphs of each pass",
              compile_mode="reduce-overhead", only_on="cuda", **_COMPILED),
-    Provider("torch.compile max-autotune", f"{_PUBLIC}, {_LAYOUT}",
+    Provider("torch.compile max-autotune", f"{_PUBLIC}, {_LAYOUT}; on a GPU CUDA graphs of each pass",
              compile_mode="max-autotune", quick=False, **_COMPILED),
-    Provider("graph of eager", f"{_PUBLIC}; the whole step captured as one CUDA graph",
+    Provider("graph of eager", f"{_PUBLIC}; the whole step, or forward pass, as one CUDA graph",
              graph=True, only_on="cuda", **_TRICKS),
 ]  # fmt: skip
 
@@ -68,11 +69,18 @@ def providers(device: torch.device, *, quick: bool) -> tuple[list[Provider], dic
     left_out = {p.name: f"is for {p.only_on}" for p in OTHERS if p.only_on not in ("", device.type)}
     left_out |= {p.name: "takes longer than --quick has" for p in OTHERS if quick and not p.quick}
     best = best_precision(device)
-    what = "one CUDA graph" if device.type == "cuda" else "C++ kernels"
-    ours = [Provider(f"fastp2p {name}", f"the fused engine, {what}", name) for name in dict.fromkeys((best, "fp32"))]  # type: ignore[call-overload]
+    graph = " as one CUDA graph" if device.type == "cuda" else ""
+    settings = (
+        f"the fused engine{graph}; inference: fastp2p.fuse, without a graph; epochs: decoded once, before the first"
+    )
+    ours = [Provider(f"fastp2p {name}", settings, name) for name in dict.fromkeys((best, "fp32"))]  # type: ignore[call-overload]
+    others = OTHERS
+    if best == "fp32":  # half precision would slow them down
+        others = [replace(p, amp=False, settings=f"{p.settings}; in float32, since half is slow here") if p.amp else p
+                  for p in OTHERS]  # fmt: skip
     if quick:
         left_out |= {p.name: "--quick takes ours in the best precision alone" for p in ours[1:]}
-    return [p for p in [*OTHERS, *ours] if p.name not in left_out], left_out
+    return [p for p in [*others, *ours] if p.name not in left_out], left_out
 
 
 @dataclass(frozen=True)
@@ -137,6 +145,7 @@ class Training(NamedTuple):
 
 def training(provider: Provider, nets: tuple[UnetGenerator, nn.Module], device: torch.device, size: int) -> Training:
     """A provider's training step on these networks, which it takes over."""
+    set_cudnn(provider)
     for net in nets:
         net.to(device, memory_format=torch.channels_last if provider.channels_last else torch.preserve_format)
     settings = {"lr": 2e-4, "betas": (0.5, 0.999)}
@@ -147,34 +156,45 @@ def training(provider: Provider, nets: tuple[UnetGenerator, nn.Module], device: 
         fused = FusedStep(*nets, *optimizers, size=(size, size), dtype=DTYPES[provider.precision])
         return Training(GraphedFused(fused) if device.type == "cuda" else fused, nets, optimizers)
 
-    torch.backends.cudnn.benchmark = True
     called = compiled(provider, *nets)
 
     def step(real_A: Tensor, real_B: Tensor) -> Losses[Tensor]:
-        if provider.compile_mode == "reduce-overhead":
+        if provider.compile_mode and device.type == "cuda":  # two of the modes have CUDA graphs
             torch.compiler.cudagraph_mark_step_begin()
-        # Its cache of cast weights would be captured half filled
-        with torch.autocast(device.type, half(device), enabled=provider.amp, cache_enabled=not provider.graph):
+        with torch.autocast(device.type, half(device), enabled=provider.amp):
             return train_step(*called, *optimizers, real_A, real_B, gan_loss=GANLoss(), lambda_L1=100.0)
 
     return Training(Graphed(step) if provider.graph else step, nets, optimizers)
 
 
 def inference(provider: Provider, netG: UnetGenerator, device: torch.device) -> Inference:
-    """A provider's generator in eval mode. Ours is what `fastp2p.fuse` makes of it."""
+    """A provider's generator in eval mode, prepared as far as it can be. Ours is what `fastp2p.fuse` makes of it."""
+    set_cudnn(provider)
     netG.to(device, memory_format=torch.channels_last if provider.channels_last else torch.preserve_format).eval()
-    torch.backends.cudnn.benchmark = True
-    called, dtype = compiled(provider, netG)[0], half(device)
     if provider.precision is not None:
         fastp2p.fuse(netG)
-        called, dtype = netG, DTYPES[provider.precision]
-    casts = provider.amp or (dtype.itemsize < 4 and provider.ours)
+        ours = DTYPES[provider.precision]
+
+        def run_ours(real_A: Tensor) -> Tensor:
+            with torch.inference_mode(), torch.autocast(device.type, ours, enabled=ours.itemsize < 4):
+                return netG(real_A)
+
+        return run_ours
+
+    dtype = half(device) if provider.amp else torch.float32
+    torch._inductor.config.freezing = True  # weights become constants
+    called = compiled(provider, netG.to(dtype))[0]
 
     def run(real_A: Tensor) -> Tensor:
-        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=casts):
-            return called(real_A)
+        with torch.inference_mode():
+            return called(real_A.to(dtype))
 
     return Graphed(run) if provider.graph else run
+
+
+def set_cudnn(provider: Provider) -> None:
+    """Ours as its trainer has it, the others with the choice by trial."""
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = not provider.ours, provider.ours
 
 
 def compiled(provider: Provider, *nets: nn.Module) -> tuple[Callable[..., Tensor], ...]:
@@ -182,6 +202,8 @@ def compiled(provider: Provider, *nets: nn.Module) -> tuple[Callable[..., Tensor
         return nets
     # Inductor's own rule declines channels_last for convolutions like these on a GPU
     torch._inductor.config.force_layout_optimization = True
+    # Each batch size is compiled anew, and none may end in eager unseen
+    torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit = 64, True
     return tuple(torch.compile(net, mode=provider.compile_mode, dynamic=False) for net in nets)
 
 
@@ -212,7 +234,8 @@ class Graphed:
         if self.graph is None:
             self.inputs = [torch.empty_like(t) for t in tensors]
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=self.stream):
+            # A loader's thread that pins memory need know nothing of it
+            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.result = self.function(*self.inputs)
         for mine, given in zip(self.inputs, tensors, strict=True):
             mine.copy_(given)

@@ -2,11 +2,10 @@
 
 import datetime
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from machine import ROOT, TOLERATED_CORES, describe, name_of, slug, smi_state
+from machine import ROOT, TOLERATED_SHARE, describe, name_of, slug
 
 RESULTS = ROOT / "benchmarks" / "results"
 NOTES = [
@@ -14,10 +13,11 @@ NOTES = [
     "n samples; providers took turns, each in a process of its own; an operator's in one process",
     "img_per_sec is of the median; s_per_epoch that many images of the data set at this speed",
     "first_s: the first unit of work, in which torch.compile compiles and cuDNN is tried out",
-    "peak_mem_mib: on a GPU what PyTorch's allocator had handed out at most; on a CPU the process's resident memory "
+    "peak_mem_mib: on a GPU what PyTorch's allocator had reserved at most; on a CPU the process's resident memory "
     "at its peak after the first unit of work, less what it was before the networks were made; what a compiler keeps "
-    "in the process is in it. Of an operator, what a call takes beyond its inputs",
+    "in the process is in it, a loader's processes are not. Of an operator, what a call takes beyond its inputs",
     "strangers_cores: how many cores were busy with what is not ours, on average while it was measured",
+    "tuned_convolutions: how many ours has a measured choice of kernel for on this machine (fastp2p tune); 0: by rule",
     "each provider's first step or output was compared with eager float32's before; who is off is not timed",
 ]
 
@@ -25,8 +25,13 @@ Row = dict[str, Any]
 
 
 def head(*, gpu: bool, rehearsal: bool) -> Row:
+    import torch
+
+    from fastp2p.ops import _choices
+
     facts = {"rehearsal": rehearsal, "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds")}
-    return facts | describe(gpu=gpu) | {"clocks": smi_state() if gpu else None, "notes": NOTES}
+    tuned = len(_choices.read_cache(_choices.place_of(torch.device("cuda" if gpu else "cpu"))))
+    return facts | describe(gpu=gpu) | {"tuned_convolutions": tuned, "notes": NOTES}
 
 
 def save(content: Row, folder: Path) -> Path:
@@ -44,20 +49,24 @@ def free_path(folder: Path, stem: str) -> Path:
     return next(path for path in names if not path.exists())
 
 
-def tables(rows: list[Row], left_out: dict[str, str]) -> list[str]:
+def tables(content: Row) -> list[str]:
     """Lines to print: a table of providers for each suite, one line a case for operators, and a verdict."""
     lines: list[str] = []
+    rows = content["rows"]
     suites = dict.fromkeys(row["suite"] for row in rows)
     for suite in suites:
         mine = [row for row in rows if row["suite"] == suite]
         lines += ["", *(_providers_table(suite, mine) if "img_per_sec" in mine[0] else _cases_table(suite, mine))]
-    lines += [f"left out: {name}: {why}" for name, why in left_out.items()]
-    return lines + distrust(rows)
+    lines += [f"left out: {name}: {why}" for name, why in content["left_out"].items()]
+    if content["rehearsal"]:
+        lines.append("a rehearsal: its times mean nothing")
+    return lines + distrust(content)
 
 
-def distrust(rows: Iterable[Row]) -> list[str]:
+def distrust(content: Row) -> list[str]:
     """What speaks against these figures."""
-    busy = [row for row in rows if (row.get("strangers_cores") or 0.0) > TOLERATED_CORES]
+    tolerated = TOLERATED_SHARE * (content["cpu_cores"] or 1)
+    busy = [row for row in content["rows"] if (row.get("strangers_cores") or 0.0) > tolerated]
     if not busy:
         return []
     most = max(row["strangers_cores"] for row in busy)
@@ -93,9 +102,10 @@ def _verdict(ours: Row, rows: list[Row]) -> str:
         return f"       {ours['provider']}: nobody to compare with"
     best = min(others, key=lambda row: row["ms"])
     gap = best["ms"] / ours["ms"]
+    apart = ours["third_quartile"] < best["first_quartile"] or best["third_quartile"] < ours["first_quartile"]
+    clear = "" if apart else ", but their quartiles overlap"
     if gap <= 1:
-        return f"       {ours['provider']} is BEHIND {best['provider']}, {gap:.2f}x"
-    clear = "" if ours["third_quartile"] < best["first_quartile"] else ", but their quartiles overlap"
+        return f"       {ours['provider']} is BEHIND {best['provider']}, {gap:.2f}x{clear}"
     return f"       {ours['provider']} is ahead of all; of the next, {best['provider']}, by {gap:.2f}x{clear}"
 
 
@@ -110,4 +120,4 @@ def _cases_table(suite: str, rows: list[Row]) -> list[str]:
         peak = "" if ours["peak_mem_mib"] is None else f"{ours['peak_mem_mib']:10.1f}"
         lines.append(f"{case[0]:<44}{case[1]:<10}{eager['ms']:11.3f}{ours['ms']:10.3f}"
                      f"{eager['ms'] / ours['ms']:9.2f}x{moved}{peak}")  # fmt: skip
-    return [*lines, "of copy: bytes that it must move, to copying 256 MB; what works in place can exceed 100 %"]
+    return [*lines, "of copy: bytes that it must move, to copying 256 MB; in place, or in a cache, it can exceed 100 %"]

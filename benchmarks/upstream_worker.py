@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from epochs import check_count
 from providers import SCALES, Scale
-from worker import Answer, Measured, Unit, images, moments, serve
+from torch import Tensor
+from worker import SETTLING, Answer, Measured, Unit, images, moments, serve
 
 
 class Upstream(Measured):
@@ -35,14 +37,21 @@ class Upstream(Measured):
             weights: file to write the weights to.
         """
         model = self._model(self._options(batch, data, "AtoB", "--no_dropout"))
-        torch.save({name: getattr(model, name).state_dict() for name in ("netG", "netD")}, weights)
-        real_A, real_B = images(self.scale, batch, self.device)[0]
+        nets = [getattr(net, "module", net) for net in (model.netG, model.netD)]  # older ones wrap them on a GPU
+        torch.save({name: net.state_dict() for name, net in zip(("netG", "netD"), nets, strict=True)}, weights)
+        sets = images(self.scale, batch, self.device)
+        losses = self._losses(model, *sets[0])
+        answer = {"losses": losses} | moments(nets, (model.optimizer_G, model.optimizer_D))
+        for pair in sets[1 : 1 + SETTLING[self.device.type]]:
+            losses = self._losses(model, *pair)
+        return answer | {"later losses": losses}
+
+    def _losses(self, model: Any, real_A: Tensor, real_B: Tensor) -> list[float]:
+        """Of a step on these images."""
         model.set_input({"A": real_A, "B": real_B, "A_paths": [], "B_paths": []})
         model.optimize_parameters()
         losses = model.get_current_losses()
-        names = "G_GAN", "G_L1", "D_real", "D_fake"
-        optimizers = (model.optimizer_G, model.optimizer_D)
-        return {"losses": [float(losses[name]) for name in names]} | moments((model.netG, model.netD), optimizers)
+        return [float(losses[name]) for name in ("G_GAN", "G_L1", "D_real", "D_fake")]
 
     def _epoch(self, batch: int, data: str, direction: str) -> Unit:
         options = self._options(batch, data, direction)
@@ -83,6 +92,7 @@ class Upstream(Measured):
         from data import create_dataset  # type: ignore[import-not-found]
 
         dataset = create_dataset(options)
+        check_count(len(dataset), batch)
         epochs = itertools.chain.from_iterable(itertools.repeat(dataset))
         return (pairs for pairs in epochs if len(pairs["A"]) == batch)
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from fastp2p.losses import Losses
 
 SETTLING = {"cpu": 1, "cuda": 5}  # units after the first one; a graph is captured in the fourth
-SETS = 4  # of inputs that calls take in turn
+SETS = 6  # of inputs that calls take in turn
 GRADIENT_STRIDE, OUTPUT_STRIDE = 997, 97  # of the elements that a check compares; primes, so no channel is left out
 
 Answer = dict[str, Any]
@@ -39,6 +39,7 @@ class Measured:
     def __init__(self, device: torch.device):
         self.device, self.peak = device, Peak(device)
         self.unit: Unit = lambda: None
+        self.losses: Losses[Tensor] | None = None  # of the last step
 
     def prepare(self, what: str, **request: Any) -> Answer:
         """Make ready to sample; the first unit is timed apart, since torch.compile compiles in it.
@@ -60,7 +61,7 @@ class Measured:
 
     def release(self) -> Answer:
         """Give back what was prepared, for others to have it."""
-        self.unit = lambda: None
+        self.unit, self.losses = (lambda: None), None
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -79,11 +80,19 @@ class Measured:
                 self.unit()
             end.record()
             end.synchronize()
+            self._check_losses()
             return float(begin.elapsed_time(end))
         began = time.perf_counter()
         for _ in range(calls):
             self.unit()
-        return (time.perf_counter() - began) * 1e3
+        ms = (time.perf_counter() - began) * 1e3
+        self._check_losses()
+        return ms
+
+    def _check_losses(self) -> None:
+        """Those of the last step: no figure comes from NaN."""
+        if self.losses is not None and not all(loss.isfinite() for loss in self.losses):
+            raise RuntimeError(f"not finite: {self.losses}")
 
 
 class ProviderWorker(Measured):
@@ -97,8 +106,8 @@ class ProviderWorker(Measured):
         """What is compared with others before anything is timed; and how long the first call takes, which compiles.
 
         Args:
-            what: step: the losses of the first step, and Adam's first moments after it, which are half the gradients.
-                inference: the output.
+            what: step: the losses of the first step, Adam's first moments after it, which are half the gradients, and
+                the losses of a later step, on a GPU one that a graph replays. inference: the output.
             batch: images.
             weights: file of {"netG": state_dict, "netD": state_dict} to begin with.
         """
@@ -115,12 +124,15 @@ class ProviderWorker(Measured):
         work = training(self.provider, nets, self.device, self.scale.size)
         begin = time.perf_counter()
         losses = [float(loss) for loss in work.step(real_A, real_B)]
-        return {"losses": losses, "first_s": time.perf_counter() - begin} | moments(work.nets, work.optimizers)
+        answer = {"losses": losses, "first_s": time.perf_counter() - begin} | moments(work.nets, work.optimizers)
+        for pair in self._images(batch)[1 : 1 + SETTLING[self.device.type]]:
+            later = work.step(*pair)
+        return answer | {"later losses": [float(loss) for loss in later]}
 
     def _step(self, batch: int) -> Unit:
         step = training(self.provider, self.scale.networks(dropout=True), self.device, self.scale.size).step
         sets = itertools.cycle(self._images(batch))
-        return lambda: self._finished(step(*next(sets)))
+        return lambda: self._keep(step(*next(sets)))
 
     def _inference(self, batch: int) -> Unit:
         run = inference(self.provider, self.scale.networks(dropout=True)[0], self.device)
@@ -131,19 +143,18 @@ class ProviderWorker(Measured):
         source = (self.provider, self.scale, self.device, batch, Path(data), direction)
         if self.provider.ours:
             steps = fused_steps(*source)
-            return lambda: self._finished(next(steps))
+            return lambda: self._keep(next(steps))
         step = training(self.provider, self.scale.networks(dropout=True), self.device, self.scale.size).step
         batches = eager_batches(*source)
-        return lambda: self._finished(step(*next(batches)))
+        return lambda: self._keep(step(*next(batches)))
 
     def _images(self, batch: int) -> list[tuple[Tensor, Tensor]]:
         layout = torch.channels_last if self.provider.channels_last or self.provider.ours else torch.contiguous_format
         return images(self.scale, batch, self.device, layout)
 
-    def _finished(self, losses: Losses[Tensor]) -> None:
-        """No trainer waits for a GPU after each step; a CPU has the losses by now."""
-        if self.device.type == "cpu" and not all(loss.isfinite() for loss in losses):
-            raise RuntimeError(f"not finite: {losses}")
+    def _keep(self, losses: Losses[Tensor]) -> None:
+        """For a look at them when the clock has stopped: no trainer waits for a GPU after each step."""
+        self.losses = losses
 
 
 def images(
@@ -179,9 +190,8 @@ def serve(make: Callable[[], object]) -> None:
         request = json.loads(line)
         try:
             answer = getattr(worker, request.pop("do"))(**request)
-        except Exception as error:  # told to who asked, and in full in the log
-            traceback.print_exc()
-            answer = {"error": f"{type(error).__name__}: {error}"[:2000]}
+        except Exception as error:  # told to who asked
+            answer = {"error": f"{type(error).__name__}: {error}"[:2000], "traceback": traceback.format_exc()}
         print(json.dumps(answer), file=answers, flush=True)
 
 
