@@ -1,6 +1,6 @@
 """Options of the benchmarks, the providers' processes, and the tables after pytest-benchmark's own."""
 
-import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[LEFT_OUT] = {}
     if (folder := config.getoption("out")) is not None:  # better now than in an hour
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise pytest.UsageError(f"--out: got {folder}, which cannot be written to; choose another folder")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise pytest.UsageError(f"--out: cannot write to {folder}: {error}; choose another folder") from error
+    others = [p.name for p in providers(DEVICE, quick=False)[0] if not p.ours and p is not EAGER]
+    if unknown := set(config.getoption("without")) - set(others):
+        raise pytest.UsageError(f"--without: got {', '.join(unknown)}; expected some of {', '.join(others)}")
 
 
 @pytest.fixture(scope="session")
@@ -62,9 +67,6 @@ def team(pytestconfig: pytest.Config, quick: bool, rehearse: bool) -> Iterator[T
     """Every provider that makes sense on this machine, in processes of their own."""
     who, left_out = providers(DEVICE, quick=quick)
     unwanted = pytestconfig.getoption("without")
-    others = [p.name for p in who if not p.ours and p is not EAGER]
-    if not set(unwanted) <= set(others):
-        pytest.exit(f"--without: got {', '.join(unwanted)}; expected some of {', '.join(others)}", returncode=2)
     who = [p for p in who if p.name not in unwanted]
     left_out |= dict.fromkeys(unwanted, "by --without")
     pytestconfig.stash[LEFT_OUT] = left_out

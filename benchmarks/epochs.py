@@ -1,8 +1,11 @@
 """Batches of real images as each provider reads them, epoch after epoch, without end; whole batches alone."""
 
+import ctypes
 import itertools
 import os
 import random
+import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +25,7 @@ from fastp2p.losses import Losses
 from fastp2p.state import TrainState
 
 PAIRS = 400  # of an epoch, as many as facades has
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 WORKERS = 4  # upstream's --num_threads
 
 
@@ -58,7 +62,7 @@ def eager_batches(
     check_count(len(images), batch)
     loader = DataLoader(
         images, batch, shuffle=True, drop_last=True, persistent_workers=tricks,
-        num_workers=os.cpu_count() or 1 if tricks else WORKERS,
+        num_workers=os.cpu_count() or 1 if tricks else WORKERS, worker_init_fn=die_with_parent,
         pin_memory=tricks and device.type == "cuda",
     )  # fmt: skip
     layout = torch.channels_last if tricks else torch.contiguous_format
@@ -84,6 +88,12 @@ def fused_steps(
         for crops in train_crops(dataset, seed=0, epoch=epoch, batch_size=batch, crop_size=config.crop_size, flip=True):
             if len(crops) == batch:
                 yield step(crops)
+
+
+def die_with_parent(_: object = None) -> None:
+    """Where Linux can: a process that stands still between its turns would not see that who began it has ended."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def check_count(pairs: int, batch: int) -> None:

@@ -63,7 +63,11 @@ def main() -> int:
     parser.add_argument("results", type=Path)
     parser.add_argument("picture", type=Path, nargs="?", help="default: the same name, .png")
     args = parser.parse_args()
-    content = json.loads(args.results.read_text())
+    try:
+        content = json.loads(args.results.read_text())
+    except (OSError, ValueError) as error:
+        print(f"plot: {args.results}: expected results of pytest benchmarks/ --out: {error}", file=sys.stderr)
+        return 2
     written = plot(content, args.picture or args.results.with_suffix(".png"))
     print(f"{args.results}: no row has a throughput" if written is None else written)
     return int(written is None)

@@ -57,6 +57,7 @@ def _providers(
         adam |= {} if provider == EAGER else {"fused": device.type == "cuda"}
         optimizers = [torch.optim.Adam(net.parameters(), **adam) for net in nets]
         if provider == COMPILED:
+            torch._inductor.config.force_layout_optimization = True  # whose own rule declines channels_last here
             backend = "inductor" if device.type == "cuda" else "aot_eager"
             nets = [torch.compile(net, backend=backend, dynamic=False) for net in nets]
 

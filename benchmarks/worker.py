@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from epochs import eager_batches, fused_steps
+from epochs import die_with_parent, eager_batches, fused_steps
 from peak_memory import Peak
 from providers import SCALES, Provider, Scale, inference, providers, training
 from torch import Tensor, nn
@@ -183,6 +183,7 @@ def _sampled(tensors: Iterable[Tensor], stride: int) -> list[float]:
 
 def serve(make: Callable[[], object]) -> None:
     """Answer what comes on stdin by calling methods of what make() gives. What else is printed goes to stderr."""
+    die_with_parent()
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     worker = make()

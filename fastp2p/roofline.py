@@ -16,6 +16,7 @@ from fastp2p.measure import Kernels, Machine, Spread, Workload, about, check_ste
 from fastp2p.state import TrainState
 
 WORST = 10  # calls that are named
+FAR_APART = 2.0  # quotient of two times of the same steps that puts both in doubt
 HEADS = ("", "calls", "GFLOP", "maps MB", "weights MB", "Adam MB", "bound by", "floor ms")
 MEASURED_HEADS = ("measured ms", "ratio")
 
@@ -128,6 +129,18 @@ class Roofline:
         assert self.measured is not None
         return self.measured.calls[number] - 1e3 * self.costs[number].floor(self.ceilings)
 
+    def _doubts(self) -> list[str]:
+        """Calls under the profiler and the step without it were some other time's if they are far apart."""
+        if self.measured is None:
+            return []
+        total, step = sum(self.measured.calls) + self.measured.rest, self.measured.step.median_ms
+        if 1 / FAR_APART < total / step < FAR_APART:
+            return []
+        return [
+            f"warning: under the profiler the calls took {total:.1f} ms, without it a step {step:.1f}: something else "
+            "ran meanwhile, or calls so short that the profiler's own work is most of them; measure again"
+        ]
+
     def _step_lines(self) -> list[str]:
         floor = self.floor
         shares = [("arithmetic", floor.arithmetic), ("maps", floor.maps), ("weights", floor.weights)]
@@ -148,6 +161,7 @@ class Roofline:
         return [
             head,
             *(line + beside for line, (_, _, beside) in zip(lines, rows, strict=True)),
+            *self._doubts(),
             "The step's floors are those of convolutions and Adam, into which the rest could be fused, and of memory:",
             "what lies in a cache can be faster, and so can a call while the machine was faster than for the ceilings.",
         ]
