@@ -48,7 +48,7 @@ cuda-check: .venv/installed
 	$(BIN)/python -m pytest tests/test_cuda_sources.py -s
 
 # Ours beside eager PyTorch, torch.compile and the rest: three minutes on two cores; ARGS="--out benchmarks/results" is
-# all of it, an hour.
+# all of it.
 bench: .venv/installed
 	$(BIN)/python -m pytest benchmarks $(or $(ARGS),--quick)
 
