@@ -12,7 +12,7 @@ NOTES = [
     "ms, first_quartile and third_quartile are milliseconds a unit of work (a step, a batch of an epoch, a call) over "
     "n samples; providers took turns, each in a process of its own; an operator's in one process",
     "img_per_sec is of the median; s_per_epoch that many images of the data set at this speed",
-    "first_s: the first unit of work, in which torch.compile compiles and cuDNN is tried out",
+    "first_s: the first unit of work, in which torch.compile compiles, cold but in --quick, and cuDNN is tried out",
     "peak_mem_mib: on a GPU what PyTorch's allocator had reserved at most; on a CPU the process's resident memory "
     "at its peak after the first unit of work, less what it was before the networks were made; what a compiler keeps "
     "in the process is in it, a loader's processes are not. Of an operator, what a call takes beyond its inputs",
