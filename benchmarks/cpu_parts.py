@@ -11,16 +11,16 @@ from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
-from parity import assert_adam, assert_loss, assert_norm_gradients, assert_normalised, assert_product
+from adam_case import AdamCase
+from parity import assert_loss, assert_norm_gradients, assert_normalised, assert_product
 from providers import PAPER, Scale
 from torch import Tensor, nn
 
-from fastp2p.ops import adam, augment, augment_ref, norm_act, norm_stats, patch_loss
+from fastp2p.ops import augment, augment_ref, norm_act, norm_stats, patch_loss
 from fastp2p.ops._activation import ACTIVATIONS
 
 Call = Callable[[], object]
 LAMBDA_L1 = 100.0
-LR, BETAS = 2e-4, (0.5, 0.999)
 operators = torch.ops.fastp2p
 
 
@@ -272,30 +272,8 @@ def _adam(dtype: torch.dtype, scale: Scale) -> Part:
     parameters = [nn.Parameter(parameter.detach().clone()) for parameter in trained]
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
-    eager = torch.optim.Adam(parameters, lr=LR, betas=BETAS, foreach=False)
-    param, grad = _flat(parameters), _flat(parameter.grad for parameter in parameters)
-    exp_avg, exp_avg_sq = torch.zeros_like(param), torch.zeros_like(param)
-    low = torch.empty_like(param, dtype=dtype) if dtype != torch.float32 else None
-    lr, powers = torch.tensor(LR), torch.ones(2, dtype=torch.float64)
-
-    def ours() -> None:
-        adam(param, grad, exp_avg, exp_avg_sq, lr=lr, powers=powers, low_precision=low)
-
-    def check() -> None:
-        """Of the buffers themselves, which have the same values still: copies would take 900 MB."""
-        for _ in range(2):
-            powers.mul_(powers.new_tensor(BETAS))
-            ours()
-            eager.step()
-        moments = (_flat(eager.state[p][name] for p in parameters) for name in ("exp_avg", "exp_avg_sq"))
-        assert_adam((param, exp_avg, exp_avg_sq), (_flat(parameters), *moments), low, LR)
-
-    n_bytes = param.numel() * (28 + (0 if low is None else dtype.itemsize))  # 16 read, 12 written
-    return Part(eager.step, ours, check, n_bytes)
-
-
-def _flat(tensors: Iterable[Tensor]) -> Tensor:
-    return torch.cat([t.detach().flatten() for t in tensors])
+    case = AdamCase(parameters, dtype)
+    return Part(case.eager, case.ours, case.check, case.n_bytes)
 
 
 def _augment(batch: int, dtype: torch.dtype, size: int) -> Part:

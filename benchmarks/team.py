@@ -87,7 +87,9 @@ class Worker:
             raise WorkerError(f"its process ended with status {status}: {tail}")
         answer: Answer = json.loads(line)
         if "error" in answer:
-            raise WorkerError(answer["error"])
+            error = WorkerError(answer["error"])
+            error.add_note(answer["traceback"])  # which pytest shows where the error ends a test
+            raise error
         return answer
 
     def sample(self, calls: int) -> float:

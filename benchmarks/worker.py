@@ -191,7 +191,7 @@ def serve(make: Callable[[], object]) -> None:
         request = json.loads(line)
         try:
             answer = getattr(worker, request.pop("do"))(**request)
-        except Exception as error:  # told to who asked
+        except Exception as error:  # whatever it is, who asked raises it anew, in another process
             answer = {"error": f"{type(error).__name__}: {error}"[:2000], "traceback": traceback.format_exc()}
         print(json.dumps(answer), file=answers, flush=True)
 

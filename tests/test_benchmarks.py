@@ -156,8 +156,9 @@ def test_a_worker_answers_fails_and_is_ended():
         prepared = worker.ask("prepare", what="step", batch=2)
         assert prepared["peak_mem_mib"] is None or 0 < prepared["peak_mem_mib"] < 1000
         assert worker.sample(2) > 0
-        with pytest.raises(team.WorkerError, match="AttributeError"):
+        with pytest.raises(team.WorkerError, match="AttributeError") as failed:
             worker.ask("prepare", what="nothing")
+        assert "Traceback" in failed.value.__notes__[0]
         with pytest.raises(team.WorkerError, match="did not answer within 0 s"):
             worker.ask("sample", within_s=0.0, calls=10_000)
         with pytest.raises(team.WorkerError, match="ended with status -9"):
