@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from fastp2p.ops import _choices
+from fastp2p.ops._extension import WHY_ABSENT
 
 TESTS = Path(__file__).resolve().parent
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -47,6 +48,13 @@ def _device(request: pytest.FixtureRequest) -> Iterator[None]:
         yield from on_device.run_on_gpu()
     else:
         yield
+
+
+@pytest.fixture
+def cpp_serves(_device: None) -> None:
+    """For what holds of the C++ kernels alone: the test's tensors must be on the CPU, and C++ must serve it."""
+    if WHY_ABSENT is not None or torch.get_default_device().type != "cpu":
+        pytest.skip("C++ does not serve the tests' device here")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,6 +1,10 @@
 """Tests of operators run on either device: pytest --device cpu (plain or interpreted kernels) or --device cuda."""
 
+import fcntl
+import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -68,6 +72,17 @@ def run_on_gpu() -> Iterator[None]:
             setattr(owner, name, value)
 
 
+@contextmanager
+def one_process_at_a_time() -> Iterator[None]:
+    """Wait until no other process of this checkout's tests is in here, and keep the others out."""
+    descriptor = os.open(Path(__file__).parent, os.O_RDONLY)  # of the folder itself, so that nothing is left behind
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def kernels_serve() -> bool:
     """Whether operators reach Triton's kernels: on a GPU that has bfloat16, and interpreted on the CPU."""
     return _served_by_triton(torch.get_default_device().type)
@@ -75,6 +90,11 @@ def kernels_serve() -> bool:
 
 def _served_by_triton(device_type: str) -> bool:
     return ops.served_by("down", device_type).startswith("Triton")
+
+
+def rng_state() -> torch.Tensor:
+    """The state of the default device's own generator."""
+    return torch.get_rng_state() if torch.get_default_device().type == "cpu" else torch.cuda.get_rng_state()
 
 
 def with_threads(function: Callable[[], Any]) -> list[Any]:

@@ -116,7 +116,8 @@ def test_replicas_that_average_their_buckets_are_one_batch():
         for real_A, real_B in batches(2, SIZE, F64):
             step(real_A[rank : rank + 1], real_B[rank : rank + 1])
 
-    with ThreadPoolExecutor(2) as pool:
+    default = torch.get_default_device()  # which each thread has of its own
+    with ThreadPoolExecutor(2, initializer=torch.set_default_device, initargs=(default,)) as pool:
         list(pool.map(train, range(2)))
     step = whole.fused(SIZE, F64)
     for batch in batches(2, SIZE, F64):

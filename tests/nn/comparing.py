@@ -3,6 +3,7 @@
 import copy
 
 import torch
+from on_device import generator
 from torch import Tensor, nn
 
 from fastp2p.nn import FuseReport, fuse
@@ -102,7 +103,7 @@ def small(dtype: torch.dtype = DOUBLE, dropout: float = 0.0) -> nn.Sequential:
 
 
 def images(n: int = 2, dtype: torch.dtype = DOUBLE) -> Tensor:
-    return torch.randn(n, 3, 8, 8, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    return torch.randn(n, 3, 8, 8, dtype=dtype, generator=generator(1))
 
 
 def train_in_parallel(rank: int, port: int, folder: str) -> None:

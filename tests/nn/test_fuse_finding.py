@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from nn.comparing import assert_same_training, fused_copy
+from on_device import rng_state
 from torch import Tensor, nn
 
 from fastp2p.errors import InputError
@@ -313,12 +314,12 @@ def test_following_leaves_no_trace():
     model.calls, model.seen = 0, []
     model.eval()
     model.bn.train()
-    state, python_state = torch.get_rng_state(), random.getstate()
+    state, python_state = rng_state(), random.getstate()
     assert len(fuse(model).fused) == 1
     assert (model.calls, model.seen, model.buffer.item()) == (0, [], 0)
     assert not hasattr(model, "last")
     assert not hasattr(model, "draws")
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(rng_state(), state)
     assert random.getstate() == python_state
     assert [module.training for module in model.modules()] == [False, False, True, False]
 

@@ -292,7 +292,7 @@ def test_autocast():
     x = images(4, torch.float32)
     exact = copy.deepcopy(model)
     total(exact(x)).backward()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(x.device.type, torch.bfloat16):
         outputs = [m(x) for m in (model, fused)]
     assert outputs[1].dtype == outputs[0].dtype == torch.bfloat16
     for output in outputs:
@@ -302,7 +302,7 @@ def test_autocast():
         truth, other = exact.get_parameter(name).grad, model.get_parameter(name).grad
         # 0.02 of the largest gradient besides: two roundings of bfloat16 (0.4 %) for each of three layers
         assert (p.grad - truth).norm() <= 2 * (other - truth).norm() + 0.02 * max(truth.norm(), 1), name
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+    with torch.autocast(x.device.type, torch.bfloat16), torch.no_grad():
         outputs = [m.eval()(x).float() for m in (model, fused)]
     torch.testing.assert_close(outputs[1], outputs[0], rtol=0.05, atol=0.05)  # some roundings of bfloat16, 0.4 % each
     model.load_state_dict(fused.state_dict())  # running statistics of bfloat16 results are not quite the same

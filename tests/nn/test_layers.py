@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from nn.comparing import total
+from on_device import generator
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -132,7 +133,7 @@ def test_defaults_are_pix2pixs():
 
 def test_initialisation_by_type_reaches_the_layers():
     layer = ConvNormAct(3, 64)
-    fastp2p.init_weights(layer, generator=torch.Generator().manual_seed(0))
+    fastp2p.init_weights(layer, generator=generator(0))
     assert layer.conv.weight.std().item() == pytest.approx(0.02, rel=0.1)
     assert layer.norm.weight.mean().item() == pytest.approx(1, abs=0.02)
 
@@ -226,7 +227,7 @@ def test_small_pix2pix_of_layers_learns(autocast: bool):
     loss, history = PatchGANLoss(), []
     optimizers = [torch.optim.Adam(net.parameters(), lr=1e-2, betas=(0.5, 0.999)) for net in (netG, netD)]
     for _ in range(8):
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast(real_A.device.type, torch.bfloat16, enabled=autocast):
             fake_B = netG(real_A)
             fake = netD(torch.cat([real_A, fake_B.detach()], 1))
             real = netD(torch.cat([real_A, real_B], 1))
@@ -234,7 +235,7 @@ def test_small_pix2pix_of_layers_learns(autocast: bool):
         optimizers[1].zero_grad()
         loss_D.backward()
         optimizers[1].step()
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast(real_A.device.type, torch.bfloat16, enabled=autocast):
             loss_G_L1 = F.l1_loss(fake_B.float(), real_B)
             loss_G = loss(netD(torch.cat([real_A, fake_B], 1)), True, for_discriminator=False) + 100 * loss_G_L1
         optimizers[0].zero_grad()

@@ -14,12 +14,12 @@ from fastp2p import ops
 from fastp2p.errors import WriteError
 from fastp2p.ops import _choices
 from fastp2p.ops._choices import Measured, Place, Problem, problem_of
-from fastp2p.ops._extension import INTERPRETED, WHY_ABSENT
+from fastp2p.ops._extension import INTERPRETED
 from fastp2p.ops._library import launch
 
 TILE = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32, "SPLIT": 3, "num_warps": 2, "num_stages": 3}
 pytestmark = pytest.mark.usefixtures("own_cache")
-in_cpp = pytest.mark.skipif(WHY_ABSENT is not None, reason="C++ does not serve the CPU here")
+in_cpp = pytest.mark.usefixtures("cpp_serves")
 
 
 def arguments(

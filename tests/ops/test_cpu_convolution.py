@@ -97,7 +97,7 @@ def test_autocast_does_not_reach_inside(algorithm: str):
     """torch.ops.fastp2p computes in the dtype it is given; the public functions cast."""
     large, small, weight = operands(SHAPES[1], torch.float32)
     args = (None, None, 2, 1)
-    with convolution_on_the_cpu(algorithm), torch.autocast("cpu", torch.bfloat16):
+    with convolution_on_the_cpu(algorithm), torch.autocast(large.device.type, torch.bfloat16):
         out, _, _ = torch.ops.fastp2p.down(large, weight, *args, 0, 0.0, 0)
         back, _, _ = torch.ops.fastp2p.up(small, None, weight, *args, 17, 3, 0, 0.0, 0)
         dweight = torch.ops.fastp2p.wgrad(small, None, large, 4, 4, 2, 1, torch.float32)

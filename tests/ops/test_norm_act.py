@@ -5,7 +5,7 @@ import torch
 from on_device import generator, with_threads
 from torch import Tensor
 
-from fastp2p.ops import norm_act, norm_act_backward_ref, norm_act_ref, norm_stats, norm_stats_ref, served_by
+from fastp2p.ops import norm_act, norm_act_backward_ref, norm_act_ref, norm_stats, norm_stats_ref
 from fastp2p.ops._activation import ACTIVATIONS
 from fastp2p.ops._library import INTERPRETED
 
@@ -307,7 +307,7 @@ def test_fixed_statistics_keep_an_infinite_pixel_to_itself():
     assert dx.isfinite().all()
 
 
-@pytest.mark.skipif(served_by("norm_act", "cpu") != "C++", reason="C++ does not serve the CPU here")
+@pytest.mark.usefixtures("cpp_serves")
 def test_gradients_of_the_same_bits_with_any_number_of_threads():
     args = arguments(4, 64, 32, 32, stat_groups=2)
     dy, dy2 = gradients(args)

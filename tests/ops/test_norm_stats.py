@@ -4,7 +4,7 @@ from on_device import generator, with_threads
 from torch import Tensor
 
 from fastp2p.errors import InputError
-from fastp2p.ops import norm_stats, norm_stats_ref, served_by
+from fastp2p.ops import norm_stats, norm_stats_ref
 
 UNIT = torch.finfo(torch.float32).eps / 2  # one rounding
 SHAPES = [(1, 1, 1, 1), (1, 3, 1, 2), (2, 5, 3, 17), (3, 33, 2, 3), (4, 64, 2, 1), (4, 1, 3, 3), (2, 3, 17, 17)]
@@ -105,7 +105,7 @@ def test_float64_is_computed_in_float64():
         torch.testing.assert_close(ours, exact, rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.skipif(served_by("norm_stats", "cpu") != "C++", reason="C++ does not serve the CPU here")
+@pytest.mark.usefixtures("cpp_serves")
 @pytest.mark.parametrize("mean", [1.0, 100.0])
 def test_a_spread_far_smaller_than_the_mean(mean: float):
     """float32 stores the values to 4e-6 of a spread of 1e-3 around 100; a dozen roundings of the values stored."""
@@ -116,7 +116,7 @@ def test_a_spread_far_smaller_than_the_mean(mean: float):
         torch.testing.assert_close(var.double(), exact, rtol=1e-6, atol=0)
 
 
-@pytest.mark.skipif(served_by("norm_stats", "cpu") != "C++", reason="C++ does not serve the CPU here")
+@pytest.mark.usefixtures("cpp_serves")
 def test_the_same_bits_with_any_number_of_threads():
     x = values(4, 64, 64, 64)
     results = with_threads(lambda: norm_stats(x, stat_groups=2))

@@ -1,11 +1,16 @@
 """What only a GPU shows: CUDA graphs, streams, offsets over 2^31 and inductor around the operators."""
 
-from collections.abc import Callable
+import fcntl
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import on_device
 import pytest
 import torch
-from on_device import generator
+from on_device import generator, one_process_at_a_time
 from torch import Tensor
 
 from fastp2p import ops
@@ -153,14 +158,40 @@ def test_inductor(name: str):
     assert_same_bits(results(compiled, make(1)), eager(name, 1))
 
 
-def need_memory(gigabytes: int) -> None:
-    free, _ = torch.cuda.mem_get_info()
-    if free < gigabytes * BYTES:
-        pytest.skip(f"needs {gigabytes} GB of free GPU memory")
+@pytest.fixture
+def need_memory(_device: None) -> Iterator[Callable[[int], None]]:
+    """Skip where a GPU has not so many GB to spare. One test at a time, of all processes that share it, may ask.
+
+    The largest takes 34 GB; beside the contexts of 16 processes an H100 has room for one such, not for all four.
+    """
+
+    def need(gigabytes: int) -> None:
+        free, _ = torch.cuda.mem_get_info()
+        if free < gigabytes * BYTES:
+            pytest.skip(f"needs {gigabytes} GB of free GPU memory")
+
+    with one_process_at_a_time():
+        torch.cuda.empty_cache()
+        yield need
+        torch.cuda.empty_cache()  # for the next process
+
+
+def test_each_large_test_has_the_memory_to_itself():
+    """Whoever is inside keeps the others out, and each of these tests is inside."""
+    large = {name: test for name, test in globals().items() if "beyond_2_to_the_31" in name}
+    assert len(large) == 4
+    assert all("need_memory" in inspect.signature(test).parameters for test in large.values())
+    folder = os.open(Path(on_device.__file__).parent, os.O_RDONLY)
+    try:
+        with one_process_at_a_time(), pytest.raises(BlockingIOError):
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(folder, fcntl.LOCK_EX)
+    finally:
+        os.close(folder)
 
 
 @pytest.mark.gpu
-def test_patch_loss_beyond_2_to_the_31():
+def test_patch_loss_beyond_2_to_the_31(need_memory: Callable[[int], None]):
     """The gradient of the last elements is that of a batch of them alone, but for the size of the mean."""
     need_memory(12)
     x = torch.randn(2**31 + 2**20, dtype=torch.bfloat16)
@@ -173,7 +204,7 @@ def test_patch_loss_beyond_2_to_the_31():
 
 
 @pytest.mark.gpu
-def test_down_beyond_2_to_the_31():
+def test_down_beyond_2_to_the_31(need_memory: Callable[[int], None]):
     """The lower half of the last image, where element 2^31 lies, against PyTorch's convolution of that half."""
     need_memory(16)
     x = torch.randn(3, 2400, 2400, 128, dtype=torch.bfloat16).permute(0, 3, 1, 2)
@@ -186,7 +217,7 @@ def test_down_beyond_2_to_the_31():
 
 
 @pytest.mark.gpu
-def test_adam_beyond_2_to_the_31():
+def test_adam_beyond_2_to_the_31(need_memory: Callable[[int], None]):
     """The last elements, one of them by itself after the fours, as in buffers of them alone."""
     need_memory(40)
     m, last = 2**31 + 2**20 + 1, 2**20 + 4097
@@ -199,7 +230,7 @@ def test_adam_beyond_2_to_the_31():
 
 
 @pytest.mark.gpu
-def test_augment_beyond_2_to_the_31():
+def test_augment_beyond_2_to_the_31(need_memory: Callable[[int], None]):
     """Resident pairs of more bytes than that: the last of them."""
     need_memory(6)
     pairs = torch.randint(0, 256, (4400, 286, 286, 6), dtype=torch.uint8)

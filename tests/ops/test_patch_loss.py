@@ -4,7 +4,7 @@ from on_device import generator, with_threads
 
 from fastp2p.errors import InputError
 from fastp2p.losses import GANLoss
-from fastp2p.ops import patch_loss, patch_loss_ref, served_by
+from fastp2p.ops import patch_loss, patch_loss_ref
 from fastp2p.ops._library import INTERPRETED
 from fastp2p.ops.patch_loss import KINDS
 
@@ -128,7 +128,7 @@ def test_float64_is_computed_in_float64():
         torch.testing.assert_close(ours, exact, rtol=1e-13, atol=1e-15)  # dx is a share of the mean, about 1 / 35
 
 
-@pytest.mark.skipif(served_by("patch_loss", "cpu") != "C++", reason="C++ does not serve the CPU here")
+@pytest.mark.usefixtures("cpp_serves")
 def test_the_same_bits_with_any_number_of_threads():
     x = values(4, 3, 128, 128)
     results = with_threads(lambda: patch_loss(x, "square", target=1.0)[0])
