@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CSRC := $(shell find csrc -name '*.*')
 
-.PHONY: train test lint proof sanitize compile-check cuda-check bench gpu-check gpu-rehearse gpu-wheels clean
+.PHONY: train test lint proof sanitize compile-check cuda-check bench gpu-first gpu-rehearse clean
 
 train: .venv/installed
 	$(BIN)/fastp2p train
@@ -52,20 +52,15 @@ cuda-check: .venv/installed
 bench: .venv/installed
 	$(BIN)/python -m pytest benchmarks $(or $(ARGS),--quick)
 
-# On a CUDA GPU: the parity suite, then the operator benchmarks, into benchmarks/results/. Runs on $(PYTHON) as it is, with
-# torch, triton, numpy and pillow alone; pytest and setuptools come from .gpu-wheels, so it needs no network.
-gpu-check:
-	$(PYTHON) benchmarks/gpu_check.py $(ARGS)
+# On a CUDA GPU, without a network: parity and time of the step first, then everything else, within nine minutes. Runs on
+# $(PYTHON), which has torch and triton; .gpu-cache, which make gpu-cache fills elsewhere, brings the rest.
+OUT ?= gpu-results
+gpu-first:
+	$(PYTHON) benchmarks/gpu_first.py --out $(OUT) $(ARGS)
 
-# The same path in a minute on the CPU, with interpreted kernels and tiny shapes.
+# Every stage of it on a CPU, tiny, and once more with each one killed, on the floor's software.
 gpu-rehearse:
-	$(PYTHON) benchmarks/gpu_check.py --rehearse
-
-# What gpu-check lacks on such a machine, fetched where there is a network.
-gpu-wheels:
-	rm -rf .gpu-wheels
-	$(PYTHON) -m pip download --quiet --no-deps --only-binary :all: --constraint constraints.txt --dest .gpu-wheels \
-		pytest pytest-benchmark py-cpuinfo2 iniconfig pluggy pygments packaging "setuptools>=77" ninja
+	cd .floor/checkout && $(abspath .floor/venv/bin/python) -m pytest tests/test_gpu_first.py
 
 # Made anew when what is installed changes. PyTorch comes first: the extension is built against it.
 .venv/installed: pyproject.toml setup.py constraints.txt $(CSRC)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastp2p.ops import adam
 
+UNET_256_PARAMETERS = 54_413_955
 LR, BETAS = 2e-4, (0.5, 0.999)
 
 

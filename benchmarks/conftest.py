@@ -10,21 +10,24 @@ import torch
 from epochs import write_builtin_pairs
 from machine import name_of
 from plot import plot
-from providers import EAGER, HALF_SIDE, PAPER, TINY, providers
-from results import head, save, tables
+from providers import EAGER, HALF_SIDE, OTHERS, PAPER, TINY, providers
+from results import Row, head, new_path, save, tables
 from team import Team
 
 from fastp2p.engine.ceilings import copy_bytes_per_sec
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LEFT_OUT = pytest.StashKey[dict[str, str]]()
+HEAD = pytest.StashKey[Row]()  # of the results
+KEPT = pytest.StashKey[Path]()  # the file that they are kept in
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastp2p")
     group.addoption("--quick", action="store_true", help="fewer rounds and cases: three minutes on two CPU cores")
     group.addoption("--rehearse", action="store_true", help="tiny networks, to see that all runs: times mean nothing")
-    group.addoption("--out", type=Path, metavar="DIR", help="keep results there: JSON and a plot; benchmarks/results")
+    group.addoption("--out", type=Path, metavar="DIR", help="keep results there, in a file that grows with each "
+                    "benchmark, JSON, and a plot at the end; or the file itself, NAME.json")  # fmt: skip
     group.addoption("--data", type=Path, metavar="DIR", help="pairs for epochs, A|B side by side in DIR/train; without "
                     "it the built-in set's")  # fmt: skip
     group.addoption("--direction", default="AtoB", choices=["AtoB", "BtoA"], help="of --data")
@@ -35,13 +38,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[LEFT_OUT] = {}
-    if (folder := config.getoption("out")) is not None:  # better now than in an hour
+    if (out := config.getoption("out")) is not None:  # better now than in an hour
+        folder = out.parent if out.suffix == ".json" else out
         try:
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             raise pytest.UsageError(f"--out: cannot write to {folder}: {error}; choose another folder") from error
-    others = [p.name for p in providers(DEVICE, quick=False)[0] if not p.ours and p is not EAGER]
+    others = [p.name for p in OTHERS if p is not EAGER]
     if unknown := set(config.getoption("without")) - set(others):
         raise pytest.UsageError(f"--without: got {', '.join(unknown)}; expected some of {', '.join(others)}")
 
@@ -89,21 +93,48 @@ def data(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) 
     return given.resolve()
 
 
-def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
+def _content(config: pytest.Config, *, complete: bool) -> Row | None:
+    """The results so far, for the file; None while there are none."""
     session = getattr(config, "_benchmarksession", None)
     rows = [row for b in session.benchmarks for row in b.extra_info.get("rows", [])] if session else []
     if not rows:
+        return None
+    if HEAD not in config.stash:
+        config.stash[HEAD] = head(gpu=DEVICE.type == "cuda", rehearsal=config.getoption("rehearse"))
+    return config.stash[HEAD] | {"complete": complete, "left_out": config.stash[LEFT_OUT], "rows": rows}
+
+
+def _keep(config: pytest.Config, content: Row) -> Path:
+    """Write the results so far to the run's file, which is new or the one that --out names."""
+    if KEPT not in config.stash:
+        out = config.getoption("out")
+        config.stash[KEPT] = out if out.suffix == ".json" else new_path(content, out)
+    save(content, config.stash[KEPT])
+    return config.stash[KEPT]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """After each benchmark: what is measured is kept, whatever becomes of the next one."""
+    content = _content(item.config, complete=False)
+    if content is not None and item.config.getoption("out") is not None:
+        _keep(item.config, content)
+
+
+def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
+    content = _content(config, complete=exitstatus == 0)
+    if content is None:
         return
     write = terminalreporter.write_line
-    content = head(gpu=DEVICE.type == "cuda", rehearsal=config.getoption("rehearse"))
-    content |= {"complete": exitstatus == 0, "left_out": config.stash[LEFT_OUT], "rows": rows}
     terminalreporter.section(f"{name_of(content)}, torch {content['versions']['torch']}")
     for line in tables(content):
         write(line)
-    if (folder := config.getoption("out")) is None:
+    if config.getoption("out") is None:
         return
-    path = save(content, folder)
+    path = _keep(config, content)
     write(f"kept: {path}")
+    if config.getoption("out") == path:  # who names the file wants that one alone
+        return
     try:
         if (picture := plot(content, path.with_suffix(".png"))) is not None:
             write(f"plot: {picture}")

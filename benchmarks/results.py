@@ -18,7 +18,8 @@ NOTES = [
     "in the process is in it, a loader's processes are not. Of an operator, what a call takes beyond its inputs",
     "strangers_cores: how many cores were busy with what is not ours, on average while it was measured",
     "tuned_convolutions: how many ours has a measured choice of kernel for on this machine (fastp2p tune); 0: by rule",
-    "each provider's first step or output was compared with eager float32's before; who is off is not timed",
+    "each provider's first step or output was compared with eager float32's before; another one that is off is not "
+    "timed; ours is, and wrong says by how much it is off",
 ]
 
 Row = dict[str, Any]
@@ -34,19 +35,19 @@ def head(*, gpu: bool, rehearsal: bool) -> Row:
     return facts | describe(gpu=gpu) | {"tuned_convolutions": tuned, "notes": NOTES}
 
 
-def save(content: Row, folder: Path) -> Path:
-    """Write MACHINE-DATE.json into the folder; an earlier run of the day stays."""
-    from fastp2p.files import write_atomically
-
-    path = free_path(folder, f"{slug(name_of(content))}-{content['date'][:10]}")
-    write_atomically(path, json.dumps(content, indent=1).encode() + b"\n")
-    return path
-
-
-def free_path(folder: Path, stem: str) -> Path:
+def new_path(content: Row, folder: Path) -> Path:
+    """MACHINE-DATE.json in the folder, which is made if need be; an earlier run of the day stays."""
     folder.mkdir(parents=True, exist_ok=True)
+    stem = f"{slug(name_of(content))}-{content['date'][:10]}"
     names = (folder / f"{stem}{suffix}.json" for suffix in ["", *(f"-{i}" for i in range(2, 1000))])
     return next(path for path in names if not path.exists())
+
+
+def save(content: Row, path: Path) -> None:
+    """Write results; the file is whole at every instant."""
+    from fastp2p.files import write_atomically
+
+    write_atomically(path, json.dumps(content, indent=1).encode() + b"\n")
 
 
 def tables(content: Row) -> list[str]:
@@ -86,7 +87,7 @@ def _providers_table(suite: str, rows: list[Row]) -> list[str]:
             spread = f"{row['first_quartile']:.2f} to {row['third_quartile']:.2f}"
             peak = "" if row["peak_mem_mib"] is None else f"{row['peak_mem_mib']:.0f}"
             epoch = f"{row['s_per_epoch']:9.1f}" if has_epochs else ""
-            ratio = "" if row is ours else f"{row['ms'] / ours['ms']:.2f}x"
+            ratio = "" if row is ours or ours.get("wrong") else f"{row['ms'] / ours['ms']:.2f}x"
             lines.append(
                 f"{batch if i == 0 else '':<7}{row['provider']:<31}{row['ms']:10.2f}{spread:>20}"
                 f"{row['img_per_sec']:9.2f}{epoch}{ratio:>9}{peak:>10}{row['first_s']:9.1f}"
@@ -96,7 +97,9 @@ def _providers_table(suite: str, rows: list[Row]) -> list[str]:
 
 
 def _verdict(ours: Row, rows: list[Row]) -> str:
-    """Whether ours is ahead, by medians, and whether quartiles overlap."""
+    """Whether ours is ahead, by medians, and whether quartiles overlap; no comparison where ours is wrong."""
+    if ours.get("wrong"):
+        return f"       {ours['provider']} is WRONG, so its time claims nothing: {ours['wrong']}"
     others = [row for row in rows if not row["provider"].startswith("fastp2p")]
     if not others:
         return f"       {ours['provider']}: nobody to compare with"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -119,13 +120,19 @@ def fake_team(monkeypatch: pytest.MonkeyPatch, **faults: tuple[str, ...]) -> tea
     return team.Team(members, CPU, TINY, {}, quick=True)
 
 
-def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch):
+def test_a_wrong_result_claims_nothing(monkeypatch: pytest.MonkeyPatch):
+    """Ours is timed all the same, compared with nobody, and the benchmark fails; another one is not timed."""
     benchmark = Pedantic()
     ours = fake_team(monkeypatch).ours.name
-    with pytest.raises(pytest.fail.Exception, match="wrong, so nothing is timed: gradient of netG off by 8"):
+    with pytest.raises(pytest.fail.Exception, match="wrong, so its time claims nothing: gradient of netG off by 8"):
         fake_team(monkeypatch, wrong=(ours,)).compare(benchmark, "step", 1)
-    assert benchmark.extra_info == {}
+    rows = benchmark.extra_info["rows"]
+    assert {row["provider"]: bool(row["wrong"]) for row in rows} == {EAGER.name: False, OTHERS[1].name: False, ours: True}
+    text = "\n".join(results.tables(content(*rows)))
+    assert f"{ours} is WRONG, so its time claims nothing: gradient of netG off by 8" in text
+    assert re.search(r"\d\.\d\dx", text) is None
 
+    benchmark = Pedantic()
     other = OTHERS[1].name
     mine = fake_team(monkeypatch, wrong=(other,))
     mine.compare(benchmark, "step", 1)
@@ -143,7 +150,7 @@ def test_who_fails_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch):
     assert rows[EAGER.name]["img_per_sec"] == pytest.approx(4e3 / 3)
     assert rows[EAGER.name]["first_s"] == 2.0  # of the check, which came first
     assert rows[mine.ours.name]["settings"] == mine.ours.settings
-    with pytest.raises(pytest.fail.Exception, match=r"fastp2p .* is wrong, so nothing is timed: out of memory"):
+    with pytest.raises(pytest.fail.Exception, match=r"fastp2p .* fails, so nothing is timed: out of memory"):
         fake_team(monkeypatch, broken=(mine.ours.name,)).compare(benchmark, "step", 4)
 
 
@@ -214,7 +221,11 @@ def test_compare_says_what_it_wants(
 
 def test_results_are_kept_and_plotted(tmp_path: Path):
     kept = content(row("eager float32", 30.0), row("fastp2p bf16", 10.0), row("fastp2p bf16", 9.0, batch=4))
-    first, second = (results.save(kept, tmp_path) for _ in range(2))
+    paths = []
+    for _ in range(2):
+        paths.append(results.new_path(kept, tmp_path))
+        results.save(kept, paths[-1])
+    first, second = paths
     assert (first.name, second.name) == ("2-cores-of-a-cpu-2026-11-20.json", "2-cores-of-a-cpu-2026-11-20-2.json")
     assert json.loads(first.read_text()) == kept
     picture = plot.plot(kept, tmp_path / "plot.png")

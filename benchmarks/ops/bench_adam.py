@@ -5,8 +5,7 @@ each pass.
 """
 
 import torch
-from adam_case import AdamCase
-from jobs import UNET_256_PARAMETERS
+from adam_case import UNET_256_PARAMETERS, AdamCase
 from layers import NOISE, each_dtype
 from torch import nn
 

@@ -1,23 +1,42 @@
-"""The parity suite for gpu_check.py: pytest in many processes at once, and which operators it finds right.
+"""The tests of operators, layers and the engine on a GPU, by many pytest processes at once; results as each one ends.
 
-Most of its time goes into compiling kernels, one core each, and a kernel's fault ends its process: so every file runs
+    python benchmarks/gpu_tests.py --file FILE --seconds S [--rehearse]
+
+Most of their time goes into compiling kernels, one core each, and a kernel's fault ends its process: so every file runs
 in processes of its own, several at a time.
 """
 
+import argparse
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import xml.etree.ElementTree as ET
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from machine import ROOT
+from results import save
 
 SHARDS = 4  # of each file of operator tests
 MOST_FAILURES, MOST_CHARACTERS = 100, 4000  # kept in the results: of failures, and of each one's text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--file", type=Path, required=True, help="JSON, whole at every instant")
+    parser.add_argument("--seconds", type=float, required=True, help="what runs longer is stopped and counted")
+    parser.add_argument("--rehearse", action="store_true", help="a few tests, on the CPU")
+    args = parser.parse_args()
+    end = time.monotonic() + args.seconds
+    with tempfile.TemporaryDirectory(prefix="fastp2p-gpu-tests-") as folder:
+        units = list_units("cpu" if args.rehearse else "cuda", args.rehearse, Path(folder))
+        run(units, os.cpu_count() or 1, end, lambda: save(summarise(units), args.file))
+        return 0 if summarise(units)["green"] else 1
 
 
 @dataclass
@@ -36,9 +55,10 @@ class Unit:
     def name(self) -> str:
         return f"{self.file.relative_to(ROOT)} {self.shard}"
 
-    def start(self, env: dict[str, str]) -> None:
+    def start(self, threads: int) -> None:
         command = [sys.executable, "-m", "pytest", str(self.file), "--shard", self.shard, "-m", "not slow", "-q"]
         command += ["--no-header", "-p", "no:cacheprovider", f"--junitxml={self.xml}", *self.options]
+        env = os.environ | {"OMP_NUM_THREADS": str(threads)}
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
 
@@ -54,18 +74,20 @@ class Unit:
             print(text[-3000:], flush=True)
 
 
-def run(units: list[Unit], env: dict[str, str], workers: int, end: float) -> None:
-    """Run them, so many at once, until they are done or time.monotonic() is `end`."""
+def run(units: list[Unit], workers: int, end: float, tell: Callable[[], object]) -> None:
+    """Run them, so many at once, until they are done or time.monotonic() is `end`; tell when one has ended."""
     waiting, running = list(units), []
-    env = env | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    tell()
     try:
         while waiting or running:
             while waiting and len(running) < workers and time.monotonic() < end:
                 running.append(waiting.pop(0))
-                running[-1].start(env)
+                running[-1].start(threads)
             for unit in [unit for unit in running if unit.process.poll() is not None]:
                 running.remove(unit)
                 unit.finish()
+                tell()
             if time.monotonic() > end:
                 break
             time.sleep(0.05)
@@ -74,6 +96,7 @@ def run(units: list[Unit], env: dict[str, str], workers: int, end: float) -> Non
             unit.process.kill()
             unit.process.wait()
             unit.finish("stopped before its end")
+        tell()
 
 
 def list_units(device: str, rehearse: bool, folder: Path) -> list[Unit]:
@@ -95,40 +118,26 @@ def list_units(device: str, rehearse: bool, folder: Path) -> list[Unit]:
     ]
 
 
-def summarise(units: list[Unit], operators: list[str]) -> dict[str, Any]:
-    """Counts in all and by file, failures with their text, and for each operator why it is not green, or ""."""
+def summarise(units: list[Unit]) -> dict[str, Any]:
+    """Counts in all and by file, and failures with their text."""
     files: dict[str, Counter[str]] = {}
-    of_operator = {name: Counter[str]() for name in operators}
-    failures, verdicts = [], {}
+    failures = []
     for unit in units:
         counts = files.setdefault(str(unit.file.relative_to(ROOT)), Counter(passed=0, failed=0, skipped=0))
         for name, outcome, text in _outcomes(unit.xml):
             counts[outcome] += 1
-            operator = operator_of(unit.file.stem, name, operators)
-            if operator:
-                of_operator[operator][outcome] += 1
             if outcome == "failed":
                 failures.append({"test": f"{unit.file.name}::{name}", "text": text[-MOST_CHARACTERS:]})
         if unit.ended:
             counts["unfinished"] += 1
             failures.append({"test": unit.name, "text": unit.ended})
-            operator = operator_of(unit.file.stem, "", operators)
-            if operator:
-                of_operator[operator]["unfinished"] += 1
-    for operator, counts in of_operator.items():
-        faults = [f"{counts[what]} {words}" for what, words in _FAULTS.items() if counts[what]]
-        verdicts[operator] = ", ".join(faults) or ("" if counts["passed"] else "none of its tests ran")
     total = sum(files.values(), Counter(passed=0, failed=0, skipped=0))
     return {
         "green": not failures and total["passed"] > 0,
         "total": total,
         "files": files,
-        "operators": verdicts,
         "failures": failures[:MOST_FAILURES],
     }
-
-
-_FAULTS = {"failed": "tests failed", "unfinished": "runs of tests did not finish"}
 
 
 def _outcomes(xml: Path) -> list[tuple[str, str, str]]:
@@ -144,10 +153,5 @@ def _outcomes(xml: Path) -> list[tuple[str, str, str]]:
     return outcomes
 
 
-def operator_of(file_stem: str, test: str, operators: list[str]) -> str | None:
-    """The operator that a test is about, by its file's name; in the file of all operators by its own."""
-    if file_stem == "test_on_gpu":
-        found = [name for name in operators if name in test]
-    else:
-        found = [name for name in operators if file_stem.startswith(f"test_{name}")]
-    return max(found, key=len, default=None)
+if __name__ == "__main__":
+    sys.exit(main())
