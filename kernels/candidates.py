@@ -8,9 +8,11 @@ import triton
 from fastp2p.kernels import gemm, wgrad_adam
 from fastp2p.kernels.layer_shapes import may_split
 from torch import Tensor
+from triton.runtime.errors import PTXASError
 
 Config = dict[str, int]
-CANNOT = (triton.OutOfResources, triton.CompilationError)  # a configuration that this GPU or compiler refuses
+# What refuses a configuration: the launcher, Triton itself, and the assembler behind it
+CANNOT = (triton.OutOfResources, triton.CompilationError, PTXASError)
 MOST = 8  # configurations of a problem: each is compiled before it is timed, in about a second
 
 

@@ -1,5 +1,6 @@
 """The tuner: it knows what the step calls, chooses among what computes it, and keeps what it has measured."""
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from fastp2p.engine.tune import Contest, tune
 from fastp2p.networks import PixelDiscriminator
 from fastp2p.ops import _choices
 from fastp2p.ops._choices import Measured, Problem, problem_of
+from fastp2p.ops._extension import INTERPRETED
 
 SIZE = (16, 32)
 OPERATORS = ("down", "up", "wgrad", "wgrad_adam")
@@ -200,6 +202,46 @@ def test_without_a_right_candidate_the_rule_serves(place: _choices.Place, monkey
     table = tune(wanted, place, report=said.append, tick=lambda: None)
     assert list(table) == [wanted[1].problem]
     assert said[-1].endswith("no candidate computes what the reference does; it goes by rule")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+def test_what_the_compiler_and_the_assembler_refuse_is_left_out(monkeypatch: pytest.MonkeyPatch):
+    """However it is refused. A real refusal of the assembler, and Triton's own errors, each from one candidate."""
+    errors = pytest.importorskip("triton.compiler.errors", reason="needs triton")
+    runtime = importlib.import_module("triton.runtime.errors")
+    compile_check = importlib.import_module("fastp2p.kernels.compile_check")
+    case = next(case for case in compile_check.all_cases() if case.name == "running_stats")
+    refusals = [
+        lambda args: compile_with_an_unknown_flag(compile_check, case),
+        lambda args: raise_(runtime.OutOfResources(300_000, 232_448, "shared memory")),
+        lambda args: raise_(errors.CompilationError(None, None)),
+        lambda args: raise_(errors.CompileTimeAssertionFailure(None, None)),
+        lambda args: raise_(errors.UnsupportedLanguageConstruct(None, None)),
+        lambda args: raise_(RuntimeError("PassManager::run failed")),
+    ]
+    operation, said = some_operations(torch.float32)[0], []
+    right = getattr(torch.ops.fastp2p, operation.problem.operator)
+    runs: dict[str, Any] = {"rule": lambda args: right(*args)} | {f"refused {i}": run for i, run in enumerate(refusals)}
+    monkeypatch.setattr(tuner, "candidates_of", lambda operation, args: list(runs))
+    monkeypatch.setattr(tuner, "run_with", lambda operation, choice, device: runs[choice])
+    trial = Trial(operation, Noise(torch.get_default_device()))
+    _, computed = tuner._contest(trial, torch.device("cuda"), said.append)
+    assert list(computed) == ["rule"]
+    assert len(said) == len(refusals)
+    assert "PTXASError" in said[0]
+    assert all("is left out: it fails with" in line for line in said)
+
+
+def raise_(error: Exception) -> None:
+    raise error
+
+
+def compile_with_an_unknown_flag(compile_check: Any, case: Any) -> None:
+    """Raises what Triton makes of the assembler's refusal; no GPU is needed."""
+    signature = {name: case.types.get(name, "constexpr") for name in case.kernel.arg_names}
+    source = compile_check.ASTSource(fn=case.kernel, signature=signature, constexprs={"BLOCK": 128})
+    target = compile_check.GPUTarget("cuda", 90, 32)
+    compile_check.triton.compile(source, target=target, options={"ptx_options": "--no-such-flag"})
 
 
 def contest(**samples: list[float]) -> Measured:
