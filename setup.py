@@ -35,7 +35,7 @@ def what_to_build() -> str:
     return build if build != "auto" else "cuda" if nvcc else "cpu"
 
 
-class BuildExtension(cpp_extension.BuildExtension):
+class Build(cpp_extension.BuildExtension):
     def build_extensions(self) -> None:
         try:
             super().build_extensions()
@@ -46,15 +46,15 @@ class BuildExtension(cpp_extension.BuildExtension):
 def extensions() -> list[object]:
     if (build := what_to_build()) == "none":
         return []
-    if build == "cuda" and not cpp_extension.torch.cuda.is_available():
+    if (cuda := build == "cuda") and not cpp_extension.torch.cuda.is_available():
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX")
-    folders = ["csrc", "csrc/cpu"] + (["csrc/cuda"] if build == "cuda" else [])
-    sources = sorted(str(f) for folder in folders for kind in ("cpp", "cu") for f in Path(folder).glob(f"*.{kind}"))
-    flags = {"cxx": CXX + (["-DUSE_CUDA"] if build == "cuda" else []), "nvcc": NVCC}
+    sources = sorted(str(f) for kind in (["cpp", "cu"] if cuda else ["cpp"]) for f in Path("csrc").rglob(f"*.{kind}"))
+    flags = {"cxx": CXX + (["-DUSE_CUDA"] if cuda else []), "nvcc": NVCC}
     options = {"include_dirs": [os.path.abspath("csrc")], "extra_compile_args": flags, "py_limited_api": True}
-    make = cpp_extension.CUDAExtension if build == "cuda" else cpp_extension.CppExtension
-    return [make("fastp2p._C", sources, **options)]
+    make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
+    made = make("fastp2p._C", sources, **options)
+    made.libraries = [name for name in made.libraries if name != "cudart"]  # PyTorch brings it; a wrapped nvcc hides it
+    return [made]
 
 
-limited_api = {"bdist_wheel": {"py_limited_api": "cp311"}}
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension}, options=limited_api)
+setup(ext_modules=extensions(), cmdclass={"build_ext": Build}, options={"bdist_wheel": {"py_limited_api": "cp311"}})

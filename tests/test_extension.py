@@ -9,11 +9,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from numpy.random import mtrand
 
 from fastp2p.ops import _extension
 
 ROOT = Path(__file__).resolve().parents[1]
+IN_TORCH_2_11 = """
+AOTI_TORCH_SUCCESS STABLE_TORCH_LIBRARY_IMPL STD_CUDA_KERNEL_LAUNCH_CHECK TORCH_ABI_VERSION TORCH_BOX
+TORCH_ERROR_CODE_CHECK aoti_torch_get_current_cuda_stream torch_call_dispatcher
+BFloat16 DeviceGuard Half HeaderOnlyArrayRef MemoryFormat ScalarType Tensor
+contiguous copy_ empty empty_like from get_num_threads narrow parallel_for to toString
+"""
 FORCED = ("__bss_start", "_edata", "_end", "_init", "_fini")  # the linker exports them from every library
 
 
@@ -35,6 +42,27 @@ def test_needs_the_stable_abi_alone(symbols: list[tuple[str, str]]):
     assert any(name.startswith("aoti_torch_") for name in needed)
     unstable = [name for name in needed if re.search(r"\b(at|c10|caffe2|torch)::", name)]
     assert not unstable
+
+
+def words_of_pytorch() -> set[str]:
+    """Names of PyTorch's headers in csrc/, less what is declared weak there: only a newer PyTorch has that."""
+    text = "\n".join(file.read_text() for file in sorted((ROOT / "csrc").rglob("*.*")))
+    text = re.sub(r"//.*", "", text)
+    optional = set(re.findall(r"__attribute__\(\(weak\)\) [^;]*?(\w+)\(", text))
+    scoped = re.findall(r"\btorch::(?:stable|headeronly)(?:::\w+)*::(\w+)", text)
+    return {*scoped, *re.findall(r"\b(?:[A-Z]+_)?TORCH_\w+|\bSTD_\w+|\b(?:aoti_)?torch_\w+", text)} - optional
+
+
+def test_the_oldest_pytorch_has_what_the_sources_use():
+    """Compiling with a newer PyTorch does not show it: of the macros, not all are hidden from an older target."""
+    used, oldest = words_of_pytorch(), set(IN_TORCH_2_11.split())
+    assert used - oldest == set(), "not known to be in PyTorch 2.11: look there, then add it to IN_TORCH_2_11"
+    assert oldest - used == set(), "no longer used"
+    include = Path(torch.__file__).parent / "include" / "torch"
+    folders = ("csrc/stable", "headeronly", "csrc/inductor/aoti_torch")
+    files = [file for folder in folders for file in (include / folder).rglob("*.h")]
+    known = set(re.findall(r"\w+", "\n".join(file.read_text() for file in files)))
+    assert used - known == set(), f"not in PyTorch {torch.__version__}"
 
 
 def test_exports_its_entry_alone(symbols: list[tuple[str, str]]):
