@@ -22,6 +22,10 @@ class Crops:
     def __len__(self) -> int:
         return len(self.index)
 
+    def gather(self, out: Tensor) -> None:
+        """Write the batch's own pairs, and no others, into `out`: (N, H, W, C) uint8 on the pairs' device."""
+        torch.index_select(self.pairs, 0, self.index, out=out)
+
     def cut(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """Cut them out where the pairs are, and move them to the device.
 

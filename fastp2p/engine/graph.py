@@ -12,7 +12,7 @@ from fastp2p.errors import InputError
 from fastp2p.losses import Losses
 
 WARM_UP = 3  # ordinary steps of each batch size before its graph is captured: kernels compile, the allocator settles
-STAGES = 2  # of streamed pairs: one is filled while the other one is read
+STAGES = 2  # of the host's pairs: one is filled while the other one is read
 
 
 class Key(NamedTuple):
@@ -20,7 +20,7 @@ class Key(NamedTuple):
 
     batch_size: int
     pair_shape: torch.Size
-    resident_at: int | None  # address of resident pairs, which the graph holds; None for streamed ones
+    resident_at: int | None  # address of pairs on the device, which the graph holds; None for the host's
 
 
 @dataclass
@@ -87,43 +87,65 @@ class GraphedStep:
         return recorded.losses
 
 
+@dataclass
+class Stage:
+    """Where a batch of the host's pairs waits, and when each of its two places may be filled again."""
+
+    pinned: Tensor  # (N, H, W, C) uint8, in the host's pinned memory, from which a copy does not block
+    arrived: Tensor  # the same on the device
+    sent: torch.cuda.Event  # recorded when `pinned` has been read
+    read: torch.cuda.Event  # recorded when `arrived` has been read
+
+
 class GraphInputs:
     """Fixed addresses on the device from which a graph reads a batch.
 
-    Resident pairs are read where they are, and a call copies only which ones and their jitter. Streamed pairs come from
-    pinned memory through two stages, on a stream of their own, so that the next batch is on its way while this one is
-    trained on.
+    Pairs on the device are read where they are, and a call copies only which ones and their jitter. Pairs in the host's
+    memory, all of them or a decoded batch, are gathered there: the batch alone comes over, from pinned memory through
+    two stages, on a stream of its own, so that the next one is on its way while this one is trained on.
 
     Args:
         like: crops of the batch size, sizes and place of what is to come.
     """
 
     def __init__(self, like: Crops, device: torch.device):
-        streamed = not like.pairs.is_cuda
+        self.gathers = not like.pairs.is_cuda
         index, offset, flip = (torch.empty_like(t, device=device) for t in (like.index, like.offset, like.flip))
-        pairs = torch.empty_like(like.pairs, device=device) if streamed else like.pairs
-        self.crops = Crops(pairs, index, offset, flip, like.crop_size, like.input_nc)
-        self.stages = [torch.empty_like(pairs) for _ in range(STAGES)] if streamed else []
-        self.stage_free = [torch.cuda.Event() for _ in self.stages]
-        self.next_stage = 0
-        self.copies = torch.cuda.Stream(device) if streamed else None
-        if self.copies is not None:  # the stages' memory may still be read by what was launched before
+        pairs = like.pairs
+        self.stages: list[Stage] = []
+        if self.gathers:
+            shape = (len(like), *like.pairs.shape[1:])
+            pairs = torch.empty(shape, dtype=like.pairs.dtype, device=device)
+            index = torch.arange(len(like), device=device)
+            self.stages = [self._stage(pairs) for _ in range(STAGES)]
+            self.copies = torch.cuda.Stream(device)
+            # The stages' memory may still be read by what was launched before
             self.copies.wait_stream(torch.cuda.current_stream(device))
+        self.crops = Crops(pairs, index, offset, flip, like.crop_size, like.input_nc)
+        self.next_stage = 0
+
+    @staticmethod
+    def _stage(pairs: Tensor) -> Stage:
+        pinned = torch.empty(pairs.shape, dtype=pairs.dtype, device="cpu", pin_memory=True)
+        return Stage(pinned, torch.empty_like(pairs), torch.cuda.Event(), torch.cuda.Event())
 
     def fill(self, crops: Crops) -> None:
-        """Bring a batch in, on the current stream."""
-        for name in ("index", "offset", "flip"):
+        """Bring a batch in, on the current stream. Waits, where pairs are gathered, for the copy of two calls ago."""
+        for name in ("offset", "flip") if self.gathers else ("index", "offset", "flip"):
             source: Tensor = getattr(crops, name)
             pinned = source if source.is_cuda else source.pin_memory()
             getattr(self.crops, name).copy_(pinned, non_blocking=True)
-        if self.copies is None:
+        if not self.gathers:
             return
-        stage, free = self.stages[self.next_stage], self.stage_free[self.next_stage]
+        stage = self.stages[self.next_stage]
+        stage.sent.synchronize()  # or this batch would overwrite one that is still to be sent
+        crops.gather(stage.pinned)
         with torch.cuda.stream(self.copies):
-            self.copies.wait_event(free)
-            stage.copy_(crops.pairs.pin_memory(), non_blocking=True)
-        current = torch.cuda.current_stream(stage.device)
-        current.wait_stream(self.copies)
-        self.crops.pairs.copy_(stage)
-        free.record(current)
+            self.copies.wait_event(stage.read)
+            stage.arrived.copy_(stage.pinned, non_blocking=True)
+            stage.sent.record(self.copies)
+        current = torch.cuda.current_stream(stage.arrived.device)
+        current.wait_event(stage.sent)
+        self.crops.pairs.copy_(stage.arrived)
+        stage.read.record(current)
         self.next_stage = (self.next_stage + 1) % STAGES

@@ -14,12 +14,13 @@ LOAD_SIZE, CROP_SIZE = 36, 32
 
 
 def crops(n: int, seed: int, resident: torch.Tensor | None) -> Crops:
-    """A batch of n of 8 pairs; None: streamed, so decoded into the host's memory."""
+    """A batch of n of 8 pairs, all on the GPU or all in the host's memory; None: streamed, so decoded into that."""
     g = generator(seed)
     index = torch.randperm(8, generator=g)[:n]
     offset = torch.randint(0, LOAD_SIZE - CROP_SIZE + 1, (n, 2), generator=g)
     flip = torch.randint(0, 2, (n,), generator=g).bool()
     if resident is not None:
+        index, offset, flip = (t.to(resident.device) for t in (index, offset, flip))
         return Crops(resident, index, offset, flip, CROP_SIZE, 3)
     pairs = pair_images()[index].cpu()
     return Crops(pairs, torch.arange(n, device="cpu"), offset.cpu(), flip.cpu(), CROP_SIZE, 3)
@@ -33,15 +34,15 @@ def nets() -> Trained:
     return small_nets(levels=5, ngf=16, dropout="paper", dtype=torch.float32)
 
 
-@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("kept", ["on the GPU", "in the host's memory", "streamed"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_replay_is_the_step_bit_for_bit(dtype: torch.dtype, streamed: bool):
+def test_replay_is_the_step_bit_for_bit(dtype: torch.dtype, kept: str):
     """Batches of 2 with a smaller last one in each epoch of 5, and a learning rate that changes."""
     one = nets()
     other = one.twin()
     ordinary = one.fused((CROP_SIZE, CROP_SIZE), dtype, seed=3)
     graphed = GraphedStep(other.fused((CROP_SIZE, CROP_SIZE), dtype, seed=3))
-    resident = None if streamed else pair_images()
+    resident = None if kept == "streamed" else pair_images().to("cuda" if kept == "on the GPU" else "cpu")
     for step in range(5 * (WARM_UP + 3)):
         for optimizer in (*one.optimizers, *other.optimizers):
             optimizer.param_groups[0]["lr"] = 2e-3 / (1 + step // 5)
