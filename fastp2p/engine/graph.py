@@ -12,6 +12,7 @@ from fastp2p.errors import InputError
 from fastp2p.losses import Losses
 
 WARM_UP = 3  # ordinary steps of each batch size before its graph is captured: kernels compile, the allocator settles
+MAIN_PRIORITY = -1  # of the graph's main chain; streams have 0 by default, as the branch beside it has
 STAGES = 2  # of the host's pairs: one is filled while the other one is read
 
 
@@ -46,7 +47,9 @@ class GraphedStep:
     def __init__(self, step: FusedStep):
         self.step = step
         self.device = step.rng.device
-        self.stream = torch.cuda.Stream(self.device)  # a graph cannot be captured on the default stream
+        # A graph cannot be captured on the default stream. Its main chain comes first (a lower number is a higher
+        # priority, and kernels keep it in the graph): or each small kernel would queue behind the branch's large grids
+        self.stream = torch.cuda.Stream(self.device, priority=MAIN_PRIORITY)
         self.pool = torch.cuda.graph_pool_handle()  # graphs never run side by side, so they share memory
         self.recorded: dict[Key, Recorded] = {}
 
