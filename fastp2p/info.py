@@ -41,7 +41,9 @@ def _describe_choices(device: torch.device) -> str:
 
 
 def version_of(package: str) -> str:
-    """Of an installed package, for a report."""
+    """The version of an installed package, for a report; of PyTorch with the build, such as 2.11.0+cu130."""
+    if package == "torch":
+        return torch.__version__  # PyPI's metadata leave the build out
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -11,6 +11,7 @@ from conftest import TINY, random_image
 
 from fastp2p import ops
 from fastp2p.config import TrainConfig
+from fastp2p.info import version_of
 from fastp2p.networks import UnetGenerator
 from fastp2p.ops._extension import describe_extension
 
@@ -61,7 +62,13 @@ def test_info_names_the_kernel_of_each_operator(fastp2p):
     for operator in ops.operators():
         assert f"\n{operator:<19}{ops.served_by(operator, device)}\n" in done.stdout
     assert f"\nC++ kernels  {describe_extension()}\n" in done.stdout
-    assert torch.__version__ in done.stdout
+    assert f"\ntorch        {torch.__version__}\n" in done.stdout
+
+
+def test_info_gives_the_build_of_pytorch(monkeypatch: pytest.MonkeyPatch):
+    """PyPI's package is 2.11.0 by its metadata, and calls itself 2.11.0+cu130."""
+    monkeypatch.setattr(torch, "__version__", "2.11.0+planted")
+    assert version_of("torch") == "2.11.0+planted"
 
 
 def test_help_gives_every_option_with_its_text(fastp2p):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastp2p import ops
 from fastp2p.errors import InputError
+from fastp2p.ops import _library
 from fastp2p.ops._activation import Activation
 
 Convolution = nn.Conv2d | nn.ConvTranspose2d
@@ -175,10 +176,8 @@ def fold(conv: Convolution, norm: Normalisation, dtype: torch.dtype) -> tuple[Te
 
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:
-    device_type = weight.device.type
-    if weight.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
-        return weight.dtype
-    return torch.get_autocast_dtype(device_type)
+    autocast = _library.autocast_dtype(weight.device.type)
+    return weight.dtype if autocast is None or weight.dtype == torch.float64 else autocast
 
 
 def _is_recording(weight: Tensor) -> bool:

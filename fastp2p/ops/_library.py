@@ -169,11 +169,18 @@ def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """The tensors in autocast's dtype, where it is on for x's device and they are floating and not float64."""
-    device_type = x.device.type
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+    dtype = autocast_dtype(x.device.type)
+    if dtype is None:
         return x, *others
-    dtype = torch.get_autocast_dtype(device_type)
     return tuple(t.to(dtype) if t is not None and _autocasts(t) else t for t in (x, *others))
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """autocast's dtype, where it is on for this type of device; None elsewhere, and where there is no autocast."""
+    # PyTorch 2.11 compiles no question after availability. Of the devices that it compiles for, meta alone has none.
+    compiling = torch.compiler.is_compiling()
+    available = device_type != "meta" if compiling else torch.amp.is_autocast_available(device_type)
+    return torch.get_autocast_dtype(device_type) if available and torch.is_autocast_enabled(device_type) else None
 
 
 def _autocasts(tensor: Tensor) -> bool:

@@ -78,6 +78,15 @@ def test_compiled_dropout_is_dropped():
     assert not torch.equal(*outputs)
 
 
+def test_shapes_come_from_the_meta_device():
+    fused, _ = fused_copy(small(dtype=torch.float32))
+    x = images(dtype=torch.float32)
+    expected = fused(x).shape
+    fused, x = fused.to("meta"), x.to("meta")
+    for mode in (True, False):
+        assert fused.train(mode)(x).shape == expected
+
+
 def test_checkpointing_recomputes_the_same():
     """Running statistics move twice, as PyTorch's own do; dropout repeats its mask."""
     model = small()

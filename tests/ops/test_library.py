@@ -40,6 +40,17 @@ def test_autocast_casts_what_it_should():
     assert others[2] is None
 
 
+def test_compiling_asks_nothing_that_the_oldest_pytorch_cannot_trace(monkeypatch: pytest.MonkeyPatch):
+    """Whether there is autocast for a type of device, PyTorch 2.11's compiler cannot find out."""
+    monkeypatch.setattr(torch.amp, "is_autocast_available", torch.compiler.disable(torch.amp.is_autocast_available))
+    compiled = torch.compile(_library.autocast, backend="eager", fullgraph=True)
+    x = torch.zeros(1)
+    assert compiled(x)[0].dtype == torch.float32
+    with torch.autocast(x.device.type, torch.bfloat16):
+        assert compiled(x)[0].dtype == torch.bfloat16
+    assert compiled(x.to("meta"))[0].dtype == torch.float32
+
+
 def test_a_gradient_that_there_is_not_raises():
     x = torch.zeros(1, 2, 3, 3, requires_grad=True)
     dweight = torch.ops.fastp2p.wgrad(x, None, x.detach(), 1, 1, 1, 0, torch.float32)
