@@ -29,7 +29,9 @@ class Chain:
         """Note on the result whose it is, so that the modules taken in know their own."""
         if not torch.compiler.is_compiling():
             out._fastp2p_chain = self  # type: ignore[attr-defined]
-        elif not torch.compiler.is_exporting():
+        elif torch.compiler.is_dynamo_compiling():
+            # An export must not set it, since this model then runs on uncompiled: a strict one drops what is set here.
+            # PyTorch 2.11's compiler answers is_exporting with True, always.
             self.compiled = True
 
     def made(self, out: Tensor) -> bool:

@@ -12,6 +12,8 @@ from nn.plain_models import DCGANDiscriminator, ResidualGenerator, SegmentationU
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fastp2p.errors import InputError
+
 DOUBLE = torch.float64
 
 
@@ -66,6 +68,18 @@ def test_compiled_one_by_one():
     fused, _ = fused_copy(model)
     fused[0].compile(backend="aot_eager")
     torch.testing.assert_close(fused(images()), model(images()))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")  # the mark, in strict mode
+def test_exported(strict: bool):
+    torch._dynamo.reset()
+    fused, _ = fused_copy(small())
+    x = images()
+    exported = torch.export.export(fused, (x,), strict=strict)
+    torch.testing.assert_close(exported.module()(x), fused(x))
+    with pytest.raises(InputError, match="does not come straight from the convolution"):
+        fused[1](x)
 
 
 def test_compiled_dropout_is_dropped():
