@@ -5,13 +5,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 CSRC := $(shell find csrc -name '*.*')
 
-.PHONY: train test lint proof sanitize compile-check cuda-check bench gpu-first gpu-rehearse clean
+.PHONY: train test lint proof sanitize compile-check cuda-check floor floor-build floor-checkout bench \
+	gpu-first gpu-cache gpu-rehearse clean
 
 train: .venv/installed
 	$(BIN)/fastp2p train
 
 # Interpreted kernels keep one core busy each, so two processes share those tests.
-INTERPRETED := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ops tests/engine/test_kernels.py --numprocesses 2
+INTERPRETED = TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ops tests/engine/test_kernels.py --numprocesses 2
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow"
@@ -47,6 +48,37 @@ compile-check: .venv/installed
 cuda-check: .venv/installed
 	$(BIN)/python -m pytest tests/test_cuda_sources.py -s
 
+# The quick suite on the oldest PyTorch and Triton that pyproject.toml allows, with the CUDA kernels built and loaded. It
+# needs Python 3.12, nvcc and 5 GB of disk, and no GPU. It works on a copy of this checkout: .venv keeps its extension.
+FLOOR_PYTHON ?= python3.12
+floor floor-build .floor/installed: BIN = $(CURDIR)/.floor/venv/bin
+floor: floor-build
+	cd .floor/checkout && $(BIN)/python -m pytest -m "not slow"
+	cd .floor/checkout && $(INTERPRETED) -m "not slow"
+
+# ninja compiles what changed: --force, since setuptools looks at no header.
+floor-build: floor-checkout .floor/installed
+	cd .floor/checkout && FASTP2P_BUILD=cuda $(BIN)/python setup.py --quiet build_ext --inplace --force
+	$(BIN)/fastp2p info | grep "^C++ kernels .* and CUDA$$"
+
+# Files keep their times and go where they are no longer in the checkout; what was built stays.
+floor-checkout:
+	mkdir -p .floor/checkout
+	find .floor/checkout -type f ! -path '*/build/*' ! -path '*.egg-info/*' ! -name '*.so' -delete
+	git ls-files -z --cached --others --exclude-standard | \
+		tar --create --null --ignore-failed-read --files-from - | tar --extract --directory .floor/checkout
+	test ! -d ../shared || ln -sfn $(abspath ../shared) .floor/shared
+
+.floor/installed: pyproject.toml constraints-floor.txt | floor-checkout
+	@$(FLOOR_PYTHON) -c "" || { echo "make floor: $(FLOOR_PYTHON) does not run; set FLOOR_PYTHON= to Python 3.12"; false; }
+	@command -v nvcc || test -x $${CUDA_HOME:-/usr/local/cuda}/bin/nvcc || \
+		{ echo "make floor: no nvcc on PATH or in CUDA_HOME; it comes with the CUDA toolkit"; false; }
+	$(FLOOR_PYTHON) -m venv .floor/venv
+	$(BIN)/python -m pip install --quiet --constraint constraints-floor.txt torch setuptools ninja
+	FASTP2P_BUILD=none $(BIN)/python -m pip install --quiet --constraint constraints-floor.txt --no-build-isolation \
+		--editable .floor/checkout pytest pytest-benchmark pytest-xdist
+	touch $@
+
 # Ours beside eager PyTorch, torch.compile and the rest: three minutes on two cores; ARGS="--out benchmarks/results" is
 # all of it.
 bench: .venv/installed
@@ -57,6 +89,12 @@ bench: .venv/installed
 OUT ?= gpu-results
 gpu-first:
 	$(PYTHON) benchmarks/gpu_first.py --out $(OUT) $(ARGS)
+
+# What such a machine lacks, made where there is a network and no GPU: Triton's programs compiled for sm_90, the CUDA
+# extension, wheels. It takes minutes the first time, and then what has changed; made on the GPU machine's software.
+FLOOR ?= .floor/venv/bin/python
+gpu-cache:
+	$(FLOOR) benchmarks/gpu_cache.py make $(ARGS)
 
 # Every stage of it on a CPU, tiny, and once more with each one killed, on the floor's software.
 gpu-rehearse:
@@ -72,4 +110,4 @@ gpu-rehearse:
 	touch $@
 
 clean:
-	rm -rf .venv .gpu-wheels build dist *.egg-info fastp2p/_C*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .gpu-cache build dist *.egg-info fastp2p/_C*.so .pytest_cache .mypy_cache .ruff_cache

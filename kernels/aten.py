@@ -22,7 +22,7 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def wrapper(*args: Any) -> Any:
         device_type = args[0].device.type
-        on = torch.is_autocast_enabled(device_type)
+        on = device_type != "meta" and torch.is_autocast_enabled(device_type)
         with torch.autocast(device_type, enabled=False) if on else contextlib.nullcontext():
             return function(*args)
 

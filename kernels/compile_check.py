@@ -7,6 +7,7 @@ exits with 1 when a kernel spills registers, needs more shared memory than its t
 without tensor cores, or on sm_90 tiles of 64 rows or more without wgmma. Triton brings the assembler, ptxas, along.
 """
 
+import functools
 import importlib
 import multiprocessing
 import os
@@ -42,6 +43,22 @@ TARGETS = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 PTXAS_FLAGS = ["--regAllocOptLevel=2"] if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else []
 # Of a configuration, for the compiler; the rest are the kernel's constants
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
+
+
+@functools.cache
+def fix_keys() -> None:
+    """Let Triton hash every kernel once, in one order, whatever this process is going to launch first.
+
+    Triton puts the global constants of a function that a kernel calls into the kernel's hash only if that function was
+    hashed before (3.6 and 3.7), so a program's place in the cache would depend on what else a process had launched.
+    """
+    if triton.knobs.runtime.interpret:  # nothing is compiled
+        return
+    for name in ("activation", *KERNEL_FILES):
+        module = importlib.import_module(f"fastp2p.kernels.{name}")
+        for function in vars(module).values():
+            if isinstance(function, triton.JITFunction):
+                function.cache_key  # noqa: B018 (it is kept)
 
 
 @dataclass(frozen=True)

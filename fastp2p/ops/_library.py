@@ -105,9 +105,15 @@ def serve_by_triton(name: str) -> None:
 
 def launch(name: str, choice: Choice | None, args: tuple[Any, ...]) -> Any:
     """Call an operator's launcher: ours with a configuration, or by rule, or ATen's convolution for "aten"."""
-    file = "aten" if choice == "aten" else file_of(name)
-    kernel = getattr(importlib.import_module(f"fastp2p.kernels.{file}"), name)
+    kernel = getattr(_kernels("aten" if choice == "aten" else file_of(name)), name)
     return kernel(*args, config=choice) if isinstance(choice, dict) else kernel(*args)
+
+
+@functools.cache
+def _kernels(file: str) -> Any:
+    """A file of kernels; from the first one on, what programs are kept by is settled."""
+    importlib.import_module("fastp2p.kernels.compile_check").fix_keys()
+    return importlib.import_module(f"fastp2p.kernels.{file}")
 
 
 @functools.cache
