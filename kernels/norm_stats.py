@@ -4,6 +4,8 @@ Reads x once: 2 bytes an element in bfloat16. The GEMMs make the same tile stati
 that are still in registers, and share the merge: then x is not read at all. One program takes a tile of pixels by
 channels of one statistics group; the merge (Chan, Golub and LeVeque 1979) takes the tiles in a fixed order, so the same
 input gives the same bits. Everything is float32 around means: no sum of squares of raw values, which would cancel.
+Divisions are correctly rounded, where a GPU's plain ones are off by 2 ulp: a sum that is exact has an exact mean, and
+equal values have no variance.
 """
 
 from collections.abc import Iterator
@@ -38,9 +40,9 @@ def store_partial(
     """
     count = tl.sum(row_inside.to(tl.float32), axis=0)
     at_least_one = tl.maximum(count, 1.0)
-    mean = tl.sum(tl.where(row_inside[:, None], values, 0.0), axis=0) / at_least_one
+    mean = tl.div_rn(tl.sum(tl.where(row_inside[:, None], values, 0.0), axis=0), at_least_one)
     deviation = tl.where(row_inside[:, None], values - mean[None, :], 0.0)
-    left_over = tl.sum(deviation, axis=0) / at_least_one  # what rounding kept from the mean
+    left_over = tl.div_rn(tl.sum(deviation, axis=0), at_least_one)  # what rounding kept from the mean
     m2 = tl.sum(deviation * deviation, axis=0) - left_over * left_over * count
     inside = channel < n_channels
     tl.store(partial_ptr + channel, mean + left_over, mask=inside)
@@ -96,20 +98,22 @@ def _merge_kernel(
         tile_count = tl.load(at + 2 * n_channels, mask=mask, other=0.0)
 
         block_count = tl.sum(tile_count, axis=0)
-        block_mean = tl.sum(tile_count * tile_mean, axis=0) / tl.maximum(block_count, 1.0)
+        at_least_one = tl.maximum(block_count, 1.0)
+        block_mean = tl.div_rn(tl.sum(tile_count * tile_mean, axis=0), at_least_one)
         spread = tile_mean - block_mean[None, :]
-        left_over = tl.sum(tile_count * spread, axis=0) / tl.maximum(block_count, 1.0)
+        left_over = tl.div_rn(tl.sum(tile_count * spread, axis=0), at_least_one)
         block_m2 = tl.sum(tile_m2 + tile_count * spread * spread, axis=0) - left_over * left_over * block_count
         block_m2 = tl.where(block_m2 < 0.0, 0.0, block_m2)  # by rounding
         block_mean += left_over
 
-        total = tl.maximum(count + block_count, 1.0)
+        share = tl.div_rn(block_count, tl.maximum(count + block_count, 1.0))
         delta = block_mean - mean
-        mean += delta * (block_count / total)
-        m2 += block_m2 + delta * delta * (count * block_count / total)
+        mean += delta * share
+        m2 += block_m2 + delta * delta * (count * share)
         count += block_count
     tl.store(mean_ptr + group * n_channels + channel, mean, mask=inside)
-    tl.store(var_ptr + group * n_channels + channel, m2 / tl.maximum(count, 1.0), mask=inside)
+    var = tl.div_rn(m2, tl.maximum(count, 1.0))
+    tl.store(var_ptr + group * n_channels + channel, var, mask=inside)
 
 
 def compile_cases() -> Iterator[Case]:

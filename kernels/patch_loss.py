@@ -41,7 +41,7 @@ def _patch_loss_kernel(
     if KIND == BCE:
         decay = tl.exp(-tl.abs(x))  # of the larger side: never overflows
         loss = tl.maximum(x, 0.0) - x * t + _log1p(decay)
-        sigmoid = tl.where(x >= 0, 1.0 / (1.0 + decay), decay / (1.0 + decay))
+        sigmoid = tl.div_rn(tl.where(x >= 0, 1.0, decay), 1.0 + decay)
         slope = sigmoid - t
     elif KIND == SQUARE:
         loss = (x - t) * (x - t)
@@ -68,7 +68,7 @@ def _log1p(x):
     """log(1 + x) for 0 <= x <= 1 to float32's precision: the correction cancels the rounding of 1 + x (Kahan)."""
     y = 1.0 + x
     rest = x - (y - 1.0)
-    return tl.log(y) + rest / y
+    return tl.log(y) + tl.div_rn(rest, y)
 
 
 def compile_cases() -> Iterator[Case]:

@@ -1,0 +1,58 @@
+"""Every kernel divides correctly rounded: read from the programs, which are compiled without a GPU.
+
+A plain division of float32 becomes div.full, which is off by up to 2 ulp; the interpreter rounds it, and shows nothing.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from fastp2p.ops._extension import INTERPRETED
+
+compile_check = pytest.importorskip("fastp2p.kernels.compile_check", reason="needs triton")
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+TANH = 3
+FLAGS = ("KIND", "HAS_STATS", "WRITE_SUMS")  # by which a kernel divides, or not; and ACTIVATION, by tanh
+
+
+def kinds() -> Iterator[Any]:
+    """Of each kernel one case in its first configuration for each of the flags' values, and with tanh."""
+    seen = set()
+    for case in compile_check.all_cases():
+        cases = [case]
+        if case.name.startswith("norm_act ") and "ACTIVATION" in case.constants:
+            cases.append(replace(case, name=f"{case.name} tanh", constants=case.constants | {"ACTIVATION": TANH}))
+        for each in cases:
+            tanh = each.constants.get("ACTIVATION") == TANH
+            kind = (each.kernel.fn.__module__, each.kernel.fn.__name__, tanh, *map(each.constants.get, FLAGS))
+            if kind not in seen:
+                yield replace(each, configs=each.configs[:1])
+            seen.add(kind)
+
+
+def ptx(case: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The program for sm_90; the assembler is left out."""
+    programs: list[str] = []
+
+    def assemble(ptx: str, capability: int) -> str:
+        programs.append(ptx)
+        return "Used 1 registers"
+
+    monkeypatch.setattr(compile_check, "assemble", assemble)
+    compile_check.compile_case(case, case.configs[0], 90, True)
+    return programs[0]
+
+
+@pytest.mark.parametrize("case", list(kinds()), ids=lambda case: case.name)
+def test_divisions_and_roots_are_correctly_rounded(case: Any, monkeypatch: pytest.MonkeyPatch):
+    inexact = r"\b(?:div\.(?:full|approx)|rcp\.approx|r?sqrt\.approx|tanh\.approx|lg2\.approx)[.\w]*"
+    assert re.findall(inexact, ptx(case, monkeypatch)) == []
+
+
+def test_the_kernels_that_divide_are_among_them(monkeypatch: pytest.MonkeyPatch):
+    """Or the test above would have nothing to find."""
+    dividing = {case.name.split()[0] for case in kinds() if "div.rn" in ptx(case, monkeypatch)}
+    assert dividing == {"adam", "augment", "down", "norm_act", "norm_stats", "patch_loss", "reduce", "up", "wgrad_adam"}
