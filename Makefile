@@ -48,8 +48,9 @@ compile-check: .venv/installed
 cuda-check: .venv/installed
 	$(BIN)/python -m pytest tests/test_cuda_sources.py -s
 
-# The quick suite on the oldest PyTorch and Triton that pyproject.toml allows, with the CUDA kernels built and loaded. It
-# needs Python 3.12, nvcc and 5 GB of disk, and no GPU. It works on a copy of this checkout: .venv keeps its extension.
+# The quick suite on the oldest PyTorch and Triton that pyproject.toml allows, with the CUDA kernels built and loaded.
+# It needs Python 3.12, nvcc and 5 GB of disk, and no GPU. It works on a copy of this checkout, so that .venv keeps its
+# extension.
 FLOOR_PYTHON ?= python3.12
 floor floor-build .floor/installed: BIN = $(CURDIR)/.floor/venv/bin
 floor: floor-build

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -173,6 +174,26 @@ def test_linking_asks_for_nothing_of_the_toolkit(monkeypatch: pytest.MonkeyPatch
     (extension,) = made[0]["ext_modules"]
     assert "csrc/cuda/adam.cu" in extension.sources
     assert set(extension.libraries) <= {"c10", "torch", "torch_cpu", "c10_cuda", "torch_cuda"}
+
+
+def pins(file: str) -> dict[str, str]:
+    lines = [line for line in (ROOT / file).read_text().splitlines() if not line.startswith("#")]
+    return dict(line.split("==") for line in lines)
+
+
+def test_the_floor_is_the_oldest_that_is_supported():
+    """And otherwise what the other tests run with, so that a difference has one of these causes."""
+    floor, usual = pins("constraints-floor.txt"), pins("constraints.txt")
+    required = " ".join(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"])
+    for name in ("torch", "triton"):
+        (oldest,) = re.findall(rf"\b{name}>=([\d.]+)", required)
+        assert f"{floor[name]}.".startswith(f"{oldest}."), name
+    major, minor, _ = map(int, floor["torch"].split("."))
+    assert f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000" in (ROOT / "setup.py").read_text()
+    differ = {name for name in floor.keys() & usual.keys() if floor[name] != usual[name]}
+    assert differ == {"torch", "triton", "numpy", "setuptools"}
+    only = {name for name in floor.keys() - usual.keys() if not name.startswith(("nvidia-", "cuda-"))}
+    assert not only
 
 
 def assert_cpp_serves(report: str) -> None:
