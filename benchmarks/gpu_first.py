@@ -247,6 +247,7 @@ def _environment(work: Path, rehearse: bool) -> dict[str, str]:
         if missing:
             raise Unfit(f"{sys.executable} lacks {', '.join(missing)}; choose another Python with PYTHON=...")
         env |= gpu_cache.unpack(gpu_cache.FOLDER, work / "cache")
+        sys.path += env["PYTHONPATH"].split(os.pathsep)  # this process writes files by it, too
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [env.get("PYTHONPATH"), benchmarks]))
     return env
 

@@ -211,7 +211,8 @@ def _graph_is_the_step(scale: Scale, device: torch.device, dtype: torch.dtype) -
         n = 4 if number % 2 else 1
         index = torch.randint(8, (n,), generator=random)
         offset = torch.randint(side - scale.size + 1, (n, 2), generator=random)
-        crops = Crops(pairs, index, offset, torch.rand(n, generator=random) < 0.5, scale.size, 3)
+        flip = torch.rand(n, generator=random) < 0.5
+        crops = Crops(pairs, index.to(device), offset.to(device), flip.to(device), scale.size, 3)
         expected, got = ordinary(*crops.cut(device)), graphed(crops)
         if not torch.equal(torch.stack(tuple(expected)), torch.stack(tuple(got))):
             return f"losses of step {number}, batch {n}: {[*map(float, got)]}, expected {[*map(float, expected)]}"

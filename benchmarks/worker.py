@@ -160,10 +160,10 @@ class ProviderWorker(Measured):
 def images(
     scale: Scale, batch: int, device: torch.device, layout: torch.memory_format = torch.contiguous_format
 ) -> list[tuple[Tensor, Tensor]]:
-    """Sets of real_A and real_B, (batch, 3, size, size) float32 in [-1, 1], the same in every process."""
-    generator, shape = torch.Generator().manual_seed(0), (2, batch, 3, scale.size, scale.size)
-    sets = (torch.rand(shape, generator=generator) * 2 - 1 for _ in range(SETS))
-    pairs = ([x.to(device).contiguous(memory_format=layout) for x in pair] for pair in sets)
+    """Sets of real_A and real_B, (batch, 3, size, size) float32 in [-1, 1], the same in every process on a device."""
+    generator, shape = torch.Generator(device).manual_seed(0), (2, batch, 3, scale.size, scale.size)
+    sets = (torch.rand(shape, generator=generator, device=device) * 2 - 1 for _ in range(SETS))
+    pairs = ([x.contiguous(memory_format=layout) for x in pair] for pair in sets)
     return [(real_A, real_B) for real_A, real_B in pairs]
 
 
