@@ -15,6 +15,8 @@ def faults(source: str) -> Iterator[str]:
     """What holds on the CPU alone, by line."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef):
+            if "scope=" in "".join(map(ast.unparse, node.decorator_list)):
+                yield f"{node.lineno}: {node.name} is older than a test's device; leave its scope out"
             for decorator in map(ast.unparse, node.decorator_list):
                 if "skipif" in decorator and ("served_by(" in decorator or "WHY_ABSENT" in decorator):
                     yield f"{node.lineno}: {node.name} asks who serves the CPU; use the fixture cpp_serves"
@@ -43,6 +45,7 @@ def test_runs_on_either_device(path: Path):
         ("torch.randn(3, generator=torch.Generator().manual_seed(1))", "1: a generator"),
         ('with torch.autocast("cpu", torch.bfloat16):\n    pass', "1: autocast"),
         ("with ThreadPoolExecutor(2) as pool:\n    pass", "1: threads"),
+        ("@pytest.fixture(scope='module')\ndef cases(): ...", "2: cases is older"),
         ("state = torch.get_rng_state()", "1: torch.get_rng_state"),
         ('@pytest.mark.skipif(served_by("down", "cpu") != "C++")\ndef test(): ...', "2: test asks"),
     ],

@@ -36,8 +36,8 @@ SIDES = [1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 33, 64, 70]
 LARGEST = 40_000  # elements: some three tasks of the CPU's kernels
 
 
-@pytest.fixture(scope="module")
-def cases() -> int:
+@pytest.fixture
+def cases(_device: None) -> int:
     """Of each operator: few for Triton, which interprets in Python or compiles for new alignments of the shapes."""
     return 8 if kernels_serve() else 150
 
