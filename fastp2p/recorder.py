@@ -3,10 +3,10 @@
 import io
 import json
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -39,13 +39,19 @@ class Recorder:
         write_atomically(self.stats_path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self.stats = open(self.stats_path, "a", buffering=1)  # noqa: SIM115 (open as long as the run)
         self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self.thread = ThreadPoolExecutor(1, "panel")  # encoding one takes as long as a hundred steps of a GPU
+        self.pending: Future[None] | None = None  # panel, that the thread writes
 
     def __enter__(self) -> "Recorder":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        self.stats.close()
-        self.events.close()
+        try:
+            self._wait_for_panel()
+        finally:
+            self.thread.shutdown()
+            self.stats.close()
+            self.events.close()
         if kind is not WriteError:  # a diverged run wants its curves most of all
             draw_curves(self.stats_path, self.folder / "losses.png", self.gan_mode)
 
@@ -58,14 +64,32 @@ class Recorder:
         for name, value in values.items():
             self.events.add_scalar(name.replace("loss_", "loss/").replace("val_", "val/"), value, step)
 
-    def panel(self, step: int, rows: Sequence[Sequence[Tensor]]) -> Path:
-        """Write the validation panel as panel/STEP.png, and as panel.png, the newest. Raises WriteError."""
+    def panel(self, step: int, rows: Sequence[Sequence[Tensor]]) -> None:
+        """Draw the validation panel; a thread writes it as panel/STEP.png, and as panel.png, the newest.
+
+        Raises:
+            WriteError: when the panel before this one could not be written; the end of the `with` block raises for
+                the last one.
+        """
         image = draw_panel(rows)
+        self._wait_for_panel()
+        self.pending = self.thread.submit(self._write_panel, step, image)
+
+    def _wait_for_panel(self) -> None:
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.result()
+
+    def _write_panel(self, step: int, image: Image.Image) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        png = to_png(image, fast=True)
         (self.folder / "panel").mkdir(exist_ok=True)
         for path in (self.folder / "panel" / f"{step:07d}.png", self.folder / "panel.png"):
-            write_atomically(path, to_png(image))
-        self.events.add_image("panel", np.asarray(image), step, dataformats="HWC")
-        return self.folder / "panel.png"
+            write_atomically(path, png)
+        # SummaryWriter.add_image would encode it once more
+        content = Summary.Image(height=image.height, width=image.width, colorspace=3, encoded_image_string=png)
+        self.events._get_file_writer().add_summary(Summary(value=[Summary.Value(tag="panel", image=content)]), step)
 
 
 def read_stats(path: Path) -> list[dict[str, Any]]:

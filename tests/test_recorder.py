@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastp2p.errors import InputError
+from fastp2p.errors import InputError, WriteError
 from fastp2p.recorder import Recorder, draw_panel, read_stats
 
 LINE = {"loss_G_GAN": 1.0, "loss_G_L1": 30.0, "loss_D_real": 0.6, "loss_D_fake": 0.7}
@@ -54,6 +54,19 @@ def test_files_are_what_they_should_be(tmp_path: Path):
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert events.Scalars("loss/G_L1")[0].value == 30.0
     assert events.Images("panel")[0].step == 10
+
+
+def test_a_panel_that_cannot_be_written_is_told(tmp_path: Path):
+    """By the next panel, or at the end."""
+    rows = [tuple(torch.zeros(3, 8, 8) for _ in range(3))]
+    (tmp_path / "panel.png").mkdir()
+    recorder = Recorder(tmp_path, 0, "vanilla")
+    recorder.panel(10, rows)
+    with pytest.raises(WriteError, match=r"panel\.png"):
+        recorder.panel(20, rows)
+    recorder.panel(30, rows)
+    with pytest.raises(WriteError, match=r"panel\.png"):
+        recorder.__exit__(None, None, None)
 
 
 def test_nothing_to_draw(tmp_path: Path):

@@ -88,15 +88,15 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 def to_image(x: Tensor) -> Image.Image:
     """(C, H, W) in [-1, 1], C = 1 or 3 -> an 8-bit image, rounded to nearest."""
-    values = ((x.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    array = values.permute(1, 2, 0).numpy()
+    values = ((x.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    array = values.permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
 
 
-def to_png(image: Image.Image) -> bytes:
-    """The image as a PNG file."""
+def to_png(image: Image.Image, *, fast: bool = False) -> bytes:
+    """The image as a PNG file. fast: in a third of the time, and a tenth larger."""
     buffer = BytesIO()
-    image.save(buffer, "PNG")
+    image.save(buffer, "PNG", compress_level=1 if fast else 6)
     return buffer.getvalue()
 
 
