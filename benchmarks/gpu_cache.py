@@ -11,6 +11,7 @@ another Triton, since nothing of it would be found there.
 """
 
 import argparse
+import fcntl
 import hashlib
 import importlib.metadata
 import io
@@ -118,6 +119,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def make(extension: str, what: list[str]) -> None:
     """Build the wheel of a copy of the sources, then let a process that runs on it compile."""
+    WORK.mkdir(parents=True, exist_ok=True)
+    lock = (WORK / "lock").open("w")  # held until this process ends
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"waiting for another make gpu-cache in {WORK}", flush=True)
+        fcntl.flock(lock, fcntl.LOCK_EX)
     tree = snapshot()
     site = WORK / "site"
     shutil.rmtree(site, ignore_errors=True)

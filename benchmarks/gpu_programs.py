@@ -17,7 +17,7 @@ import torch
 import triton
 from fastp2p.kernels import ahead as compiler
 from fastp2p.kernels.ahead import H100, Compiled, Program
-from gpu_cache import FORMAT, MANIFEST, MOST_BYTES
+from gpu_cache import FORMAT, MANIFEST, MOST_BYTES, ROOT
 
 from fastp2p.engine import FusedStep, ahead
 from fastp2p.engine.operations import operations
@@ -25,8 +25,10 @@ from fastp2p.files import write_atomically
 from fastp2p.networks import PatchDiscriminator, UnetGenerator
 
 BATCHES, TUNED_BATCHES = (1, 4, 16, 64), (1, 16)
+TESTS = ("ops", "nn", "engine")  # folders that run on a GPU
+TESTS_LIMIT_S = 600
 SIZE = 256  # px
-PAIRS = ((286, 286), (256, 256))  # px, that batches are cut out of
+LOAD_SIZES = (286, 256)  # px, of the pairs that batches are cut out of
 PRECISIONS = {  # and whether PyTorch's convolutions may round to TF32
     "bf16": (torch.bfloat16, True),
     "fp16": (torch.float16, True),
@@ -43,22 +45,60 @@ def new_step(dtype: torch.dtype) -> FusedStep:
     return FusedStep(*nets, *optimizers, size=(SIZE, SIZE), dtype=dtype)
 
 
-def parts(wanted: list[str]) -> Iterator[tuple[str, dict[Program, None]]]:
-    """Each part of the programs with its name; wanted: the first words of the names, none for all."""
+def parts(work: Path, sources: str, wanted: list[str]) -> Iterator[tuple[str, dict[Program, None]]]:
+    """Each part of the programs with its name.
+
+    Args:
+        work: keeps what the tests launch.
+        sources: the digest of what is compiled.
+        wanted: the first words of the parts' names, none for all.
+    """
     for precision, (dtype, tf32) in PRECISIONS.items() if not wanted or "step" in wanted else ():
         torch.backends.cudnn.allow_tf32 = tf32
-        step = new_step(dtype)
+        step = ahead.MetaStep(new_step(dtype), serves=lambda name: True)
         for batch in BATCHES:
             with compiler.recording(H100) as programs:
-                ahead.launch_step(step, batch, serves=lambda name: True)
-                ahead.launch_augment(step, batch, PAIRS, serves=lambda name: True)
+                step.launch(batch)
+                for size in LOAD_SIZES:
+                    step.launch_augment(batch, size, size)
             yield f"step {precision} batch {batch}", programs
     for batch in TUNED_BATCHES if not wanted or "tuner" in wanted else ():
-        step = new_step(torch.bfloat16)
+        timed = new_step(torch.bfloat16)
         with compiler.recording(H100) as programs:
-            ahead.launch_tuner(operations(step, batch))
-            ahead.launch_step(step, batch, serves=lambda name: True, candidates=True)
+            ahead.launch_tuner(operations(timed, batch))
+            ahead.MetaStep(timed, serves=lambda name: True).launch(batch, ahead.whatever_is_chosen)
         yield f"tuner bf16 batch {batch}", programs
+    if not wanted or "tests" in wanted:
+        yield from programs_of_tests(work / "tests", sources)
+
+
+def programs_of_tests(work: Path, sources: str) -> Iterator[tuple[str, dict[Program, None]]]:
+    """What each folder of tests launches, as recorded_tests tells; from the last time, where nothing has changed."""
+    files = sorted([*(ROOT / "tests").rglob("*.py"), ROOT / "benchmarks" / "recorded_tests.py"])
+    of = hashlib.sha256(b"".join(path.read_bytes() for path in files) + sources.encode()).hexdigest()[:16]
+    work.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-O", "-m", "pytest", "--quiet", "--assert", "plain", "-p", "recorded_tests"]
+    command += ["-p", "no:cacheprovider", "--device", "cuda", "-m", "not slow"]
+    running = {}
+    for folder in TESTS:
+        record, log = work / f"{folder}-{of}.jsonl", work / f"{folder}.log"
+        if not record.exists():
+            with log.open("w") as output:
+                args = [*command, "--record", record, f"tests/{folder}"]
+                running[folder] = subprocess.Popen(args, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+    for folder in TESTS:
+        record = work / f"{folder}-{of}.jsonl"
+        if folder in running:
+            try:
+                code = running[folder].wait(TESTS_LIMIT_S)
+            except subprocess.TimeoutExpired:
+                running[folder].kill()
+                code = running[folder].wait()
+            if not record.exists():
+                print(f"tests/{folder}: left out, pytest ended with code {code}: see {work / folder}.log", flush=True)
+                continue
+        programs = [Program(*json.loads(line)) for line in record.read_text().splitlines()]
+        yield f"tests {folder}", dict.fromkeys(programs)
 
 
 def compile_and_pack(folder: Path, work: Path, about: dict[str, Any], wanted: list[str]) -> None:
@@ -74,7 +114,7 @@ def compile_and_pack(folder: Path, work: Path, about: dict[str, Any], wanted: li
     os.environ["TRITON_LIBCUDA_PATH"] = str(stub_of_libcuda(work / "stub"))
     programs: dict[Program, None] = {}
     counts = {}
-    for name, found in parts(wanted):
+    for name, found in parts(work, about["sources"], wanted):
         counts[name] = len(found)
         programs |= found
     print(f"{len(programs)} programs of {len(counts)} parts", flush=True)
@@ -90,17 +130,7 @@ def compile_and_pack(folder: Path, work: Path, about: dict[str, Any], wanted: li
     content = pack(Path(triton.knobs.cache.dir), sorted(folders))
     if len(content) > MOST_BYTES:
         sys.exit(f"the archive has {len(content)} bytes, more than {MOST_BYTES}: leave programs out")
-    sha256 = hashlib.sha256(content).hexdigest()
-    archive = f"triton-{sha256[:12]}.tar.xz"
-    folder.mkdir(exist_ok=True)
-    write_atomically(folder / archive, content)
-    wheels = [Path(wheel) for wheel in about["wheels"]]
-    for wheel in wheels:
-        write_atomically(folder / wheel.name, wheel.read_bytes())
-    manifest = {
-        "format": FORMAT,
-        **about,
-        "triton": triton.__version__,
+    about |= {
         "torch": torch.__version__,
         "python": sys.version.split()[0],
         "target": f"sm_{H100.capability}, {H100.processors} processors, {H100.shared_bytes} bytes shared",
@@ -108,16 +138,26 @@ def compile_and_pack(folder: Path, work: Path, about: dict[str, Any], wanted: li
         "failed": [result.error for result in failed],
         "parts": counts,
         "seconds": seconds,
-        "archive": archive,
-        "archive_sha256": sha256,
-        "wheels": [wheel.name for wheel in wheels],
     }
-    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1).encode() + b"\n")
-    for path in folder.iterdir():  # of earlier ones
-        if path.name not in {MANIFEST, archive, *manifest["wheels"]}:
-            path.unlink()
+    write_cache(folder, content, about, [Path(wheel) for wheel in about["wheels"]])
     total = sum(path.stat().st_size for path in folder.iterdir())
-    print(f"{folder}: {manifest['programs']} programs in {len(content) / 1e6:.1f} MB, {total / 1e6:.1f} MB in all")
+    print(f"{folder}: {about['programs']} programs in {len(content) / 1e6:.1f} MB, {total / 1e6:.1f} MB in all")
+
+
+def write_cache(folder: Path, content: bytes, about: dict[str, Any], wheels: list[Path]) -> None:
+    """Write what `gpu_cache.unpack` takes: the manifest last, of files that are whole, and then take away others."""
+    sha256 = hashlib.sha256(content).hexdigest()
+    archive = f"triton-{sha256[:12]}.tar.xz"
+    files = {archive: content} | {wheel.name: wheel.read_bytes() for wheel in wheels}
+    manifest = {"format": FORMAT, **about, "triton": triton.__version__}
+    manifest |= {"archive": archive, "archive_sha256": sha256, "wheels": [wheel.name for wheel in wheels]}
+    files[MANIFEST] = json.dumps(manifest, indent=1).encode() + b"\n"
+    folder.mkdir(exist_ok=True)
+    for name, data in files.items():
+        write_atomically(folder / name, data)
+    for path in folder.iterdir():  # of earlier ones
+        if path.name not in files:
+            path.unlink()
 
 
 class _Progress:

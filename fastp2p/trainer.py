@@ -30,7 +30,7 @@ from fastp2p.ops._extension import WHY_ABSENT
 from fastp2p.recorder import Recorder
 from fastp2p.run_folder import locked, new_folder, reopen_folder, write_config
 from fastp2p.state import TrainState
-from fastp2p.tuning import check_kernels, choose_kernels
+from fastp2p.tuning import check_kernels, choose_kernels, compile_step
 
 Say = Callable[[str], None]
 
@@ -82,6 +82,8 @@ def train(config: TrainConfig, *, resume: bool = False, say: Say = tqdm.write) -
         if resolved.engine == "fused":
             images = min(resolved.batch_size, len(data.train))
             choose_kernels(state.fused_step(resolved), images, resolved.kernels, folder, say)
+            batches = {images, len(data.train) % images or images}  # an epoch's last one may be smaller
+            compile_step(state.fused_step(resolved), batches, resolved.load_size, say)
 
         bar_format = "{desc} |{bar:5}| {n_fmt}/{total_fmt} ETA {remaining}{postfix}"  # fits 80 columns
         bar = tqdm(total=last_step, initial=state.step, mininterval=0.5, smoothing=0.1, bar_format=bar_format)

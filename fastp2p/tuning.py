@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn
 
@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from fastp2p.config import Kernels, TrainConfig
 from fastp2p.device import best_precision, choose_device, describe_device
-from fastp2p.engine import FusedStep
+from fastp2p.engine import FusedStep, ahead
 from fastp2p.engine.operations import Operation, operations
 from fastp2p.engine.tune import tune, why_not
 from fastp2p.errors import InputError
@@ -58,12 +58,38 @@ def choose_kernels(step: FusedStep, images: int, kernels: Kernels, folder: Path,
         if (reason := why_not(device, step.dtype)) is not None:
             say(f"kernels: nothing to choose from, {reason}")
         elif kernels == "auto":
-            choices = tuned(wanted, place, say)
+            choices = tuned(wanted, place, say, compile_first=candidates_of(step, images, device, say))
         elif kernels == "aten":
             atens = "direct" if place.device_type == "cpu" else "aten"
             choices = {operation.problem: Measured(atens) for operation in wanted}
         write_atomically(path, _choices.to_json(choices, place))
     _choices.install(place, choices)
+
+
+def candidates_of(step: FusedStep, images: int, device: torch.device, say: Say) -> Callable[[list[Operation]], None]:
+    """What compiles a step's programs ahead of the tuner, with those of every kernel that it may choose."""
+
+    def compile_first(missing: list[Operation]) -> None:
+        def launch(serves: ahead.Serves) -> None:
+            ahead.launch_tuner(missing)
+            ahead.MetaStep(step, serves).launch(images, ahead.whatever_is_chosen)
+
+        ahead.compile_ahead(launch, device, say)
+
+    return compile_first
+
+
+def compile_step(step: FusedStep, batches: Iterable[int], load_size: int, say: Say) -> None:
+    """Compile what the first steps of these batch sizes launch, on pairs of load_size px, by all cores."""
+    device = step.rng.device
+
+    def launch(serves: ahead.Serves) -> None:
+        twin = ahead.MetaStep(step, serves)
+        for images in batches:
+            twin.launch(images, ahead.as_chosen(_choices.table(_choices.place_of(device))))
+            twin.launch_augment(images, load_size, load_size)
+
+    ahead.compile_ahead(launch, device, say)
 
 
 def _of_the_run(path: Path, place: Place, say: Say) -> Table | None:
@@ -82,8 +108,18 @@ def _of_the_run(path: Path, place: Place, say: Say) -> Table | None:
     return None
 
 
-def tuned(wanted: list[Operation], place: Place, say: Say, *, again: bool = False) -> Table:
-    """The choices for these operations, from the place's file; what it lacks, or with `again` all, is measured."""
+def tuned(
+    wanted: list[Operation],
+    place: Place,
+    say: Say,
+    *,
+    again: bool = False,
+    compile_first: Callable[[list[Operation]], object],
+) -> Table:
+    """The choices for these operations, from the place's file; what it lacks, or with `again` all, is measured.
+
+    Before anything is measured `compile_first` gets what is going to be.
+    """
     known = {} if again else _choices.read_cache(place)
     missing = [operation for operation in wanted if operation.problem not in known]
     path = _choices.cache_path(place)
@@ -91,6 +127,7 @@ def tuned(wanted: list[Operation], place: Place, say: Say, *, again: bool = Fals
         if (load := too_busy(place.device_type)) is not None:
             say(f"kernels: warning: others keep {load:.1f} cores busy; measure again later: fastp2p tune --again")
         began = time.monotonic()
+        compile_first(missing)
         bar_format = "{desc} |{bar:5}| {n_fmt}/{total_fmt} ETA {remaining}"
         bar: tqdm[NoReturn] = tqdm(total=len(missing), desc="tuning kernels", leave=False, bar_format=bar_format)
         with bar:
@@ -121,7 +158,8 @@ def tune_networks(config: TrainConfig, *, again: bool, say: Say = print) -> str:
         raise InputError(f"tune: there is nothing to choose from, {reason}")
     place = _choices.place_of(device)
     wanted = operations(step, config.batch_size)
-    choices = tuned(wanted, place, say, again=again)
+    compile_first = candidates_of(step, config.batch_size, device, say)
+    choices = tuned(wanted, place, say, again=again, compile_first=compile_first)
     return f"{describe_device(device)}, {place.environment}\n{format_table(wanted, choices)}"
 
 

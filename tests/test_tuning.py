@@ -138,7 +138,9 @@ def test_a_busy_machine_is_said(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tuning, "tune", lambda *args, **options: {})
     operation: Any = SimpleNamespace(problem=Problem("down", torch.float32, 1, 1, 0, 1, 4, 4, 2))
     said: list[str] = []
-    assert tuning.tuned([operation], place(), said.append) == {}
+    compiled: list[Any] = []
+    assert tuning.tuned([operation], place(), said.append, compile_first=compiled.append) == {}
+    assert compiled == [[operation]]
     assert said[0] == "kernels: warning: others keep 99.5 cores busy; measure again later: fastp2p tune --again"
 
 
@@ -158,6 +160,6 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     monkeypatch.setattr(tuning, "tune", lambda missing, *args, **options: {"measured": len(missing)})
     assert main(options) == 0
     assert "measured in" not in capsys.readouterr().out
-    monkeypatch.setattr(tuning, "tuned", lambda wanted, place, say, again: {} if again else pytest.fail("--again"))
+    monkeypatch.setattr(tuning, "tuned", lambda *args, again, **options: {} if again else pytest.fail("--again"))
     assert main([*options, "--again"]) == 0
     assert capsys.readouterr().out.count("by rule\n") == n

@@ -100,7 +100,7 @@ class Noise:
     def images(self, n: int, c: int, h: int, w: int, *, dtype: torch.dtype) -> Tensor:
         """(n, c, h, w), channels_last."""
         pool = self.pools.setdefault(dtype, self.pools[torch.float32].to(dtype))
-        self.first = (self.first + 1008) % 2**16  # whole 16 elements: a kernel takes another program for other addresses
+        self.first = (self.first + 1008) % 2**16  # a multiple of 16: other addresses take other programs
         size = n * c * h * w
         times = -(-(self.first + size) // len(pool))
         values = pool.repeat(times)[self.first : self.first + size] if times > 1 else pool[self.first :][:size].clone()

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from fastp2p.engine import ahead
 from fastp2p.engine.operations import Args, Noise, Operation, Trial
 from fastp2p.ops import _choices, _library
 from fastp2p.ops._choices import Choice, Measured, Place, Table, name_of
@@ -128,8 +129,7 @@ def candidates_of(operation: Operation, args: Args) -> list[Choice]:
     if not args[0].is_cuda:
         rule = _extension().convolution_by_rule(p.operator, str(p.dtype).removeprefix("torch."), *p[2:])
         return [rule, *(choice for choice in _choices.CPU_CHOICES if choice != rule)]
-    candidates = importlib.import_module("fastp2p.kernels.candidates")
-    return [*candidates.candidates(candidates.product_of(p.operator, args)), "aten"]
+    return ahead.candidates_of(p.operator, args)
 
 
 def _extension() -> Any:
