@@ -20,7 +20,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ STAGES = (
     Stage("times", 100, _step(*SLOW_TO_COMPILE), "times.json"),
     Stage("profile", 60, _own("profile", "--artifacts", "{work}/artifacts"), "profile.json"),
     Stage("tuner", 100, _own("tuner"), "kernels.json", tuned=True),
-    Stage("tuned", 60, _step(*SLOW_TO_COMPILE, "eager, every trick", "graph of eager"), "tuned.json", tuned=True),
+    Stage("tuned", 60, _step(*SLOW_TO_COMPILE, "eager, every trick"), "tuned.json", tuned=True),
     Stage("tests", 150, _TESTS, "tests.json", interpreted=True),
     Stage("train", 110, _TRAIN, tuned=True),
     Stage("operators", 60, _pytest("benchmarks/ops", "--quick"), "operators.json"),
@@ -198,6 +198,9 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=9.0, help="it ends within; default 9")
     parser.add_argument("--data", default="builtin:emoji", help="pairs to train on, label photos as B; facades, say")
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="STAGE", help=", ".join(names))
+    parser.add_argument(
+        "--limit", nargs="+", type=_limit, default=[], metavar="STAGE=SECONDS", help="instead of its own"
+    )
     parser.add_argument("--rehearse", action="store_true", help="every stage on a CPU, tiny: times mean nothing")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, _interrupt)
@@ -210,6 +213,16 @@ def main() -> int:
             return UNFIT
 
 
+def _limit(text: str) -> tuple[str, float]:
+    """STAGE=SECONDS."""
+    name, _, seconds = text.partition("=")
+    if name not in {stage.name for stage in STAGES} or not seconds.replace(".", "", 1).isdigit():
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, expected the name of a stage, =, and seconds, such as tests=60"
+        )
+    return name, float(seconds)
+
+
 def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
@@ -220,11 +233,11 @@ def first_minutes(args: argparse.Namespace, work: Path, end: float) -> int:
     data = args.data if args.data.startswith("builtin:") else str(Path(args.data).resolve())
     run = Run(args.out.resolve(), work, end, args.rehearse, data, _environment(work, args.rehearse))
     run.content = {"rehearsal": args.rehearse, "complete": False, "minutes": args.minutes, "stages": {}}
-    interrupted = False
+    interrupted, limits = False, dict(args.limit)
     try:
         for stage in STAGES:
             if stage.name in args.only:
-                run.run(stage)
+                run.run(replace(stage, limit_s=limits.get(stage.name, stage.limit_s)))
         run.content["complete"] = all(told["status"] == "done" for told in run.content["stages"].values())
     except KeyboardInterrupt:
         interrupted = True
@@ -247,6 +260,8 @@ def _environment(work: Path, rehearse: bool) -> dict[str, str]:
         if missing:
             raise Unfit(f"{sys.executable} lacks {', '.join(missing)}; choose another Python with PYTHON=...")
         env |= gpu_cache.unpack(gpu_cache.FOLDER, work / "cache")
+        made_at = gpu_cache.read_manifest(gpu_cache.FOLDER)["commit"]  # of the very same sources
+        env.setdefault("FASTP2P_COMMIT", made_at.replace("+", "-dirty"))  # for a copy without a repository
         sys.path += env["PYTHONPATH"].split(os.pathsep)  # this process writes files by it, too
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [env.get("PYTHONPATH"), benchmarks]))
     return env

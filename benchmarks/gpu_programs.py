@@ -24,7 +24,7 @@ from fastp2p.engine.operations import operations
 from fastp2p.files import write_atomically
 from fastp2p.networks import PatchDiscriminator, UnetGenerator
 
-BATCHES, TUNED_BATCHES = (1, 4, 16, 64), (1, 16)
+BATCHES = (1, 4, 16, 64)
 TESTS = ("ops", "nn", "engine")  # folders that run on a GPU
 TESTS_LIMIT_S = 600
 SIZE = 256  # px
@@ -62,7 +62,7 @@ def parts(work: Path, sources: str, wanted: list[str]) -> Iterator[tuple[str, di
                 for size in LOAD_SIZES:
                     step.launch_augment(batch, size, size)
             yield f"step {precision} batch {batch}", programs
-    for batch in TUNED_BATCHES if not wanted or "tuner" in wanted else ():
+    for batch in BATCHES if not wanted or "tuner" in wanted else ():
         timed = new_step(torch.bfloat16)
         with compiler.recording(H100) as programs:
             ahead.launch_tuner(operations(timed, batch))

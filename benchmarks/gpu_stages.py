@@ -272,9 +272,9 @@ def _replayed(workload: Workload) -> Content:
 
 
 def tuner(args: argparse.Namespace) -> int:
-    """Which kernel is the fastest for each convolution, at batch 1 and 16."""
+    """Which kernel is the fastest for each convolution, at each batch size that is timed."""
     report = Report(args.file)
-    for batch in (1,) if args.rehearse else (1, 16):
+    for batch in (1,) if args.rehearse else (1, 4, 16, 64):
         began = time.perf_counter()
         table = tune_networks(_config(args, batch), again=False)
         place = _choices.place_of(args.device)
@@ -316,8 +316,9 @@ def train(args: argparse.Namespace) -> int:
     statistics = folder / "stats.jsonl"
     if statistics.exists():
         report.set(**_summary([json.loads(line) for line in statistics.read_text().splitlines()]))
-    for large in (*folder.glob("checkpoint.pt"), *folder.glob("*.safetensors")):  # 200 MB each: they stay there
-        large.unlink()
+    # The weights have 200 MB each, and old panels are many: they stay there
+    for path in (*folder.glob("checkpoint.pt"), *folder.glob("*.safetensors"), *folder.glob("panel/*")):
+        path.unlink()
     return done.returncode
 
 

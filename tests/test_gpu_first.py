@@ -118,6 +118,9 @@ def test_bad_arguments_are_told(tmp_path: Path):
     done = subprocess.run([*SCRIPT, "--out", str(tmp_path), "--only", "everything"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "invalid choice: 'everything'" in done.stderr
+    done = subprocess.run([*SCRIPT, "--out", str(tmp_path), "--limit", "tests=soon"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "got 'tests=soon', expected the name of a stage, =, and seconds" in done.stderr
 
 
 def test_the_commit_of_a_copy_without_a_repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

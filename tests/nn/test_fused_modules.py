@@ -221,6 +221,12 @@ def test_dropout_is_seeded_and_scaled():
 
 @pytest.mark.parametrize("norm", [lambda: nn.BatchNorm2d(4), nn.Identity], ids=["batch norm", "no norm"])
 def test_dropout_of_one_operator_is_torchs(norm: Callable[[], nn.Module]):
+    """On the CPU: on an H200 the masks of the same seed differed, since a mask follows the memory order of a result."""
+    with torch.device("cpu"):
+        check_dropout_is_torchs(norm)
+
+
+def check_dropout_is_torchs(norm: Callable[[], nn.Module]) -> None:
     layers = [nn.Conv2d(3, 4, 3), norm(), nn.ReLU(), nn.Dropout(0.5)]
     model = nn.Sequential(*(layer for layer in layers if not isinstance(layer, nn.Identity))).double()
     model.to(memory_format=torch.channels_last)  # torch draws the mask in the order of memory
