@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 ROUNDS, QUICK_ROUNDS = 7, 3
 
 pytestmark = [
-    pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU: make gpu-check times those"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU: make gpu-first times those"),
     pytest.mark.skipif(ops.served_by("adam", "cpu") != "C++", reason="C++ does not serve the CPU: see fastp2p info"),
 ]
 

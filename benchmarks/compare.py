@@ -81,7 +81,7 @@ def main() -> int:
             for field in ("rows", "versions", "commit", "dirty", "date", "rehearsal", "cpu_cores"):
                 contents[-1][field]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            print(f"compare: {path}: expected results of pytest benchmarks/ --out or of make gpu-check: {error!r}",
+            print(f"compare: {path}: expected results of pytest benchmarks/ --out: {error!r}",
                   file=sys.stderr)  # fmt: skip
             return 2
     print("\n".join(compare(*contents)))

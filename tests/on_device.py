@@ -17,7 +17,7 @@ FOLDERS = ("ops", "nn", "engine")  # of tests, that --device moves to the GPU
 
 
 def add_option(parser: pytest.Parser) -> None:
-    """--device, and --shard, by which benchmarks/gpu_check.py shares out the compiling of kernels."""
+    """--device, and --shard, by which benchmarks/gpu_tests.py shares out the compiling of kernels."""
     group = parser.getgroup("fastp2p")
     folders = ", ".join(f"tests/{folder}" for folder in FOLDERS)
     group.addoption("--device", choices=["cpu", "cuda"], default="cpu", help=f"the default device of {folders}")
