@@ -50,15 +50,16 @@ def fix_keys() -> None:
     """Let Triton hash every kernel once, in one order, whatever this process is going to launch first.
 
     Triton puts the global constants of a function that a kernel calls into the kernel's hash only if that function was
-    hashed before (3.6 and 3.7), so a program's place in the cache would depend on what else a process had launched.
+    hashed before (3.6 and 3.7), so a program's place in the cache would depend on what else a process had compiled.
     """
     if triton.knobs.runtime.interpret:  # nothing is compiled
         return
-    for name in ("activation", *KERNEL_FILES):
-        module = importlib.import_module(f"fastp2p.kernels.{name}")
-        for function in vars(module).values():
-            if isinstance(function, triton.JITFunction):
-                function.cache_key  # noqa: B018 (it is kept)
+    modules = [importlib.import_module(f"fastp2p.kernels.{name}") for name in ("activation", *KERNEL_FILES)]
+    functions = [f for module in modules for f in vars(module).values() if isinstance(f, triton.JITFunction)]
+    for function in functions:  # forget the hashes of another order
+        function.hash, function.used_global_vals = None, {}
+    for function in functions:
+        function.cache_key  # noqa: B018 (it is kept)
 
 
 @dataclass(frozen=True)

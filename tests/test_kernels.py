@@ -1,5 +1,6 @@
 """The Triton kernels compiled ahead of time, which needs no GPU."""
 
+import importlib
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from fastp2p import ops
 from fastp2p.ops._library import file_of
 
+triton = pytest.importorskip("triton", reason="needs triton")
 compile_check = pytest.importorskip("fastp2p.kernels.compile_check", reason="needs triton")
 LAYERS = pytest.importorskip("fastp2p.kernels.layer_shapes", reason="needs triton").LAYERS
 
@@ -87,3 +89,20 @@ def test_layers_of_one_channel_compile():
             sizes = cases[0].sizes | {name: 1}
             compile_check.compile_case(replace(cases[0], sizes=sizes), cases[0].configs[-1], 90, True)
         compile_check.compile_case(replace(cases[0], sizes=dict.fromkeys(sizes, 1)), cases[0].configs[-1], 90, True)
+
+
+def test_a_program_s_key_depends_on_no_other():
+    """What was compiled before, in another order than a launch's, changes no program's place in the cache."""
+    modules = [importlib.import_module(f"fastp2p.kernels.{name}") for name in compile_check.KERNEL_FILES]
+    functions = [f for module in modules for f in vars(module).values() if isinstance(f, triton.JITFunction)]
+    found = []
+    for order in (functions, functions[::-1]):
+        for function in functions:
+            function.hash, function.used_global_vals = None, {}
+        for function in order:
+            function.cache_key  # noqa: B018 (it is kept)
+        found.append({function: function.cache_key for function in functions})
+        compile_check.fix_keys.__wrapped__()
+        found.append({function: function.cache_key for function in functions})
+    assert found[0] != found[2]  # as Triton has it
+    assert found[1] == found[3]
