@@ -79,6 +79,7 @@ def programs_of_tests(work: Path, sources: str) -> Iterator[tuple[str, dict[Prog
     work.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-O", "-m", "pytest", "--quiet", "--assert", "plain", "-p", "recorded_tests"]
     command += ["-p", "no:cacheprovider", "--device", "cuda", "-m", "not slow"]
+    command += ["--ignore", "tests/ops/test_cpp_checks.py"]  # its calls are to fail before they launch
     running = {}
     for folder in TESTS:
         record, log = work / f"{folder}-{of}.jsonl", work / f"{folder}.log"

@@ -248,7 +248,10 @@ def _compile(program: Program) -> dict[str, Any]:
         compiled = _kernel(program).preload(program.specialisation)
         folders = [get_cache_manager(compiled.hash).key, *_build_launcher(compiled)]
     except Exception as error:  # whatever the compilers raise is told to who asked, and spoils no other program
-        return {"error": f"{program.kernel}: {error!r:.500}"}
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # the innermost function tells why
+            cause = cause.__cause__
+        return {"error": f"{program.kernel}: {type(cause).__name__}: {str(cause)[-300:]}"}
     return {"folders": folders, "seconds": time.perf_counter() - began, "fresh": hits == [False]}
 
 

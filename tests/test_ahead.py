@@ -165,7 +165,7 @@ def test_what_does_not_compile_is_told(tmp_path: Path, monkeypatch: pytest.Monke
     assert told == results
     errors = {result.program.module: result.error for result in results}
     assert errors["deadly"] == "the compiling process ended with code 3"
-    assert errors["fastp2p.kernels.adam"].startswith("_adam_kernel: KeyError('name'")
+    assert errors["fastp2p.kernels.adam"].startswith("_adam_kernel: KeyError: 'name'")
 
 
 @pytest.fixture
