@@ -52,7 +52,7 @@ cuda-check: .venv/installed
 # It needs Python 3.12, nvcc and 5 GB of disk, and no GPU. It works on a copy of this checkout, so that .venv keeps its
 # extension.
 FLOOR_PYTHON ?= python3.12
-floor floor-build .floor/installed: BIN = $(CURDIR)/.floor/venv/bin
+floor floor-build gpu-rehearse .floor/installed: BIN = $(CURDIR)/.floor/venv/bin
 floor: floor-build
 	cd .floor/checkout && $(BIN)/python -m pytest -m "not slow"
 	cd .floor/checkout && $(INTERPRETED) -m "not slow"
@@ -98,8 +98,8 @@ gpu-cache:
 	$(FLOOR) benchmarks/gpu_cache.py make $(ARGS)
 
 # Every stage of it on a CPU, tiny, and once more with each one killed, on the floor's software.
-gpu-rehearse:
-	cd .floor/checkout && $(abspath .floor/venv/bin/python) -m pytest tests/test_gpu_first.py
+gpu-rehearse: floor-build
+	cd .floor/checkout && $(BIN)/python -m pytest tests/test_gpu_first.py
 
 # Made anew when what is installed changes. PyTorch comes first: the extension is built against it.
 .venv/installed: pyproject.toml setup.py constraints.txt $(CSRC)

@@ -1,7 +1,7 @@
 """Options of the benchmarks, the providers' processes, and the tables after pytest-benchmark's own."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,12 +113,15 @@ def _keep(config: pytest.Config, content: Row) -> Path:
     return config.stash[KEPT]
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_runtest_teardown(item: pytest.Item) -> None:
-    """After each benchmark: what is measured is kept, whatever becomes of the next one."""
-    content = _content(item.config, complete=False)
-    if content is not None and item.config.getoption("out") is not None:
-        _keep(item.config, content)
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """After each benchmark: what is measured is kept, whatever becomes of the next one or of the workers' end."""
+    try:
+        return (yield)
+    finally:
+        content = _content(item.config, complete=False)
+        if content is not None and item.config.getoption("out") is not None:
+            _keep(item.config, content)
 
 
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:

@@ -28,7 +28,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from machine import ROOT, commit
+
 FOLDER = ROOT / ".gpu-cache"
 WORK = ROOT / "build" / "gpu-cache"
 MANIFEST, FORMAT = "manifest.json", 1
@@ -133,7 +134,7 @@ def make(extension: str, what: list[str]) -> None:
     for wheel in wheels:
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(site)
-    about = {"commit": commit(), "sources": digest(tree), "extension": extension, "wheels": [str(w) for w in wheels]}
+    about = {"commit": made_at(), "sources": digest(tree), "extension": extension, "wheels": [str(w) for w in wheels]}
     paths = {"PYTHONPATH": os.pathsep.join([str(site), str(ROOT / "benchmarks")]), "PYTHONSAFEPATH": "1"}
     environment = {**os.environ, **paths, "TRITON_CACHE_DIR": str(WORK / "triton"), "TRITON_STORE_BINARY_ONLY": "1"}
     command = [sys.executable, __file__, "compile", json.dumps(about), *what]
@@ -187,15 +188,10 @@ def fetch_wheels() -> list[Path]:
     return sorted(folder.glob("*.whl"))
 
 
-def commit() -> str:
-    """The checkout's, with a + where a file of it was changed since."""
-    git = ["git", "-C", str(ROOT)]
-    try:
-        name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
-        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return name.strip() + "+" * bool(changed)
+def made_at() -> str:
+    """The checkout's commit, with -dirty where a file of it was changed since; as FASTP2P_COMMIT has it."""
+    here = commit()
+    return (here["commit"] or "unknown")[:12] + "-dirty" * bool(here["dirty"])
 
 
 def main() -> None:

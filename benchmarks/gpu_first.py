@@ -34,6 +34,7 @@ RESERVE_S = 8.0  # for the last writes, within --minutes
 POLL_S = 0.2
 REWRITE_S = 2.0  # between two looks at what a running stage has written
 UNFIT, INTERRUPTED = 2, 130  # exit statuses
+ARTIFACTS_BYTES = 12 << 20  # at most, since what brings results back may refuse a large file
 TAIL = 3000  # characters of a stage's output, kept in first.json
 SLOW_TO_COMPILE = ("torch.compile", "torch.compile reduce-overhead", "torch.compile max-autotune")
 
@@ -74,12 +75,12 @@ STAGES = (
     Stage("head", 25, _own("head")),
     Stage("warm", 60, _own("warm"), interpreted=True),
     Stage("parity", 60, _own("parity"), interpreted=True),
-    Stage("times", 100, _step(*SLOW_TO_COMPILE), "times.json"),
+    Stage("times", 120, _step(*SLOW_TO_COMPILE), "times.json"),
     Stage("profile", 60, _own("profile", "--artifacts", "{work}/artifacts"), "profile.json"),
     Stage("tuner", 100, _own("tuner"), "kernels.json", tuned=True),
-    Stage("tuned", 60, _step(*SLOW_TO_COMPILE, "eager, every trick"), "tuned.json", tuned=True),
+    Stage("tuned", 90, _step(*SLOW_TO_COMPILE, "eager, every trick"), "tuned.json", tuned=True),
     Stage("tests", 150, _TESTS, "tests.json", interpreted=True),
-    Stage("train", 110, _TRAIN, tuned=True),
+    Stage("train", 80, _TRAIN, tuned=True),
     Stage("operators", 60, _pytest("benchmarks/ops", "--quick"), "operators.json"),
 )
 ARTIFACTS = "artifacts.zip"  # timelines, a run's panel and statistics, every stage's output
@@ -136,8 +137,8 @@ class Run:
         text = log.read_text(errors="replace")
         told["output"] = text[-TAIL:]
         self._take_in(stage, embedded)
-        self.write()
         self.pack()
+        self.write()
         print(text[-TAIL:] if status or stopped else "", f"{stage.name}: {ended}, {told['seconds']} s", flush=True)
 
     def _wait(self, process: "subprocess.Popen[bytes]", stage: Stage, embedded: Path, until: float) -> bool:
@@ -176,9 +177,17 @@ class Run:
             return
         self.artifacts = files
         temporary = self.work / ARTIFACTS
+        left_out = {}
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
-            for path in files:
-                archive.write(path, path.relative_to(self.work / "artifacts"))
+            for path in sorted(files, key=lambda path: path.stat().st_size):
+                name, size = str(path.relative_to(self.work / "artifacts")), path.stat().st_size
+                packed = sum(info.compress_size for info in archive.infolist())
+                if packed + size > ARTIFACTS_BYTES:  # were it not compressed at all
+                    left_out[name] = size
+                else:
+                    archive.write(path, name)
+        if left_out:
+            self.content["artifacts_left_out"] = left_out  # with their bytes
         # Not os.replace: the work folder may lie on another disk
         beside = self.out / f".{ARTIFACTS}"
         beside.write_bytes(temporary.read_bytes())
@@ -241,8 +250,8 @@ def first_minutes(args: argparse.Namespace, work: Path, end: float) -> int:
         run.content["complete"] = all(told["status"] == "done" for told in run.content["stages"].values())
     except KeyboardInterrupt:
         interrupted = True
-    run.write()
     run.pack()
+    run.write()
     for line in report(run.content, run.out):
         print(line)
     return INTERRUPTED if interrupted else 0 if run.content["complete"] else 1
@@ -260,8 +269,8 @@ def _environment(work: Path, rehearse: bool) -> dict[str, str]:
         if missing:
             raise Unfit(f"{sys.executable} lacks {', '.join(missing)}; choose another Python with PYTHON=...")
         env |= gpu_cache.unpack(gpu_cache.FOLDER, work / "cache")
-        made_at = gpu_cache.read_manifest(gpu_cache.FOLDER)["commit"]  # of the very same sources
-        env.setdefault("FASTP2P_COMMIT", made_at.replace("+", "-dirty"))  # for a copy without a repository
+        # Of the very same sources, and looked at where there is no repository
+        env.setdefault("FASTP2P_COMMIT", gpu_cache.read_manifest(gpu_cache.FOLDER)["commit"])
         sys.path += env["PYTHONPATH"].split(os.pathsep)  # this process writes files by it, too
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [env.get("PYTHONPATH"), benchmarks]))
     return env

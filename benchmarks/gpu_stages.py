@@ -316,8 +316,9 @@ def train(args: argparse.Namespace) -> int:
     statistics = folder / "stats.jsonl"
     if statistics.exists():
         report.set(**_summary([json.loads(line) for line in statistics.read_text().splitlines()]))
-    # The weights have 200 MB each, and old panels are many: they stay there
-    for path in (*folder.glob("checkpoint.pt"), *folder.glob("*.safetensors"), *folder.glob("panel/*")):
+    # The weights have 200 MB each, and old panels, which TensorBoard's events hold too, are many: they stay there
+    many = ("checkpoint.pt", "*.safetensors", "panel/*", "tensorboard/*")
+    for path in (path for pattern in many for path in folder.glob(pattern)):
         path.unlink()
     return done.returncode
 

@@ -24,6 +24,7 @@ ROUNDS = 9
 QUICK_COMPILES_FOR_S = 70  # of --quick's three minutes from the beginning; what is not compiled by then is left out
 GPU_SAMPLE_MS = 50  # at least, where a step may take less than one
 PATIENCE_S = 1800.0  # with a worker: torch.compile's max-autotune takes long
+CLOSES_WITHIN_S = 10.0  # a worker that nothing more is asked of; then it is killed
 CPU_PAIRS = 4  # of an epoch in a sample: a whole one would take minutes
 
 # Greatest relative distances from eager float32: of each loss and of the gradients in the first step, of each loss in a
@@ -97,13 +98,18 @@ class Worker:
         self._signal(signal.SIGSTOP)  # a loader's processes would read ahead in others' turns
         return ms
 
-    def close(self) -> None:
+    def dismiss(self) -> None:
+        """Nothing more will be asked: it may end."""
         assert self.process.stdin is not None
         self._signal(signal.SIGCONT)
         with contextlib.suppress(BrokenPipeError):  # of a request that it died before reading
             self.process.stdin.close()
+
+    def close(self, *, within_s: float = CLOSES_WITHIN_S) -> None:
+        """Let it end, or end it."""
+        self.dismiss()
         try:
-            self.process.wait(timeout=10)
+            self.process.wait(timeout=within_s)
         except subprocess.TimeoutExpired:
             self._signal(signal.SIGKILL)
             self.process.wait()
@@ -145,8 +151,12 @@ class Team:
         self.wrong: dict[tuple[str, int], dict[str, str]] = {}  # by what was checked: which of ours is off, and by what
 
     def close(self) -> None:
+        """All end at the same time, since a process that used a GPU takes seconds."""
+        end = time.monotonic() + CLOSES_WITHIN_S
         for worker in self.workers.values():
-            worker.close()
+            worker.dismiss()
+        for worker in self.workers.values():
+            worker.close(within_s=max(0.0, end - time.monotonic()))
         self.caches.cleanup()
 
     def compare(self, benchmark: Any, what: str, batch: int, *, images: int = 0, **request: Any) -> None:

@@ -110,8 +110,14 @@ class FakeWorker:
     def sample(self, calls: int) -> float:
         return 1.0 if "fastp2p" in self.name else 3.0
 
-    def close(self) -> None:
-        pass
+    def dismiss(self) -> None:
+        ends.append("may end")
+
+    def close(self, *, within_s: float) -> None:
+        ends.append("ended")
+
+
+ends: list[str] = []  # of fake workers, in their order
 
 
 def fake_team(monkeypatch: pytest.MonkeyPatch, **faults: tuple[str, ...]) -> team.Team:
@@ -173,6 +179,44 @@ def test_a_worker_answers_fails_and_is_ended():
             worker.ask("release")
     finally:
         worker.close()
+
+
+def test_the_workers_end_together(monkeypatch: pytest.MonkeyPatch):
+    """None waits for the end of another one's process, which takes seconds after use of a GPU."""
+    mine = fake_team(monkeypatch)
+    ends.clear()
+    mine.close()
+    assert ends == ["may end"] * len(mine.workers) + ["ended"] * len(mine.workers)
+
+
+MEASURES = """
+import json, pathlib, pytest
+
+@pytest.fixture(scope="session")
+def kept(pytestconfig):
+    yield pytestconfig.getoption("out")
+    content = json.loads(pytestconfig.getoption("out").read_text())
+    assert [row["provider"] for row in content["rows"]] == ["one", "two"]
+    assert content["complete"] is False
+
+@pytest.mark.parametrize("provider", ["one", "two"])
+def test_measures(benchmark, kept, provider):
+    benchmark.pedantic(lambda: None)
+    benchmark.extra_info["rows"] = [ROW | {"provider": provider, "ours": True}]
+    assert provider == "one"  # a wrong result is kept, too
+"""
+
+
+def test_rows_are_kept_before_the_workers_end(tmp_path: Path):
+    """They used to be written after it, and a run stopped in between lost the last benchmark's."""
+    (tmp_path / "test_measures.py").write_text(MEASURES.replace("ROW", repr(row("", 1.0))))
+    out = tmp_path / "out.json"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "conftest", "-p", "no:cacheprovider", "test_measures.py"]
+    environment = os.environ | {"PYTHONPATH": str(team.HERE)}
+    done = subprocess.run([*command, "--out", str(out)], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert "1 failed, 1 passed" in done.stdout
+    assert "error" not in done.stdout
+    assert len(json.loads(out.read_text())["rows"]) == 2
 
 
 def test_verdicts():

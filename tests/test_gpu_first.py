@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,18 @@ def test_what_a_killed_stage_has_begun_ends_with_it(tmp_path: Path):
     # The child is nobody's any more; it may still be a zombie of the init process
     state = Path(f"/proc/{pid}/stat")
     assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+def test_artifacts_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What does not fit is named; the small ones, a stage's output among them, come first."""
+    monkeypatch.setattr(gpu_first, "ARTIFACTS_BYTES", 10_000)
+    run = run_in(tmp_path)
+    (run.work / "artifacts" / "a-timeline").write_bytes(os.urandom(9_990))
+    run.run(stage("writes", "print('what it says')"))
+    with zipfile.ZipFile(run.out / "artifacts.zip") as archive:
+        assert archive.namelist() == ["writes.log"]
+        assert archive.read("writes.log") == b"what it says\n"
+    assert read(run.out / "first.json")["artifacts_left_out"] == {"a-timeline": 9_990}
 
 
 def test_no_stage_begins_that_cannot_end_in_time(tmp_path: Path):
