@@ -56,7 +56,9 @@ class Made(NamedTuple):
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """A step's programs, compiled by two processes."""
     cache, said = tmp_path_factory.mktemp("cache"), []
+    stub = gpu_programs.stub_of_libcuda(tmp_path_factory.mktemp("stub"))
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_LIBCUDA_PATH", str(stub))  # launchers of Triton 3.6 are linked with the driver's library
         patch.setenv("TRITON_CACHE_DIR", str(cache))
         patch.setenv("TRITON_STORE_BINARY_ONLY", "1")
         patch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
