@@ -137,8 +137,8 @@ class Roofline:
         if 1 / FAR_APART < total / step < FAR_APART:
             return []
         return [
-            f"warning: under the profiler the calls took {total:.1f} ms, without it a step {step:.1f}: something else "
-            "ran meanwhile, or calls so short that the profiler's own work is most of them; measure again"
+            f"warning: the calls took {total:.1f} ms under the profiler, a step {step:.1f} without it: measure again;",
+            "something else ran meanwhile, or calls are so short that the profiler's own work is most of their time",
         ]
 
     def _step_lines(self) -> list[str]:
@@ -153,9 +153,9 @@ class Roofline:
         if self.measured is not None:
             step = self.measured.step
             ratios = (step.median_ms / (1e3 * least) for least in (floor.overlapped, floor.in_turn))
-            ratio = "{:.2f} and {:.2f} times the floors".format(*ratios)
+            ratio = "{} and {} times the floors".format(*map(_short, ratios))
             low, high = step.quartiles_ms
-            text = f"   {ratio}; median of {step.n}, quartiles {low:.2f} and {high:.2f}, without the profiler"
+            text = f"   {ratio}; median of {step.n}, quartiles {low:.2f} and {high:.2f}; no profiler"
             rows.append(("measured", f"{step.median_ms:.2f}", text))
         head, *lines = table(("the step", "ms"), [row[:2] for row in rows])
         return [
@@ -173,7 +173,12 @@ def _label(call: Call) -> str:
 
 
 def _ratio(ms: float, floor: float) -> str:
-    return f"{ms / floor:.2f}" if floor else ""
+    return _short(ms / floor) if floor else ""
+
+
+def _short(ratio: float) -> str:
+    """In few characters, since tiny calls are thousands of times their floor."""
+    return f"{ratio:.2f}" if ratio < 1000 else f"{ratio:.0f}"
 
 
 def measure_roofline(config: TrainConfig, *, steps: int = 5) -> Roofline:
