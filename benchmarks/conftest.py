@@ -18,7 +18,7 @@ from fastp2p.engine.ceilings import copy_bytes_per_sec
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LEFT_OUT = pytest.StashKey[dict[str, str]]()
-HEAD = pytest.StashKey[Row]()  # of the results
+HEAD = pytest.StashKey[Row]()  # what a results file begins with
 KEPT = pytest.StashKey[Path]()  # the file that they are kept in
 
 

@@ -33,7 +33,7 @@ from machine import ROOT, commit
 FOLDER = ROOT / ".gpu-cache"
 WORK = ROOT / "build" / "gpu-cache"
 MANIFEST, FORMAT = "manifest.json", 1
-MOST_BYTES = 40_000_000  # of the archive
+MOST_BYTES = 40_000_000  # the archive may have
 # What `fastp2p train` needs and a machine with PyTorch's and pytest's usual companions lacks
 WHEELS = ["tyro", "docstring_parser", "typeguard", "typing_extensions"]
 
@@ -92,7 +92,7 @@ def unpack(folder: Path, into: Path, root: Path = ROOT) -> dict[str, str]:
     for group in cache.glob("*/__grp__*.json"):  # Triton keeps the absolute paths of a program's files
         names = json.loads(group.read_text())["child_paths"]
         group.write_text(json.dumps({"child_paths": {name: str(group.parent / name) for name in names}}))
-    for name in manifest["wheels"]:  # of which none has a part that pip would have to put elsewhere
+    for name in manifest["wheels"]:  # none of them has a part that pip would put elsewhere
         with zipfile.ZipFile(folder / name) as wheel:
             wheel.extractall(site)
     paths = [str(site), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -175,7 +175,7 @@ def build_wheel(tree: Path, extension: str) -> Path:
 
 
 def fetch_wheels() -> list[Path]:
-    """Of the packages that lack there, in the versions of constraints.txt, unless they are here."""
+    """Download the packages that lack there, in the versions of constraints.txt, unless they are here."""
     folder, constraints = WORK / "wheels", ROOT / "constraints.txt"
     wanted = hashlib.sha256(f"{WHEELS} {sys.version_info[:2]} {constraints.read_text()}".encode()).hexdigest()
     stamp = folder / "stamp"

@@ -51,7 +51,7 @@ class Stage:
 
     name: str
     limit_s: float  # it is stopped after that
-    command: tuple[str, ...]  # of Python; {file}, {work}, {data} and {seconds} are filled in
+    command: tuple[str, ...]  # arguments of Python; the run fills in {file}, {work}, {data} and {seconds}
     file: str = ""  # in --out, that it writes; empty: what it writes becomes part of first.json
     interpreted: bool = False  # in a rehearsal Triton's interpreter serves it, else the C++ kernels do
     tuned: bool = False  # it uses, or makes, the kernels that the tuner has chosen; others go by rule
@@ -269,7 +269,7 @@ def _environment(work: Path, rehearse: bool) -> dict[str, str]:
         if missing:
             raise Unfit(f"{sys.executable} lacks {', '.join(missing)}; choose another Python with PYTHON=...")
         env |= gpu_cache.unpack(gpu_cache.FOLDER, work / "cache")
-        # Of the very same sources, and looked at where there is no repository
+        # The cache is of the very same sources; results look at this where there is no repository
         env.setdefault("FASTP2P_COMMIT", gpu_cache.read_manifest(gpu_cache.FOLDER)["commit"])
         sys.path += env["PYTHONPATH"].split(os.pathsep)  # this process writes files by it, too
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [env.get("PYTHONPATH"), benchmarks]))

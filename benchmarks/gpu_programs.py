@@ -38,7 +38,7 @@ PRECISIONS = {  # and whether PyTorch's convolutions may round to TF32
 
 
 def new_step(dtype: torch.dtype) -> FusedStep:
-    """Of unet_256 and the 70x70 PatchGAN."""
+    """Make the step of unet_256 and the 70x70 PatchGAN."""
     with ahead.META:
         nets = UnetGenerator(), PatchDiscriminator()
     optimizers = [torch.optim.Adam(net.parameters(), lr=2e-4, betas=(0.5, 0.999)) for net in nets]
@@ -156,7 +156,7 @@ def write_cache(folder: Path, content: bytes, about: dict[str, Any], wheels: lis
     folder.mkdir(exist_ok=True)
     for name, data in files.items():
         write_atomically(folder / name, data)
-    for path in folder.iterdir():  # of earlier ones
+    for path in folder.iterdir():  # files of earlier caches
         if path.name not in files:
             path.unlink()
 

@@ -37,7 +37,7 @@ from fastp2p.tuning import tune_networks
 Content = dict[str, Any]
 PRECISIONS = ("bf16", "fp16", "fp32")
 STEPS = 3  # that the fused step and autograd are compared over
-REPLAYS = 5  # of a graph, that are profiled
+REPLAYS = 5  # profiled, of a graph
 ADAM = {"lr": 2e-4, "betas": (0.5, 0.999)}
 
 

@@ -31,7 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    import on_device  # of tests/, which pytest has put on the path by now
+    import on_device  # it lies in tests/, which pytest has put on the path by now
 
     on_device.check_options = lambda config: None
     on_device._served_by_triton = lambda device_type: True

@@ -61,7 +61,7 @@ def reopen_folder(config: TrainConfig) -> Path:
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep other processes from training in this folder. Raises InputError when one does."""
-    descriptor = os.open(folder, os.O_RDONLY)  # of the folder itself, so that nothing is left behind
+    descriptor = os.open(folder, os.O_RDONLY)  # locks the folder itself and leaves no file behind
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

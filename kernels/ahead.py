@@ -31,7 +31,7 @@ from triton.runtime import build
 from triton.runtime.cache import get_cache_key, get_cache_manager
 from triton.runtime.driver import driver
 
-DEVICE = -1  # of the kernels' own caches in a process: that of no GPU, so that nothing here is ever launched
+DEVICE = -1  # the index in the kernels' own caches; no GPU has it, so nothing here is ever launched
 
 
 @dataclass(frozen=True)

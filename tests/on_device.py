@@ -75,7 +75,7 @@ def run_on_gpu() -> Iterator[None]:
 @contextmanager
 def one_process_at_a_time() -> Iterator[None]:
     """Wait until no other process of this checkout's tests is in here, and keep the others out."""
-    descriptor = os.open(Path(__file__).parent, os.O_RDONLY)  # of the folder itself, so that nothing is left behind
+    descriptor = os.open(Path(__file__).parent, os.O_RDONLY)  # locks the folder itself and leaves no file behind
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield

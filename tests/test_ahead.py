@@ -191,7 +191,7 @@ def test_the_tuner_s_candidates(on_a_gpu: list[dict[Any, None]]):
         assert constants_of(programs, kernel) > constants_of(by_rule, kernel)
     kernels = {program.kernel for program in programs}
     assert "_augment_kernel" not in kernels
-    assert "_adam_kernel" in kernels  # of wgrad_adam by ATen, which takes Triton's
+    assert "_adam_kernel" in kernels  # wgrad_adam by ATen takes Triton's
     assert "_adam_kernel" in {program.kernel for program in by_rule}
 
 

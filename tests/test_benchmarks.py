@@ -117,7 +117,7 @@ class FakeWorker:
         ends.append("ended")
 
 
-ends: list[str] = []  # of fake workers, in their order
+ends: list[str] = []  # what fake workers were told, in its order
 
 
 def fake_team(monkeypatch: pytest.MonkeyPatch, **faults: tuple[str, ...]) -> team.Team:

@@ -123,7 +123,7 @@ def test_what_is_not_whole_is_refused(carried: Path, checkout: Path, tmp_path: P
 
 
 def test_the_command_says_why_in_one_line(carried: Path, tmp_path: Path):
-    """Of this checkout the cache is not."""
+    """The cache belongs to another checkout."""
     command = [sys.executable, gpu_cache.__file__, "unpack", tmp_path / "there", "--folder", carried]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout) == (1, "")

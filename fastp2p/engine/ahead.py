@@ -23,7 +23,7 @@ from fastp2p.ops._choices import Choice, Table
 META = torch.device("meta")
 FEWEST = 8  # programs for a process: it takes seconds to begin, and half a second for each
 
-Args = tuple[Any, ...]  # of an operator
+Args = tuple[Any, ...]  # what an operator is called with
 Choose = Callable[[str, Args], Sequence[Choice | None]]  # by which kernels an operator is to be launched
 Serves = Callable[[str], bool]  # whether Triton serves an operator
 

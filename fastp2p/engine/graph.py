@@ -12,8 +12,8 @@ from fastp2p.errors import InputError
 from fastp2p.losses import Losses
 
 WARM_UP = 3  # ordinary steps of each batch size before its graph is captured: kernels compile, the allocator settles
-MAIN_PRIORITY = -1  # of the graph's main chain; streams have 0 by default, as the branch beside it has
-STAGES = 2  # of the host's pairs: one is filled while the other one is read
+MAIN_PRIORITY = -1  # the graph's main chain has it; streams have 0 by default, as the branch beside it has
+STAGES = 2  # buffers for the host's pairs: one is filled while the GPU reads the other
 
 
 class Key(NamedTuple):

@@ -55,7 +55,7 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func.namespace == "aten":
-            with self:  # of what consists of other operators, those are looked at: of item, to and their like
+            with self:  # item, to and their like consist of other operators: look at those
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result

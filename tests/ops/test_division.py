@@ -19,7 +19,7 @@ FLAGS = ("KIND", "HAS_STATS", "WRITE_SUMS")  # by which a kernel divides, or not
 
 
 def kinds() -> Iterator[Any]:
-    """Of each kernel one case in its first configuration for each of the flags' values, and with tanh."""
+    """Give each kernel's first configuration, once for each of the flags' values, and with tanh."""
     seen = set()
     for case in compile_check.all_cases():
         cases = [case]
