@@ -10,6 +10,7 @@ when a stage failed, was stopped or found something wrong, 2 when the machine is
 
 import argparse
 import contextlib
+import ctypes
 import importlib.util
 import json
 import os
@@ -204,7 +205,7 @@ def main() -> int:
     names = [stage.name for stage in STAGES]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--minutes", type=float, default=9.0, help="it ends within; default 9")
+    parser.add_argument("--minutes", type=_minutes, default=9.0, help="it ends within; default 9")
     parser.add_argument("--data", default="builtin:emoji", help="pairs to train on, label photos as B; facades, say")
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="STAGE", help=", ".join(names))
     parser.add_argument(
@@ -222,6 +223,13 @@ def main() -> int:
             return UNFIT
 
 
+def _minutes(text: str) -> float:
+    """A number above 0."""
+    if not text.replace(".", "", 1).isdigit() or float(text) == 0:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number of minutes above 0, such as 9")
+    return float(text)
+
+
 def _limit(text: str) -> tuple[str, float]:
     """STAGE=SECONDS."""
     name, _, seconds = text.partition("=")
@@ -237,9 +245,19 @@ def _interrupt(*_: object) -> None:
 
 
 def first_minutes(args: argparse.Namespace, work: Path, end: float) -> int:
-    args.out.mkdir(parents=True, exist_ok=True)
-    (work / "artifacts").mkdir()
     data = args.data if args.data.startswith("builtin:") else str(Path(args.data).resolve())
+    if data != args.data and not Path(data).exists():
+        raise Unfit(
+            f"--data: got {args.data}, which is not there; expected a folder or .zip of pairs, or builtin:emoji"
+        )
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out).close()
+    except OSError as error:
+        raise Unfit(f"--out: cannot write to {args.out}: {error}; choose another folder") from error
+    if not args.rehearse:
+        _find_gpu()
+    (work / "artifacts").mkdir()
     run = Run(args.out.resolve(), work, end, args.rehearse, data, _environment(work, args.rehearse))
     run.content = {"rehearsal": args.rehearse, "complete": False, "minutes": args.minutes, "stages": {}}
     interrupted, limits = False, dict(args.limit)
@@ -255,6 +273,16 @@ def first_minutes(args: argparse.Namespace, work: Path, end: float) -> int:
     for line in report(run.content, run.out):
         print(line)
     return INTERRUPTED if interrupted else 0 if run.content["complete"] else 1
+
+
+def _find_gpu() -> None:
+    """Ask the driver itself, since importing PyTorch takes seconds. Raises Unfit where there is none."""
+    try:
+        error = ctypes.CDLL("libcuda.so.1").cuInit(0)
+    except OSError:
+        raise Unfit("no CUDA driver (libcuda.so.1) on this machine; --rehearse runs every stage on a CPU") from None
+    if error:
+        raise Unfit(f"no CUDA GPU: the driver's cuInit gives error {error}; --rehearse runs every stage on a CPU")
 
 
 def _environment(work: Path, rehearse: bool) -> dict[str, str]:

@@ -121,19 +121,39 @@ def test_no_speed_up_without_parity(green: bool | None, claims: bool, tmp_path: 
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_without_a_gpu_it_says_so(tmp_path: Path):
+    done = subprocess.run([*SCRIPT, "--out", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("gpu-first: no CUDA ")
+    assert done.stderr.endswith("; --rehearse runs every stage on a CPU\n")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_without_a_cache_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(gpu_first.gpu_cache, "FOLDER", tmp_path / "none")
     with pytest.raises(gpu_first.gpu_cache.Stale, match="make gpu-cache"):
         gpu_first._environment(tmp_path, rehearse=False)
 
 
-def test_bad_arguments_are_told(tmp_path: Path):
-    done = subprocess.run([*SCRIPT, "--out", str(tmp_path), "--only", "everything"], capture_output=True, text=True)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--only", "everything"], "invalid choice: 'everything'"),
+        (["--limit", "tests=soon"], "got 'tests=soon', expected the name of a stage, =, and seconds"),
+        (["--minutes", "0"], "got '0', expected a number of minutes above 0"),
+        (["--minutes", "nan"], "got 'nan', expected a number of minutes above 0"),
+        (["--data", "nowhere"], "--data: got nowhere, which is not there; expected a folder or .zip of pairs"),
+        (["--out", "a-file"], "--out: cannot write to a-file"),
+    ],
+)
+def test_bad_arguments_are_told(options: list[str], message: str, tmp_path: Path):
+    (tmp_path / "a-file").touch()
+    command = [*SCRIPT, "--out", "out", "--rehearse", *options]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "invalid choice: 'everything'" in done.stderr
-    done = subprocess.run([*SCRIPT, "--out", str(tmp_path), "--limit", "tests=soon"], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "got 'tests=soon', expected the name of a stage, =, and seconds" in done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert {path.name for path in tmp_path.rglob("*")} == {"a-file"}
 
 
 def test_the_commit_of_a_copy_without_a_repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
