@@ -199,7 +199,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     making = commands.add_parser("make")
     making.add_argument("--extension", choices=["cuda", "none"], default="cuda", help="of the wheel (default: cuda)")
-    making.add_argument("--only", nargs="+", default=[], help="parts: step, tuner, tests (default: all)")
+    making.add_argument("--only", nargs="+", default=[], choices=["step", "tuner", "tests"], help="default: all")
     unpacking = commands.add_parser("unpack")
     unpacking.add_argument("into", type=Path)
     unpacking.add_argument("--folder", type=Path, default=FOLDER)
@@ -218,6 +218,8 @@ def main() -> None:
             added = unpack(args.folder, args.into)
         except Stale as error:
             sys.exit(str(error))
+        except OSError as error:
+            sys.exit(f"{args.into}: cannot be written to: {error}; choose another folder")
         print("\n".join(f"export {name}={shlex.quote(value)}" for name, value in added.items()))
 
 

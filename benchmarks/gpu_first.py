@@ -128,13 +128,16 @@ class Run:
             self.write()
             try:
                 stopped = self._wait(process, stage, embedded, began + limit)
+            except KeyboardInterrupt:
+                told |= {"status": "interrupted", "seconds": round(time.monotonic() - began, 1)}
+                raise
             finally:
                 _kill(process, signal.SIGKILL)  # whatever it has begun, too
                 process.wait()
+                del told["pid"]
         status = process.returncode
         ended = "stopped at its limit" if stopped else "done" if status == 0 else f"ended with status {status}"
         told |= {"status": ended, "seconds": round(time.monotonic() - began, 1)}
-        del told["pid"]
         text = log.read_text(errors="replace")
         told["output"] = text[-TAIL:]
         self._take_in(stage, embedded)

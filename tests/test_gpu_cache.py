@@ -131,6 +131,20 @@ def test_the_command_says_why_in_one_line(carried: Path, tmp_path: Path):
     assert "run make gpu-cache again" in result.stderr
 
 
+def test_wrong_arguments_are_told(carried: Path, checkout: Path, tmp_path: Path):
+    command = [sys.executable, gpu_cache.__file__, "make", "--only", "nothing"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "invalid choice: 'nothing'" in result.stderr
+    change(carried, sources=digest(gpu_cache.ROOT))
+    (tmp_path / "file").touch()
+    command = [sys.executable, gpu_cache.__file__, "unpack", tmp_path / "file", "--folder", carried]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"{tmp_path / 'file'}: cannot be written to: ")
+    assert result.stderr.endswith("; choose another folder\n")
+
+
 def test_a_cache_replaces_the_one_before_at_once(carried: Path, monkeypatch: pytest.MonkeyPatch):
     """Its manifest comes last: until then the old one names files that are there."""
     before = {path.name: path.read_bytes() for path in carried.iterdir()}

@@ -76,6 +76,21 @@ def test_what_a_killed_stage_has_begun_ends_with_it(tmp_path: Path):
     assert not state.exists() or state.read_text().split()[2] == "Z"
 
 
+def test_an_interrupted_stage_is_told_and_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run, begun = run_in(tmp_path), []
+
+    def interrupt(self: Run, process: "subprocess.Popen[bytes]", *_: object) -> bool:
+        begun.append(process)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "_wait", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run.run(stage("hangs", HANGS))
+    assert begun[0].returncode == -signal.SIGKILL
+    told = run.content["stages"]["hangs"]
+    assert (told["status"], "pid" in told) == ("interrupted", False)
+
+
 def test_artifacts_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """What does not fit is named; the small ones, a stage's output among them, come first."""
     monkeypatch.setattr(gpu_first, "ARTIFACTS_BYTES", 10_000)
