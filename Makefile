@@ -97,7 +97,7 @@ FLOOR ?= .floor/venv/bin/python
 gpu-cache:
 	$(FLOOR) benchmarks/gpu_cache.py make $(ARGS)
 
-# Every stage of it on a CPU, tiny, and once more with each one killed, on the floor's software.
+# Every stage of it on a CPU, tiny, then two runs that kill every other stage, on the floor's software.
 gpu-rehearse: floor-build
 	cd .floor/checkout && $(BIN)/python -m pytest tests/test_gpu_first.py
 
