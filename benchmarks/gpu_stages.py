@@ -225,7 +225,8 @@ def _graph_is_the_step(scale: Scale, device: torch.device, dtype: torch.dtype) -
 
 def profile(args: argparse.Namespace) -> int:
     """Where the time of a replay goes, kernel by kernel in order, and of an ordinary step, call by call."""
-    report = Report(args.file)
+    choices = _choices.read_cache(_choices.place_of(args.device))
+    report = Report(args.file, tuned_convolutions=len(choices))  # 0: by rule
     batches = (1, 4) if args.rehearse else (1, 16)
     for batch in batches:
         workload = Workload(_config(args, batch))

@@ -1,0 +1,258 @@
+"""What the nodes of a CUDA graph cost on this GPU, and what could take their place: for a step of many small kernels.
+
+    python benchmarks/graph_latency.py [--out FILE]
+
+Each row is one graph, replayed: a chain of kernels that wait for one another, with and without programmatic dependent
+launch (PDL); chains side by side; kernels that read weights, before they wait or after; sums merged by a second kernel
+or by the last program to arrive; a barrier across the whole grid in place of a kernel's end. Each result is checked.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from machine import describe
+from results import save
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+NODES = 256
+REPLAYS = 50
+WEIGHTS = 32  # nodes that read weights of their own: more than the L2 cache holds in all
+Row = dict[str, Any]
+
+
+@triton.jit
+def add_one(x, PDL: tl.constexpr, BLOCK: tl.constexpr):
+    """x[i] += 1."""
+    at = x + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    tl.store(at, tl.load(at) + 1)
+
+
+@triton.jit
+def add_weights(x, weights, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WAIT: tl.constexpr):
+    """x[p] += the sum of program p's weights; WAIT: where it waits for x's last writer."""
+    program = tl.program_id(0)
+    at = weights + program * ROWS * COLUMNS + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    if WAIT != "none":
+        gdc_launch_dependents()
+    if WAIT == "first":
+        gdc_wait()
+    total = tl.sum(tl.sum(tl.load(at).to(tl.float32), 0), 0)
+    if WAIT == "after the weights":
+        gdc_wait()
+    tl.store(x + program, tl.load(x + program) + total)
+
+
+@triton.jit
+def sum_rows(x, parts, PROGRAMS, BLOCK: tl.constexpr, C: tl.constexpr):
+    """The sums of BLOCK rows of x into parts[program]."""
+    program = tl.program_id(0)
+    columns = tl.arange(0, C)
+    rows = program * BLOCK + tl.arange(0, BLOCK)
+    tl.store(parts + program * C + columns, tl.sum(tl.load(x + rows[:, None] * C + columns[None, :]), 0))
+
+
+@triton.jit
+def merge(parts, y, PROGRAMS, BLOCK: tl.constexpr, C: tl.constexpr):
+    """y = the sum of all parts, in an order that depends on nothing."""
+    columns = tl.arange(0, C)
+    total = tl.zeros([BLOCK, C], tl.float32)
+    for start in range(0, PROGRAMS, BLOCK):
+        rows = start + tl.arange(0, BLOCK)
+        at = parts + rows[:, None] * C + columns[None, :]
+        total += tl.load(at, mask=rows[:, None] < PROGRAMS, other=0.0, cache_modifier=".cg")
+    tl.store(y + columns, tl.sum(total, 0))
+
+
+@triton.jit
+def sum_rows_and_merge(x, parts, y, counter, PROGRAMS, BLOCK: tl.constexpr, C: tl.constexpr):
+    """Both, where the last program to arrive merges, in the same order."""
+    sum_rows(x, parts, PROGRAMS, BLOCK, C)
+    tl.debug_barrier()
+    if tl.atomic_add(counter, 1, sem="acq_rel") == PROGRAMS - 1:
+        merge(parts, y, PROGRAMS, BLOCK, C)
+        tl.store(counter, 0)
+
+
+@triton.jit
+def barriers(x, counter, ROUNDS, PROGRAMS):
+    """ROUNDS times: x[program, round + 1] = x[the next program, round] + 1, with a barrier of all programs between."""
+    program = tl.program_id(0)
+    neighbour = (program + 1) % PROGRAMS
+    for i in range(ROUNDS):
+        value = tl.load(x + i * PROGRAMS + neighbour, cache_modifier=".cg") + 1
+        tl.store(x + (i + 1) * PROGRAMS + program, value)
+        tl.debug_barrier()
+        arrived = tl.atomic_add(counter, 1, sem="acq_rel") + 1
+        while arrived < (i + 1) * PROGRAMS:
+            arrived = tl.atomic_add(counter, 0, sem="acquire")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="JSON, rewritten with each row")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.exit(2, "graph_latency: PyTorch finds no CUDA GPU here\n")
+    report = describe(gpu=True) | {"replays": REPLAYS, "rows": []}
+    for row in rows():
+        report["rows"].append(row)
+        print(json.dumps(row), flush=True)
+        if args.out:
+            save(report, args.out)
+
+
+def rows() -> Iterator[Row]:
+    for programs in (1, 16, 132, 528):
+        for pdl in (False, True):
+            yield chain(programs, pdl)
+    yield copies()
+    for programs in (1, 132):
+        yield two_chains(programs)
+    for kib in (8, 32, 64):
+        for wait in ("none", "first", "after the weights"):
+            yield weights(kib, wait)
+    for programs in (16, 64, 256, 1024):
+        for last in (False, True):
+            yield sums(programs, last)
+    for programs in (16, 132):
+        yield barrier(programs)
+
+
+def replayed(record: Callable[[], None], reset: Callable[[], object]) -> list[float]:
+    """Quartiles of a replay's microseconds; `record` queues the work, `reset` puts its state back."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        record()  # compiles
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        record()
+    samples = []
+    for _ in range(REPLAYS + 5):
+        reset()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        samples.append(begin.elapsed_time(end) * 1e3)
+    return torch.tensor(samples[5:]).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+
+
+def as_row(what: str, quartiles: list[float], nodes: int, ok: bool, **more: Any) -> Row:
+    us = [round(value / nodes, 3) for value in quartiles]
+    return {"what": what, **more, "nodes": nodes, "us_a_node": us[1], "quartiles": [us[0], us[2]], "ok": ok}
+
+
+def chain(programs: int, pdl: bool) -> Row:
+    x = torch.zeros(programs * 128, device="cuda")
+
+    def record() -> None:
+        for _ in range(NODES):
+            add_one[programs,](x, PDL=pdl, BLOCK=128, num_warps=4, launch_pdl=pdl)
+
+    quartiles = replayed(record, x.zero_)
+    return as_row("chain", quartiles, NODES, bool((x == NODES).all()), programs=programs, pdl=pdl)
+
+
+def copies() -> Row:
+    """What copy_ of 512 bytes between two buffers costs: a memcpy node."""
+    x, y = torch.ones(128, device="cuda"), torch.zeros(128, device="cuda")
+
+    def record() -> None:
+        for _ in range(NODES // 2):
+            y.copy_(x)
+            x.copy_(y)
+
+    return as_row("chain of copies", replayed(record, x.zero_), NODES, bool((y == 0).all()))
+
+
+def two_chains(programs: int) -> Row:
+    """Half the nodes on a branch. us_a_node is of one branch: equal to the chain's if both run at once."""
+    x, y = torch.zeros(2, programs * 128, device="cuda")
+    branch = torch.cuda.Stream()
+
+    def record() -> None:
+        main = torch.cuda.current_stream()
+        branch.wait_stream(main)
+        for _ in range(NODES // 2):
+            add_one[programs,](x, PDL=False, BLOCK=128, num_warps=4)
+            with torch.cuda.stream(branch):
+                add_one[programs,](y, PDL=False, BLOCK=128, num_warps=4)
+        main.wait_stream(branch)
+
+    quartiles = replayed(record, lambda: (x.zero_(), y.zero_()))
+    ok = bool((x == NODES // 2).all() and (y == NODES // 2).all())
+    return as_row("two chains", quartiles, NODES // 2, ok, programs=programs)
+
+
+def weights(kib: int, wait: str) -> Row:
+    """A chain of kernels of 264 programs that read kib of bfloat16 weights each."""
+    programs, columns = 264, 128
+    shape = (WEIGHTS, programs, kib * 1024 // 2 // columns, columns)
+    w = torch.randint(-8, 8, shape, device="cuda").to(torch.bfloat16)
+    x = torch.zeros(programs, device="cuda")
+
+    def record() -> None:
+        for layer in w:
+            add_weights[programs,](
+                x, layer, ROWS=shape[2], COLUMNS=columns, WAIT=wait, num_warps=8, launch_pdl=wait != "none"
+            )
+
+    quartiles = replayed(record, x.zero_)
+    ok = torch.equal(x, w.float().sum((0, 2, 3)))  # whole numbers below 2^24: exact in any order
+    mib = w[0].nbytes / 2**20
+    rate = round(w.nbytes / quartiles[1] * 1e-3)
+    return as_row("weights", quartiles, WEIGHTS, ok, mib_a_node=mib, wait=wait, gb_per_s=rate)
+
+
+def sums(programs: int, last: bool) -> Row:
+    """Sums of 64 channels over programs x 32 rows, 64 times one after the other: the last to arrive merges, or not."""
+    block, c = 32, 64
+    x = torch.randint(-8, 8, (programs * block, c), device="cuda").float()
+    parts, y = torch.empty(programs, c, device="cuda"), torch.empty(c, device="cuda")
+    counter = torch.zeros(1, dtype=torch.int32, device="cuda")
+    sizes = {"PROGRAMS": programs, "BLOCK": block, "C": c}
+
+    def record() -> None:
+        for _ in range(64):
+            if last:
+                sum_rows_and_merge[programs,](x, parts, y, counter, **sizes)
+            else:
+                sum_rows[programs,](x, parts, **sizes)
+                merge[1,](parts, y, **sizes)
+
+    quartiles = replayed(record, lambda: (parts.fill_(torch.nan), y.fill_(torch.nan)))
+    ok = torch.equal(y, x.sum(0)) and int(counter) == 0
+    return as_row("sums", quartiles, 64, ok, programs=programs, by="the last to arrive" if last else "a second kernel")
+
+
+def barrier(programs: int) -> Row:
+    """Barriers of a grid that has a processor for each program; us_a_node is of one round."""
+    rounds = 200
+    x = torch.zeros(rounds + 1, programs, device="cuda")
+    counter = torch.zeros(1, dtype=torch.int32, device="cuda")
+
+    def reset() -> Tensor:
+        counter.zero_()
+        return x.zero_()
+
+    def record() -> None:
+        barriers[programs,](x, counter, rounds, programs)
+
+    quartiles = replayed(record, reset)
+    return as_row("barrier in a kernel", quartiles, rounds, bool((x[-1] == rounds).all()), programs=programs)
+
+
+if __name__ == "__main__":
+    main()
