@@ -76,12 +76,12 @@ STAGES = (
     Stage("head", 25, _own("head")),
     Stage("warm", 60, _own("warm"), interpreted=True),
     Stage("parity", 60, _own("parity"), interpreted=True),
-    Stage("times", 120, _step(*SLOW_TO_COMPILE), "times.json"),
+    Stage("times", 150, _step(*SLOW_TO_COMPILE), "times.json"),
     Stage("tuner", 100, _own("tuner"), "kernels.json", tuned=True),
     Stage("tuned", 90, _step(*SLOW_TO_COMPILE, "eager, every trick"), "tuned.json", tuned=True),
     Stage("profile", 60, _own("profile", "--artifacts", "{work}/artifacts"), "profile.json", tuned=True),
     Stage("tests", 150, _TESTS, "tests.json", interpreted=True),
-    Stage("train", 60, _TRAIN, tuned=True),
+    Stage("train", 75, _TRAIN, tuned=True),
     Stage("operators", 60, _pytest("benchmarks/ops", "--quick"), "operators.json"),
 )
 ARTIFACTS = "artifacts.zip"  # timelines, a run's panel and statistics, every stage's output

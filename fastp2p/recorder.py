@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from fastp2p.config import GanMode
-from fastp2p.data.images import to_image, to_png
+from fastp2p.data.images import to_image, to_jpeg, to_png
 from fastp2p.errors import InputError, WriteError
 from fastp2p.files import write_atomically
 from fastp2p.losses import BALANCE
@@ -65,7 +65,7 @@ class Recorder:
             self.events.add_scalar(name.replace("loss_", "loss/").replace("val_", "val/"), value, step)
 
     def panel(self, step: int, rows: Sequence[Sequence[Tensor]]) -> None:
-        """Draw the validation panel; a thread writes it as panel/STEP.png, and as panel.png, the newest.
+        """Draw the validation panel; a thread writes it as panel/STEP.png, as panel.png and to TensorBoard.
 
         Raises:
             WriteError: when the panel before this one could not be written; the end of the `with` block raises for
@@ -87,8 +87,10 @@ class Recorder:
         (self.folder / "panel").mkdir(exist_ok=True)
         for path in (self.folder / "panel" / f"{step:07d}.png", self.folder / "panel.png"):
             write_atomically(path, png)
-        # SummaryWriter.add_image would encode it once more
-        content = Summary.Image(height=image.height, width=image.width, colorspace=3, encoded_image_string=png)
+        # TensorBoard's checksum goes through every byte in Python, and holds up the steps: a JPEG has a quarter of them
+        content = Summary.Image(
+            height=image.height, width=image.width, colorspace=3, encoded_image_string=to_jpeg(image)
+        )
         self.events._get_file_writer().add_summary(Summary(value=[Summary.Value(tag="panel", image=content)]), step)
 
 

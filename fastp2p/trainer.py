@@ -89,7 +89,9 @@ def train(config: TrainConfig, *, resume: bool = False, say: Say = tqdm.write) -
         bar = tqdm(total=last_step, initial=state.step, mininterval=0.5, smoothing=0.1, bar_format=bar_format)
         recorder = stack.enter_context(Recorder(folder, state.step, resolved.gan_mode))
         with bar, stop_signals(say) as stop:
-            Run(resolved, data, state, folder, recorder, bar, say).train(last_step, stop)
+            run = Run(resolved, data, state, folder, recorder, bar, say)
+            run.train(last_step, stop)
+        say(run.where_time_went())
 
     if state.step < last_step:
         say(f"Stopped and saved at step {state.step}. Go on with: fastp2p train --resume {folder}")
@@ -178,7 +180,7 @@ def stop_signals(say: Say) -> Iterator[list[int]]:
 
 
 def untimed(method: Callable[["Run"], None]) -> Callable[["Run"], None]:
-    """Keep the time that a method of Run takes out of img_per_sec."""
+    """Keep the time that a method of Run takes out of img_per_sec, and in run.beside."""
 
     @functools.wraps(method)
     def wrapped(run: "Run") -> None:
@@ -186,7 +188,9 @@ def untimed(method: Callable[["Run"], None]) -> Callable[["Run"], None]:
             torch.cuda.synchronize(run.state.device)  # steps still queued count as training
         began = time.monotonic()
         method(run)
-        run.logged += time.monotonic() - began
+        seconds = time.monotonic() - began
+        run.logged += seconds
+        run.beside[method.__name__] += seconds
 
     return wrapped
 
@@ -209,6 +213,7 @@ class Run:
         self.epochs = config.n_epochs + config.n_epochs_decay
         self.steps_per_epoch = batches_per_epoch(data.train, config.batch_size)
         self.started = self.saved = self.logged = time.monotonic()
+        self.beside = dict.fromkeys(("validate", "panel", "save"), 0.0)  # seconds beside the steps
         self.images = 0  # trained on since self.logged
         self.validated_at = -1  # step
         self.reading = ""  # of the losses, at the last line of stats
@@ -248,6 +253,14 @@ class Run:
             self.validate()
         if time.monotonic() - self.saved >= config.save_minutes * 60:
             self.save()
+
+    def where_time_went(self) -> str:
+        """The seconds since the first step, in a line."""
+        total, beside = time.monotonic() - self.started, self.beside
+        return (
+            f"{total:.1f} s: {total - sum(beside.values()):.1f} in steps, {beside['validate']:.1f} in scores of val "
+            f"and its best netG, {beside['panel']:.1f} in panels, {beside['save']:.1f} in saving"
+        )
 
     def out_of_time(self) -> bool:
         """Whether --max-minutes are over."""

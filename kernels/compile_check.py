@@ -147,13 +147,16 @@ def compile_case(case: Case, config: dict[str, Any], capability: int, aligned: b
     constants |= ones
     signature = {name: "constexpr" if name in constants else case.types[name] for name in case.kernel.arg_names}
     whole = [["tt.divisibility", 16]]
-    compiled = triton.compile(
-        ASTSource(
-            fn=case.kernel, signature=signature, constexprs=constants, attrs={(i,): whole for i in multiples_of_16}
-        ),
-        target=GPUTarget("cuda", capability, 32),
-        options={name: config[name] for name in OPTIONS if name in config},
+    source = ASTSource(
+        fn=case.kernel, signature=signature, constexprs=constants, attrs={(i,): whole for i in multiples_of_16}
     )
+    target = GPUTarget("cuda", capability, 32)
+    options = {name: config[name] for name in OPTIONS if name in config}
+    compiled = triton.compile(source, target=target, options=options)
+    if "ptx" not in compiled.asm:  # from a cache that keeps binaries alone, such as one that was carried here
+        with triton.knobs.compilation.scope():
+            triton.knobs.compilation.always_compile, triton.knobs.compilation.store_binary_only = True, False
+            compiled = triton.compile(source, target=target, options=options)
     ptx = compiled.asm["ptx"]
     report = assemble(ptx, capability)
     registers = re.search(r"Used (\d+) registers", report)

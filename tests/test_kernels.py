@@ -2,6 +2,7 @@
 
 import importlib
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -89,6 +90,15 @@ def test_layers_of_one_channel_compile():
             sizes = cases[0].sizes | {name: 1}
             compile_check.compile_case(replace(cases[0], sizes=sizes), cases[0].configs[-1], 90, True)
         compile_check.compile_case(replace(cases[0], sizes=dict.fromkeys(sizes, 1)), cases[0].configs[-1], 90, True)
+
+
+def test_a_cache_of_binaries_alone_will_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """make gpu-cache keeps no PTX: what is found there is compiled again, to be read."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_STORE_BINARY_ONLY", "1")
+    (case,) = (case for case in compile_check.all_cases() if case.name == "norm_stats merge")
+    assert not compile_check.compile_case(case, case.configs[0], 90, True).faults
+    assert triton.knobs.compilation.store_binary_only
 
 
 def test_a_program_s_key_depends_on_no_other():

@@ -1,3 +1,4 @@
+import io
 import json
 from pathlib import Path
 
@@ -54,6 +55,21 @@ def test_files_are_what_they_should_be(tmp_path: Path):
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert events.Scalars("loss/G_L1")[0].value == 30.0
     assert events.Images("panel")[0].step == 10
+
+
+def test_tensorboard_s_panel_is_small(tmp_path: Path):
+    """Its checksum is made in Python, byte by byte, while the steps wait."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    photo = torch.nn.functional.interpolate(torch.rand(3, 1, 16, 16) * 2 - 1, size=128, mode="bicubic")
+    with Recorder(tmp_path, 0, "vanilla") as recorder:
+        recorder.panel(10, [tuple(x.expand(3, -1, -1) for x in photo)])
+    (shown,) = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Images("panel")
+    assert 3 * len(shown.encoded_image_string) < (tmp_path / "panel.png").stat().st_size
+    with Image.open(io.BytesIO(shown.encoded_image_string)) as jpeg, Image.open(tmp_path / "panel.png") as png:
+        assert jpeg.size == png.size == (shown.width, shown.height)
+        difference = np.abs(np.asarray(jpeg).astype(float) - np.asarray(png))
+    assert difference.mean() < 4  # of 255; captions are the hard part
 
 
 def test_a_panel_that_cannot_be_written_is_told(tmp_path: Path):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -297,13 +298,17 @@ def test_max_minutes(aligned: Path, tmp_path: Path):
 
 
 def test_img_per_sec_counts_training_alone(aligned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Half a second of drawing after every step must not slow the figure down."""
-    draw = trainer.Recorder.panel
+    """Half a second of drawing after every step must not slow the figure down, and is told at the end."""
+    draw, said = trainer.Recorder.panel, []
     monkeypatch.setattr(trainer.Recorder, "panel", lambda *args: (time.sleep(0.5), draw(*args))[1])
-    folder = train(config(aligned, tmp_path / "run", "--panel-steps", "1", "--max-steps", "4"))
+    folder = train(config(aligned, tmp_path / "run", "--panel-steps", "1", "--max-steps", "4"), say=said.append)
     lines = [line for line in read_stats(folder / "stats.jsonl") if "img_per_sec" in line]
     assert len(lines) == 2
     assert all(line["img_per_sec"] > 2 * 2 / 0.9 for line in lines)  # 2 steps of 2 images; drawing takes 1 s of them
+    (told,) = [line for line in said if " in panels" in line]
+    total, steps, scores, panels, saving = map(float, re.findall(r"\d+\.\d", told))
+    assert panels >= 6 * 0.5  # before the first step, after each, and at the end
+    assert total == pytest.approx(steps + scores + panels + saving, abs=0.25)  # each is rounded to a tenth
 
 
 def test_gpu_without_one_is_told(aligned: Path, tmp_path: Path):

@@ -100,6 +100,13 @@ def to_png(image: Image.Image, *, fast: bool = False) -> bytes:
     return buffer.getvalue()
 
 
+def to_jpeg(image: Image.Image) -> bytes:
+    """The image as a JPEG file that looks the same."""
+    buffer = BytesIO()
+    image.save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
 def to_array(image: Image.Image) -> np.ndarray:
     """(H, W, C) uint8; grey images get C = 1."""
     array = np.asarray(image)
