@@ -95,7 +95,9 @@ def unpack(folder: Path, into: Path, root: Path = ROOT) -> dict[str, str]:
     for name in manifest["wheels"]:  # none of them has a part that pip would put elsewhere
         with zipfile.ZipFile(folder / name) as wheel:
             wheel.extractall(site)
-    paths = [str(site), *filter(None, [os.environ.get("PYTHONPATH")])]
+    # A safe path leaves a script's own folder out, so the benchmarks could not find one another
+    benchmarks = [str(root / folder) for folder in ("benchmarks", "benchmarks/ops")]
+    paths = [str(site), *benchmarks, *filter(None, [os.environ.get("PYTHONPATH")])]
     return {"PYTHONPATH": os.pathsep.join(paths), "TRITON_CACHE_DIR": str(cache), "PYTHONSAFEPATH": "1"}
 
 

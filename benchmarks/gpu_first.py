@@ -291,10 +291,11 @@ def _find_gpu() -> None:
 def _environment(work: Path, rehearse: bool) -> dict[str, str]:
     """Variables for the stages: where fastp2p is, and what is compiled already."""
     env = dict(os.environ)
-    benchmarks = os.pathsep.join([str(BENCHMARKS), str(BENCHMARKS / "ops")])
     if rehearse:
         if importlib.util.find_spec("fastp2p") is None:
             raise Unfit(f"{sys.executable} lacks fastp2p; make gpu-rehearse takes the floor's Python (make floor)")
+        paths = [str(BENCHMARKS), str(BENCHMARKS / "ops"), *filter(None, [env.get("PYTHONPATH")])]
+        env["PYTHONPATH"] = os.pathsep.join(paths)
     else:
         missing = [name for name in ("torch", "triton", "numpy") if importlib.util.find_spec(name) is None]
         if missing:
@@ -303,7 +304,6 @@ def _environment(work: Path, rehearse: bool) -> dict[str, str]:
         # The cache is of the very same sources; results look at this where there is no repository
         env.setdefault("FASTP2P_COMMIT", gpu_cache.read_manifest(gpu_cache.FOLDER)["commit"])
         sys.path += env["PYTHONPATH"].split(os.pathsep)  # this process writes files by it, too
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [env.get("PYTHONPATH"), benchmarks]))
     return env
 
 

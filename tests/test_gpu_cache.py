@@ -62,10 +62,15 @@ def test_unpacked(carried: Path, checkout: Path, tmp_path: Path, monkeypatch: py
     assert (there / "kernel.cubin").read_bytes() == b"code"
     group = json.loads((there / "__grp__kernel.json").read_text())
     assert group == {"child_paths": {"kernel.cubin": str(there / "kernel.cubin")}}
-    assert environment["PYTHONPATH"].endswith(":/elsewhere")
+    _, *benchmarks, elsewhere = environment["PYTHONPATH"].split(os.pathsep)
+    assert (benchmarks, elsewhere) == ([f"{checkout}/benchmarks", f"{checkout}/benchmarks/ops"], "/elsewhere")
     command = [sys.executable, "-c", "import carried_module; print(carried_module.ANSWER)"]
     result = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=True)
     assert result.stdout == "42\n"
+    # A script of the benchmarks, which imports its neighbours, runs in that environment too
+    environment["PYTHONPATH"] = environment["PYTHONPATH"].replace(str(checkout), str(ROOT))
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_cache.py"), "--help"]
+    subprocess.run(command, env={**os.environ, **environment}, capture_output=True, check=True)
 
 
 @pytest.mark.parametrize("name", ["kernels/adam.py", "csrc/cuda/adam.cu", "fastp2p/config.py"])
