@@ -4,11 +4,13 @@
 
 Each row is one graph, replayed: a chain of kernels that wait for one another, with and without programmatic dependent
 launch (PDL); chains side by side; kernels that read weights, before they wait or after; sums merged by a second kernel
-or by the last program to arrive; a barrier across the whole grid in place of a kernel's end. Each result is checked.
+or by the last program to arrive; a barrier across the whole grid in place of a kernel's end. Each result is checked:
+the script exits with 1 when one is wrong, with 2 where there is no GPU that has PDL.
 """
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -53,7 +55,7 @@ def add_weights(x, weights, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WAIT: tl.
 
 
 @triton.jit
-def sum_rows(x, parts, PROGRAMS, BLOCK: tl.constexpr, C: tl.constexpr):
+def sum_rows(x, parts, BLOCK: tl.constexpr, C: tl.constexpr):
     """The sums of BLOCK rows of x into parts[program]."""
     program = tl.program_id(0)
     columns = tl.arange(0, C)
@@ -75,8 +77,8 @@ def merge(parts, y, PROGRAMS, BLOCK: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def sum_rows_and_merge(x, parts, y, counter, PROGRAMS, BLOCK: tl.constexpr, C: tl.constexpr):
-    """Both, where the last program to arrive merges, in the same order."""
-    sum_rows(x, parts, PROGRAMS, BLOCK, C)
+    """sum_rows, then merge by the last program to arrive, in the same order."""
+    sum_rows(x, parts, BLOCK, C)
     tl.debug_barrier()
     if tl.atomic_add(counter, 1, sem="acq_rel") == PROGRAMS - 1:
         merge(parts, y, PROGRAMS, BLOCK, C)
@@ -97,18 +99,22 @@ def barriers(x, counter, ROUNDS, PROGRAMS):
             arrived = tl.atomic_add(counter, 0, sem="acquire")
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON, rewritten with each row")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.exit(2, "graph_latency: PyTorch finds no CUDA GPU here\n")
+    if torch.cuda.get_device_capability() < (9, 0):
+        name = torch.cuda.get_device_name()
+        parser.exit(2, f"graph_latency: {name} has no programmatic dependent launch: an H100 or newer has\n")
     report = describe(gpu=True) | {"replays": REPLAYS, "rows": []}
     for row in rows():
         report["rows"].append(row)
         print(json.dumps(row), flush=True)
         if args.out:
             save(report, args.out)
+    return 0 if all(row["ok"] for row in report["rows"]) else 1
 
 
 def rows() -> Iterator[Row]:
@@ -197,7 +203,7 @@ def two_chains(programs: int) -> Row:
 
 
 def weights(kib: int, wait: str) -> Row:
-    """A chain of kernels of 264 programs that read kib of bfloat16 weights each."""
+    """A chain of kernels of 264 programs, each of which reads that many KiB of bfloat16 weights."""
     programs, columns = 264, 128
     shape = (WEIGHTS, programs, kib * 1024 // 2 // columns, columns)
     w = torch.randint(-8, 8, shape, device="cuda").to(torch.bfloat16)
@@ -222,15 +228,15 @@ def sums(programs: int, last: bool) -> Row:
     x = torch.randint(-8, 8, (programs * block, c), device="cuda").float()
     parts, y = torch.empty(programs, c, device="cuda"), torch.empty(c, device="cuda")
     counter = torch.zeros(1, dtype=torch.int32, device="cuda")
-    sizes = {"PROGRAMS": programs, "BLOCK": block, "C": c}
+    sizes = {"BLOCK": block, "C": c}
 
     def record() -> None:
         for _ in range(64):
             if last:
-                sum_rows_and_merge[programs,](x, parts, y, counter, **sizes)
+                sum_rows_and_merge[programs,](x, parts, y, counter, programs, **sizes)
             else:
                 sum_rows[programs,](x, parts, **sizes)
-                merge[1,](parts, y, **sizes)
+                merge[1,](parts, y, programs, **sizes)
 
     quartiles = replayed(record, lambda: (parts.fill_(torch.nan), y.fill_(torch.nan)))
     ok = torch.equal(y, x.sum(0)) and int(counter) == 0
@@ -255,4 +261,4 @@ def barrier(programs: int) -> Row:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
