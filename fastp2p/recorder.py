@@ -87,10 +87,10 @@ class Recorder:
         (self.folder / "panel").mkdir(exist_ok=True)
         for path in (self.folder / "panel" / f"{step:07d}.png", self.folder / "panel.png"):
             write_atomically(path, png)
-        # TensorBoard's checksum goes through every byte in Python, and holds up the steps: a JPEG has a quarter of them
-        content = Summary.Image(
-            height=image.height, width=image.width, colorspace=3, encoded_image_string=to_jpeg(image)
-        )
+        # TensorBoard's checksum goes through every byte in Python and holds up the steps. A photo's panel is smaller as
+        # a JPEG, a label map's as a PNG.
+        encoded = min(png, to_jpeg(image), key=len)
+        content = Summary.Image(height=image.height, width=image.width, colorspace=3, encoded_image_string=encoded)
         self.events._get_file_writer().add_summary(Summary(value=[Summary.Value(tag="panel", image=content)]), step)
 
 

@@ -255,7 +255,10 @@ class Run:
             self.save()
 
     def where_time_went(self) -> str:
-        """The seconds since the first step, in a line."""
+        """The seconds since this Run was made, in a line: what is no pause counts as steps.
+
+        The last panel's file and losses.png are still to come.
+        """
         total, beside = time.monotonic() - self.started, self.beside
         return (
             f"{total:.1f} s: {total - sum(beside.values()):.1f} in steps, {beside['validate']:.1f} in scores of val "

@@ -72,6 +72,18 @@ def test_tensorboard_s_panel_is_small(tmp_path: Path):
     assert difference.mean() < 4  # of 255; captions are the hard part
 
 
+def test_tensorboard_s_panel_of_flat_colours_is_exact(tmp_path: Path):
+    """A label map is smaller as a PNG."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    label = torch.ones(3, 128, 128)
+    label[:, 32:96, 40:80] = -1
+    with Recorder(tmp_path, 0, "vanilla") as recorder:
+        recorder.panel(10, [(label, label, label)])
+    (shown,) = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Images("panel")
+    assert shown.encoded_image_string == (tmp_path / "panel.png").read_bytes()
+
+
 def test_a_panel_that_cannot_be_written_is_told(tmp_path: Path):
     """By the next panel, or at the end."""
     rows = [tuple(torch.zeros(3, 8, 8) for _ in range(3))]

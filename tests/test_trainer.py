@@ -308,7 +308,8 @@ def test_img_per_sec_counts_training_alone(aligned: Path, tmp_path: Path, monkey
     (told,) = [line for line in said if " in panels" in line]
     total, steps, scores, panels, saving = map(float, re.findall(r"\d+\.\d", told))
     assert panels >= 6 * 0.5  # before the first step, after each, and at the end
-    assert total == pytest.approx(steps + scores + panels + saving, abs=0.25)  # each is rounded to a tenth
+    assert steps + 6 * 0.5 <= total + 0.1  # drawing is no part of the steps; each is rounded to a tenth
+    assert min(scores, saving) >= 0
 
 
 def test_gpu_without_one_is_told(aligned: Path, tmp_path: Path):
