@@ -98,7 +98,13 @@ def unpack(folder: Path, into: Path, root: Path = ROOT) -> dict[str, str]:
     # A safe path leaves a script's own folder out, so the benchmarks could not find one another
     benchmarks = [str(root / folder) for folder in ("benchmarks", "benchmarks/ops")]
     paths = [str(site), *benchmarks, *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {"PYTHONPATH": os.pathsep.join(paths), "TRITON_CACHE_DIR": str(cache), "PYTHONSAFEPATH": "1"}
+    return {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "TRITON_CACHE_DIR": str(cache),
+        "PYTHONSAFEPATH": "1",
+        # The cache is of the very same sources; results look at this where there is no repository
+        "FASTP2P_COMMIT": os.environ.get("FASTP2P_COMMIT", manifest["commit"]),
+    }
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -272,6 +272,7 @@ def first_minutes(args: argparse.Namespace, work: Path, end: float) -> int:
     except KeyboardInterrupt:
         interrupted = True
     run.pack()
+    run.content["seconds"] = round(time.monotonic() - (end - args.minutes * 60), 1)
     run.write()
     for line in report(run.content, run.out):
         print(line)
@@ -301,8 +302,6 @@ def _environment(work: Path, rehearse: bool) -> dict[str, str]:
         if missing:
             raise Unfit(f"{sys.executable} lacks {', '.join(missing)}; choose another Python with PYTHON=...")
         env |= gpu_cache.unpack(gpu_cache.FOLDER, work / "cache")
-        # The cache is of the very same sources; results look at this where there is no repository
-        env.setdefault("FASTP2P_COMMIT", gpu_cache.read_manifest(gpu_cache.FOLDER)["commit"])
         sys.path += env["PYTHONPATH"].split(os.pathsep)  # this process writes files by it, too
     return env
 

@@ -300,7 +300,7 @@ def _config(args: argparse.Namespace, batch: int) -> TrainConfig:
 def train(args: argparse.Namespace) -> int:
     """fastp2p train as a user runs it, as long as there is time: throughput, and the scores of validation."""
     folder = args.artifacts / "run"
-    limit_s = args.seconds - 25  # for Python to start, the tuner where it has not been, and the last scores and files
+    limit_s = args.seconds - 30  # for two Pythons to start, the tuner where it has not been, the last scores and files
     report = Report(args.file)
     command = [sys.executable, "-P", "-m", "fastp2p", "train", "--data", args.data, "--out", str(folder)]
     command += ["--max-minutes", f"{max(1.0, limit_s) / 60:.3f}", "--seed", "0"]

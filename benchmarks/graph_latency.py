@@ -2,10 +2,15 @@
 
     python benchmarks/graph_latency.py [--out FILE]
 
-Each row is one graph, replayed: a chain of kernels that wait for one another, with and without programmatic dependent
-launch (PDL); chains side by side; kernels that read weights, before they wait or after; sums merged by a second kernel
-or by the last program to arrive; a barrier across the whole grid in place of a kernel's end. Each result is checked:
-the script exits with 1 when one is wrong, with 2 where there is no GPU that has PDL.
+Each row is one graph, replayed:
+
+- a chain of kernels that wait for one another, with and without programmatic dependent launch (PDL);
+- two such chains side by side;
+- kernels that read weights, before they wait or after;
+- sums merged by a second kernel or by the last program to arrive;
+- a barrier across the whole grid in place of a kernel's end.
+
+The script checks each result. It exits with 1 when one is wrong, and with 2 where no GPU has PDL.
 """
 
 import argparse
@@ -25,7 +30,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 NODES = 256
 REPLAYS = 50
-WEIGHTS = 32  # nodes that read weights of their own: more than the L2 cache holds in all
+HIDING_CYCLES = 2_000_000  # about a millisecond: the GPU sleeps while the host launches a replay
+WEIGHT_PROGRAMS, WEIGHT_COLUMNS, WEIGHT_KIB = 264, 128, (8, 32, 64)
 Row = dict[str, Any]
 
 
@@ -107,36 +113,44 @@ def main() -> int:
         parser.exit(2, "graph_latency: PyTorch finds no CUDA GPU here\n")
     if torch.cuda.get_device_capability() < (9, 0):
         name = torch.cuda.get_device_name()
-        parser.exit(2, f"graph_latency: {name} has no programmatic dependent launch: an H100 or newer has\n")
+        parser.exit(2, f"graph_latency: {name} has no programmatic dependent launch; an H100 or newer has it\n")
     report = describe(gpu=True) | {"replays": REPLAYS, "rows": []}
     for row in rows():
         report["rows"].append(row)
         print(json.dumps(row), flush=True)
         if args.out:
             save(report, args.out)
-    return 0 if all(row["ok"] for row in report["rows"]) else 1
+    wrong = [row for row in report["rows"] if not row["ok"]]
+    for row in wrong:
+        print(f"graph_latency: wrong result: {json.dumps(row)}", file=sys.stderr)
+    return 1 if wrong else 0
 
 
 def rows() -> Iterator[Row]:
+    processors = torch.cuda.get_device_properties().multi_processor_count
     for programs in (1, 16, 132, 528):
         for pdl in (False, True):
             yield chain(programs, pdl)
     yield copies()
     for programs in (1, 132):
         yield two_chains(programs)
-    for kib in (8, 32, 64):
+    for kib in WEIGHT_KIB:
         for wait in ("none", "first", "after the weights"):
             yield weights(kib, wait)
     for programs in (16, 64, 256, 1024):
         for last in (False, True):
             yield sums(programs, last)
-    for programs in (16, 132):
+    for programs in (16, processors):  # a program without a processor would never arrive
         yield barrier(programs)
 
 
 def replayed(record: Callable[[], None], reset: Callable[[], object]) -> list[float]:
-    """Quartiles of a replay's microseconds; `record` queues the work, `reset` puts its state back."""
+    """Quartiles of a replay's microseconds; `record` queues the work, `reset` puts its state back.
+
+    The GPU sleeps before the first event, so that no time of the host's launch is between the events.
+    """
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         record()  # compiles
     side.synchronize()
@@ -147,6 +161,7 @@ def replayed(record: Callable[[], None], reset: Callable[[], object]) -> list[fl
     for _ in range(REPLAYS + 5):
         reset()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(HIDING_CYCLES)
         begin.record()
         graph.replay()
         end.record()
@@ -184,29 +199,29 @@ def copies() -> Row:
 
 
 def two_chains(programs: int) -> Row:
-    """Half the nodes on a branch. us_a_node is of one branch: equal to the chain's if both run at once."""
+    """NODES on the main stream and NODES on a branch. us_a_node is one branch's: a chain's, if both run at once."""
     x, y = torch.zeros(2, programs * 128, device="cuda")
     branch = torch.cuda.Stream()
 
     def record() -> None:
         main = torch.cuda.current_stream()
         branch.wait_stream(main)
-        for _ in range(NODES // 2):
+        for _ in range(NODES):
             add_one[programs,](x, PDL=False, BLOCK=128, num_warps=4)
             with torch.cuda.stream(branch):
                 add_one[programs,](y, PDL=False, BLOCK=128, num_warps=4)
         main.wait_stream(branch)
 
     quartiles = replayed(record, lambda: (x.zero_(), y.zero_()))
-    ok = bool((x == NODES // 2).all() and (y == NODES // 2).all())
-    return as_row("two chains", quartiles, NODES // 2, ok, programs=programs)
+    ok = bool((x == NODES).all() and (y == NODES).all())
+    return as_row("two chains", quartiles, NODES, ok, programs=programs)
 
 
 def weights(kib: int, wait: str) -> Row:
-    """A chain of kernels of 264 programs, each of which reads that many KiB of bfloat16 weights."""
-    programs, columns = 264, 128
-    shape = (WEIGHTS, programs, kib * 1024 // 2 // columns, columns)
-    w = torch.randint(-8, 8, shape, device="cuda").to(torch.bfloat16)
+    """A chain of kernels of 264 programs, each of which reads that many KiB of bfloat16 weights of its own."""
+    programs, columns, nodes = WEIGHT_PROGRAMS, WEIGHT_COLUMNS, weight_nodes()
+    shape = (nodes, programs, kib * 1024 // 2 // columns, columns)
+    w = torch.randint(-1, 2, shape, dtype=torch.int8, device="cuda").to(torch.bfloat16)
     x = torch.zeros(programs, device="cuda")
 
     def record() -> None:
@@ -216,14 +231,23 @@ def weights(kib: int, wait: str) -> Row:
             )
 
     quartiles = replayed(record, x.zero_)
-    ok = torch.equal(x, w.float().sum((0, 2, 3)))  # whole numbers below 2^24: exact in any order
+    ok = torch.equal(x, w.sum((0, 2, 3), dtype=torch.float32))  # whole numbers below 2^24: exact in any order
     mib = w[0].nbytes / 2**20
     rate = round(w.nbytes / quartiles[1] * 1e-3)
-    return as_row("weights", quartiles, WEIGHTS, ok, mib_a_node=mib, wait=wait, gb_per_s=rate)
+    return as_row("weights", quartiles, nodes, ok, mib_a_node=mib, wait=wait, gb_per_s=rate)
+
+
+def weight_nodes() -> int:
+    """How many nodes read weights: twice the L2 cache in all at the smallest size, and as many at each."""
+    l2 = torch.cuda.get_device_properties().L2_cache_size
+    return -(-2 * l2 // (WEIGHT_PROGRAMS * min(WEIGHT_KIB) * 1024))
 
 
 def sums(programs: int, last: bool) -> Row:
-    """Sums of 64 channels over programs x 32 rows, 64 times one after the other: the last to arrive merges, or not."""
+    """Sums of 64 channels over programs x 32 rows, 64 times one after the other.
+
+    us_a_node is of one sum: of one kernel where the last program to arrive merges, of two where a second kernel does.
+    """
     block, c = 32, 64
     x = torch.randint(-8, 8, (programs * block, c), device="cuda").float()
     parts, y = torch.empty(programs, c, device="cuda"), torch.empty(c, device="cuda")
@@ -244,7 +268,7 @@ def sums(programs: int, last: bool) -> Row:
 
 
 def barrier(programs: int) -> Row:
-    """Barriers of a grid that has a processor for each program; us_a_node is of one round."""
+    """Rounds of one kernel that has a processor for each program; us_a_node is of one round."""
     rounds = 200
     x = torch.zeros(rounds + 1, programs, device="cuda")
     counter = torch.zeros(1, dtype=torch.int32, device="cuda")

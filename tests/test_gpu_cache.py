@@ -57,7 +57,9 @@ def change(folder: Path, **values: Any) -> None:
 
 def test_unpacked(carried: Path, checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    monkeypatch.delenv("FASTP2P_COMMIT", raising=False)
     environment = unpack(carried, tmp_path / "there", checkout)
+    assert environment["FASTP2P_COMMIT"] == json.loads((carried / MANIFEST).read_text())["commit"]
     there = Path(environment["TRITON_CACHE_DIR"]) / "PROGRAM"
     assert (there / "kernel.cubin").read_bytes() == b"code"
     group = json.loads((there / "__grp__kernel.json").read_text())

@@ -119,6 +119,6 @@ def train_in_parallel(rank: int, port: int, folder: str) -> None:
         both.append((grads(m), dict(m.named_buffers())))
     torch.save(both, f"{folder}/{rank}.pt")
     torch.distributed.barrier()
-    # DistributedDataParallel keeps gloo's threads alive past destroy_process_group, and one that frees a tensor while
-    # the interpreter ends aborts the process (pytorch/pytorch#190489), so the interpreter does not end here
+    # DistributedDataParallel keeps gloo's threads alive past destroy_process_group. One that frees a tensor while the
+    # interpreter ends aborts the process: see the comments in pytorch/pytorch#190489. So the interpreter does not end.
     os._exit(0)
