@@ -235,7 +235,8 @@ def test_every_stage_is_rehearsed(tmp_path: Path):
     assert done.returncode == 0, done.stdout + done.stderr
     first = read(tmp_path / "first.json")
     assert first["complete"] is True
-    assert first["seconds"] > sum(told["seconds"] for told in first["stages"].values())
+    stages = first["stages"].values()
+    assert first["seconds"] >= sum(told["seconds"] for told in stages) - 0.1 * len(stages)  # each is rounded
     assert {told["status"] for told in first["stages"].values()} == {"done"}
     assert [*first["stages"]] == [s.name for s in gpu_first.STAGES]
     assert first["stages"]["head"]["results"]["versions"]["torch"] == torch.__version__
