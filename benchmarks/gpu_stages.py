@@ -279,7 +279,9 @@ def tuner(args: argparse.Namespace) -> int:
         began = time.perf_counter()
         table = tune_networks(_config(args, batch), again=False)
         place = _choices.place_of(args.device)
-        measured = json.loads(_choices.cache_path(place).read_text())
+        path = _choices.cache_path(place)
+        assert path is not None, "the stages run with FASTP2P_CACHE"
+        measured = json.loads(path.read_text())
         report.set(
             **{f"batch {batch}": {"seconds": round(time.perf_counter() - began, 1), "table": table.splitlines()}}
         )

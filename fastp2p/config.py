@@ -113,8 +113,8 @@ class TrainConfig:
     """Stop after this many minutes of this call. None: no limit. Source: ours."""
 
     seed: int = 0
-    """Seed of the weights, the order, the jitter and the dropout, 0 to 2**32 - 1: the same seed gives the same
-    run. Source: ours."""
+    """Seed of the weights, the order, the jitter and the dropout, 0 to 2**32 - 1. The same seed gives the same run
+    on the same kernels. Where none are kept yet, a run measures them, and may choose others. Source: ours."""
     device: Device = "auto"
     """Where to train. auto: a CUDA GPU if PyTorch finds one, else the CPU. Source: ours."""
     engine: Engine = "fused"

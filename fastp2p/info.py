@@ -37,7 +37,10 @@ def info() -> str:
 
 def _describe_choices(device: torch.device) -> str:
     place = _choices.place_of(device)
-    return f"{len(_choices.read_cache(place))} convolutions measured on this device, in {_choices.cache_path(place)}"
+    path = _choices.cache_path(place)
+    if path is None:
+        return "none kept: this user has no home folder; set FASTP2P_CACHE to a folder"
+    return f"{len(_choices.read_cache(place))} convolutions measured on this device, in {path}"
 
 
 def version_of(package: str) -> str:

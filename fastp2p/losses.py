@@ -60,14 +60,18 @@ def read_losses(losses: Losses[float], gan_mode: GanMode) -> tuple[str, bool]:
 
     Near balance D can only guess. When D's loss (the mean of real and fake) or G's is under a tenth of balance, that
     player has won and the other one learns little from it any more. Hinge's loss_G_GAN has no lower end; there G has
-    won when loss_D_fake is over three times balance.
+    won when loss_D_fake is over three times balance. Losses far above balance, without a winner who may explain them,
+    are those of a training that runs away.
     """
     balance = BALANCE[gan_mode]
     loss_D = (losses.loss_D_real + losses.loss_D_fake) / 2
     G_has_won = losses.loss_D_fake > 3 * balance if gan_mode == "hinge" else losses.loss_G_GAN < balance / 10
+    runs_away = loss_D > (10 if G_has_won else 3) * balance or abs(losses.loss_G_GAN) > 100 * balance
     text = f"loss_D {loss_D:.2f}, balance is {balance:.2g}: "
     if loss_D < balance / 10:
         return text + "D has won, G learns from L1 alone. Try a smaller --ndf or --n-layers-D, or more data.", True
+    if runs_away:
+        return text + "the losses are far above it, training runs away. Start again with a lower --lr.", True
     if G_has_won:
         return text + "G has won, D no longer tells fake from real. Try a larger --ndf, or check the pairs.", True
     if loss_D < balance / 2:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from types import FrameType
 from typing import NoReturn
 
@@ -62,8 +63,8 @@ def train(config: TrainConfig, *, resume: bool = False, say: Say = tqdm.write) -
     data = load_train_data(resolved, device, say)
     state = TrainState.new(resolved, device, data.fingerprint)
     steps_per_epoch = batches_per_epoch(data.train, resolved.batch_size)
-    last_step = (resolved.n_epochs + resolved.n_epochs_decay) * steps_per_epoch
-    last_step = last_step if resolved.max_steps is None else min(last_step, resolved.max_steps)
+    scheduled = (resolved.n_epochs + resolved.n_epochs_decay) * steps_per_epoch
+    last_step = scheduled if resolved.max_steps is None else min(scheduled, resolved.max_steps)
     describe(resolved, state, len(data.train), say)
     with contextlib.ExitStack() as stack:
         if resume:
@@ -71,7 +72,9 @@ def train(config: TrainConfig, *, resume: bool = False, say: Say = tqdm.write) -
             stack.enter_context(locked(folder))
             restore(state, folder, say)
             if state.step >= last_step:
-                say(f"{folder}: nothing left to do. A larger --max-steps or --n-epochs goes on.")
+                limits = {"--max-steps": resolved.max_steps, "--n-epochs": scheduled}
+                reached = [name for name, steps in limits.items() if steps is not None and steps <= state.step]
+                say(f"{folder}: nothing left to do. To go on, raise {' and '.join(reached)}.")
                 return folder
             remove_leftovers(folder)
             write_config(folder, resolved)
@@ -94,11 +97,11 @@ def train(config: TrainConfig, *, resume: bool = False, say: Say = tqdm.write) -
         say(run.where_time_went())
 
     if state.step < last_step:
-        say(f"Stopped and saved at step {state.step}. Go on with: fastp2p train --resume {folder}")
+        say(f"Stopped and saved at step {state.step}. Go on with: fastp2p train --resume {quote(str(folder))}")
     best = f" (best: netG_best.safetensors, val L1 {state.best_val_L1:.4f})" if state.best_val_L1 < math.inf else ""
     say(f"Results in {folder}: panel.png, losses.png, stats.jsonl, netG.safetensors{best}")
-    say(f"Use it: fastp2p translate {folder / 'netG.safetensors'} IMAGES --out OUT")
-    say(f"Curves: tensorboard --logdir {folder}")
+    say(f"Use it: fastp2p translate {quote(str(folder / 'netG.safetensors'))} IMAGES --out OUT")
+    say(f"Curves: tensorboard --logdir {quote(str(folder))}")
     return folder
 
 

@@ -133,7 +133,7 @@ def tuned(
         with bar:
             known |= tune(missing, place, report=lambda line: say(f"kernels: {line}"), tick=bar.update)
         took = time.monotonic() - began
-        kept = f", kept in {path}" if path.exists() else ""  # that it could not be written was warned of
+        kept = f", kept in {path}" if path and path.exists() else ""  # that it could not be written was warned of
         say(f"kernels: {len(missing)} convolutions measured in {took:.1f} s{kept}")
     return {operation.problem: known[operation.problem] for operation in wanted if operation.problem in known}
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -146,3 +147,14 @@ def test_camvid_from_its_two_folders(fastp2p, camvid: Path, tmp_path: Path):
     done = fastp2p("train", "--data", camvid, "--ngf", 8, "--ndf", 8, "--max-steps", 10, "--out", "run", timeout=400)
     assert done.returncode == 0, done.stderr
     assert "train: 367 pairs converted: B palette" in done.stdout
+
+
+def test_printed_commands_can_be_pasted(fastp2p, aligned: Path, tmp_path: Path):
+    folder = tmp_path / "my photos' run"
+    done = fastp2p("train", *TINY, "--data", aligned, "--out", folder, "--max-minutes", "1e-9")
+    assert done.returncode == 0, done.stderr
+    stopped, _, use, curves = (line.partition(": ")[2] for line in done.stdout.splitlines()[-4:])
+    go_on, use, curves = map(shlex.split, (stopped, use, curves))
+    assert go_on == ["fastp2p", "train", "--resume", str(folder)]
+    assert use[:3] == ["fastp2p", "translate", str(folder / "netG.safetensors")]
+    assert curves == ["tensorboard", "--logdir", str(folder)]

@@ -44,6 +44,12 @@ def test_unknown_mode_is_refused():
         ("hinge", Losses(-0.1, 30, 1.0, 1.0), "both players are in the game", False),
         ("hinge", Losses(-9.0, 30, 0.9, 9.0), "G has won", True),
         ("hinge", Losses(3.0, 30, 0.01, 0.02), "D has won", True),
+        ("vanilla", Losses(9e7, 50, 5e8, 1.0), "training runs away", True),
+        ("vanilla", Losses(0.7, 50, 1.0, 5.0), "training runs away", True),
+        ("vanilla", Losses(0.0, 50, 5e8, 1.0), "training runs away", True),
+        ("vanilla", Losses(80.0, 50, 0.6, 0.7), "training runs away", True),
+        ("lsgan", Losses(0.3, 50, 1e3, 0.2), "training runs away", True),
+        ("hinge", Losses(-1e6, 50, 2.0, 9e5), "training runs away", True),
     ],
 )
 def test_reading_of_the_losses(gan_mode: str, losses: Losses, says: str, warns: bool):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,8 @@ def config(data: Path, out: Path, *options: str) -> TrainConfig:
     return parse(["train", *TINY, "--data", str(data), "--out", str(out), "--log-steps", "2", *options]).config
 
 
-def resume(folder: Path, **changes: Any) -> None:
-    train(replace(read_config(folder), **changes), resume=True)
+def resume(folder: Path, say: Callable[[str], object] = print, **changes: Any) -> None:
+    train(replace(read_config(folder), **changes), resume=True, say=say)
 
 
 def flat(state: Any) -> dict[str, Any]:
@@ -166,7 +167,11 @@ def test_resume_of_a_finished_run_says_so(unbroken: Path):
     before = (unbroken / "checkpoint.pt").stat().st_mtime_ns
     said: list[str] = []
     train(read_config(unbroken), resume=True, say=said.append)
-    assert "nothing left to do" in said[-1]
+    assert said[-1].endswith("nothing left to do. To go on, raise --n-epochs.")
+    resume(unbroken, max_steps=18, say=said.append)
+    assert said[-1].endswith("nothing left to do. To go on, raise --max-steps and --n-epochs.")
+    resume(unbroken, max_steps=7, n_epochs=90, say=said.append)
+    assert said[-1].endswith("nothing left to do. To go on, raise --max-steps.")
     assert any(line.startswith("netG unet_8") for line in said)
     assert (unbroken / "checkpoint.pt").stat().st_mtime_ns == before
     resume(unbroken, n_epochs_decay=4)

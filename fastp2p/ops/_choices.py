@@ -155,15 +155,20 @@ def _extension() -> Any:
     return importlib.import_module("fastp2p._C")
 
 
-def cache_path(place: Place) -> Path:
-    """Where a place's choices are kept."""
-    folder = os.environ.get("FASTP2P_CACHE") or Path.home() / ".cache" / "fastp2p"
-    return Path(folder) / f"kernels-{place.environment}.json"
+def cache_path(place: Place) -> Path | None:
+    """The file of a place's choices; None where the user has no home folder, as in some containers."""
+    try:
+        folder = Path(os.environ.get("FASTP2P_CACHE") or Path.home() / ".cache" / "fastp2p")
+    except RuntimeError:  # Path.home()
+        return None
+    return folder / f"kernels-{place.environment}.json"
 
 
 def read_cache(place: Place) -> Table:
     """The choices in the place's file; none where there is no file, or a damaged one, which is warned of."""
     path = cache_path(place)
+    if path is None:  # add_to_cache warns of it
+        return {}
     try:
         return from_json(path.read_bytes(), place)
     except FileNotFoundError:
@@ -176,6 +181,9 @@ def read_cache(place: Place) -> Table:
 def add_to_cache(place: Place, choices: Table) -> None:
     """Write choices into the place's file, beside those that are there; where that cannot be, it is warned of."""
     path = cache_path(place)
+    if path is None:
+        warnings.warn("no home folder, so kernels are tuned in every run; set FASTP2P_CACHE to a folder", stacklevel=2)
+        return
     try:
         kept = from_json(path.read_bytes(), place)
     except (OSError, ValueError):  # none yet, or said when it was read

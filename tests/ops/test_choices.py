@@ -12,6 +12,7 @@ from gemm_shapes import convolution_on_the_cpu, random
 
 from fastp2p import ops
 from fastp2p.errors import WriteError
+from fastp2p.info import info
 from fastp2p.ops import _choices
 from fastp2p.ops._choices import Measured, Place, Problem, problem_of
 from fastp2p.ops._extension import INTERPRETED
@@ -149,6 +150,21 @@ def test_a_damaged_or_foreign_file_is_said_once_and_written_anew(change: Any, sa
         _choices.add_to_cache(place, {problem: Measured("direct")})
     assert len(warned) == 1
     assert _choices.read_cache(place) == {problem: Measured("direct")}
+
+
+def test_a_user_without_a_home_folder_has_no_cache(monkeypatch: pytest.MonkeyPatch):
+    """A uid without a passwd entry and without HOME, as in many containers."""
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("FASTP2P_CACHE", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    place, problem = Place("cpu", 3), problem_of("down", arguments("down"))
+    assert _choices.read_cache(place) == {}
+    with pytest.warns(UserWarning, match="no home folder, so kernels are tuned in every run; set FASTP2P_CACHE"):
+        _choices.add_to_cache(place, {problem: Measured("gemm")})
+    assert "none kept: this user has no home folder; set FASTP2P_CACHE" in info()
 
 
 def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
