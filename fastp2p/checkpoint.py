@@ -8,6 +8,7 @@ import json
 import pickle
 import re
 import struct
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,12 +59,26 @@ _DAMAGED = (
 
 
 def _load_pickled_tensors(path: Path) -> Any:
+    """torch.load, after the checksums that torch.save wrote. Old .pth files, which are no zips, have none."""
     try:
+        if zipfile.is_zipfile(path):
+            _check_stored(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise InputError(f"{path}: there is no such file") from error
-    except _DAMAGED as error:
+    except (*_DAMAGED, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: is damaged, or holds more than torch.save's tensors: {error!r:.200}") from error
+
+
+def _check_stored(path: Path) -> None:
+    """Raise BadZipFile where a member's bytes are not those that torch.save wrote: torch.load does not look."""
+    with zipfile.ZipFile(path) as archive:
+        packed = [info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]
+        if packed:  # torch.save packs nothing; a small file could unpack to more than there is memory
+            raise zipfile.BadZipFile(f"{packed[0]} is compressed, which torch.save never does")
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
 
 
 @dataclass(frozen=True, kw_only=True)

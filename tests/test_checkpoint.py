@@ -3,8 +3,10 @@ import os
 import pickle
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors
 import torch
@@ -50,6 +52,33 @@ def test_damaged_checkpoint_is_told(tmp_path: Path, content: bytes | None):
     path.write_bytes(path.read_bytes()[:2000] if content is None else content)
     with pytest.raises(InputError, match=r"c\.pt: is damaged"):
         load_checkpoint(path)
+
+
+def test_each_flipped_bit_is_told_or_changes_nothing(tmp_path: Path):
+    """torch.load checks no checksum: with one bit flipped in its weights a run went on."""
+    path = tmp_path / "c.pt"
+    save_checkpoint(path, {"w": torch.randn(4096)})
+    content, w = path.read_bytes(), load_checkpoint(path)["w"]
+    told = 0
+    for position in np.random.default_rng(0).integers(0, 8 * len(content), 80):
+        damaged = bytearray(content)
+        damaged[position // 8] ^= 1 << position % 8
+        path.write_bytes(damaged)
+        try:
+            assert torch.equal(load_checkpoint(path)["w"], w)
+        except InputError:
+            told += 1
+    assert told > 60  # nearly all of the file is weights
+
+
+def test_a_compressed_checkpoint_is_refused(tmp_path: Path):
+    """It could unpack to more than there is memory."""
+    save_checkpoint(tmp_path / "c.pt", {"w": torch.zeros(4096)})
+    with zipfile.ZipFile(tmp_path / "c.pt") as stored, zipfile.ZipFile(tmp_path / "d.pt", "w") as packed:
+        for name in stored.namelist():
+            packed.writestr(name, stored.read(name), zipfile.ZIP_DEFLATED)
+    with pytest.raises(InputError, match="is compressed, which"):
+        load_checkpoint(tmp_path / "d.pt")
 
 
 def test_missing_and_foreign_checkpoints_are_told(tmp_path: Path):
