@@ -1,5 +1,6 @@
 """Files that are whole at every instant."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -14,7 +15,8 @@ def write_atomically(path: Path, content: bytes) -> None:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as stream:
+        temporary.unlink(missing_ok=True)  # a killed process of the same number left it, or it is somebody's link
+        with open(temporary, "xb") as stream:  # x: never through a link
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
@@ -27,7 +29,8 @@ def write_atomically(path: Path, content: bytes) -> None:
     except OSError as error:
         raise WriteError(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a read-only disk says so in the error above
+            temporary.unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: Path) -> None:

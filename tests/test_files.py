@@ -25,6 +25,30 @@ def test_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path: Path, monkeyp
     assert os.listdir(tmp_path) == ["c.pt"]
 
 
+def test_the_real_error_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Not that of deleting the temporary file, which fails on such a disk, too."""
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match=r"file/c\.pt cannot be written: Not a directory"):
+        write_atomically(tmp_path / "file" / "c.pt", b"new")
+
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(files.os, "replace", read_only)
+    monkeypatch.setattr(files.os, "unlink", read_only)
+    with pytest.raises(WriteError, match=r"c\.pt cannot be written: Read-only file system"):
+        write_atomically(tmp_path / "c.pt", b"new")
+
+
+def test_a_planted_link_is_not_followed(tmp_path: Path):
+    (tmp_path / "precious").write_bytes(b"kept")
+    (tmp_path / f".c.pt.{os.getpid()}.tmp").symlink_to(tmp_path / "precious")
+    write_atomically(tmp_path / "c.pt", b"new")
+    assert (tmp_path / "precious").read_bytes() == b"kept"
+    assert (tmp_path / "c.pt").read_bytes() == b"new"
+    assert not (tmp_path / "c.pt").is_symlink()
+
+
 @pytest.mark.parametrize(
     ("call", "when", "survives"),
     [
