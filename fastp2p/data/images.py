@@ -1,6 +1,8 @@
 """One image file -> an 8-bit RGB or grey PIL image, decoded whole, with a word on what was converted."""
 
+import lzma
 import zipfile
+import zlib
 from importlib.resources.abc import Traversable
 from io import BytesIO
 
@@ -12,6 +14,9 @@ from torch import Tensor
 from fastp2p.errors import InputError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")  # Pillow knows more: for PostScript it starts a program
+# What zipfile and its decompressors raise on a damaged or encrypted member, by experiment
+_DAMAGED_MEMBER = (zipfile.BadZipFile, RuntimeError, EOFError, zlib.error, lzma.LZMAError)
 
 
 def is_image(file: Traversable) -> bool:
@@ -23,7 +28,7 @@ def read_image(file: Traversable, channels: int) -> tuple[Image.Image, str]:
     """Read a file as an image of 3 (RGB) or 1 (grey) channels.
 
     Grey, palette, CMYK and 16-bit images are converted, transparency is put on white, and the camera's orientation
-    tag is applied; of several frames the first is taken.
+    tag is applied; of several frames the first is taken. Pillow tries the decoders of FORMATS and no others.
 
     Returns:
         The image, and what was converted ("palette", "transparency", ...; "" for nothing).
@@ -35,12 +40,12 @@ def read_image(file: Traversable, channels: int) -> tuple[Image.Image, str]:
         content = file.read_bytes()
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror or error}") from error
-    except (zipfile.BadZipFile, RuntimeError) as error:  # damaged or encrypted within its archive
+    except _DAMAGED_MEMBER as error:
         raise InputError(f"cannot be read from its .zip: {error}") from error
     if not content:
         raise InputError("the file is empty (zero bytes)")
     try:
-        with Image.open(BytesIO(content)) as image:
+        with Image.open(BytesIO(content), formats=FORMATS) as image:
             frames = getattr(image, "n_frames", 1)
             deep = any(";16" in str(tile) for tile in image.tile)  # 16-bit colour, of which Pillow keeps the high bytes
             image.load()
@@ -50,7 +55,9 @@ def read_image(file: Traversable, channels: int) -> tuple[Image.Image, str]:
         raise InputError(f"the image is too large to be real: {error}") from error
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, ZeroDivisionError) as error:
         # What Pillow's decoders raise on damaged files, by experiment; OSError covers unknown and truncated ones.
-        reason = str(error) if "BytesIO" not in str(error) else "not an image, or damaged from the start"
+        reason = (
+            str(error) if "BytesIO" not in str(error) else f"no {', '.join(FORMATS)} image, or damaged at its start"
+        )
         raise InputError(f"cannot be decoded: {reason}") from error
 
     notes = [text for holds, text in ((frames > 1, "several frames"), (tagged, "orientation tag")) if holds]
@@ -60,7 +67,8 @@ def read_image(file: Traversable, channels: int) -> tuple[Image.Image, str]:
         notes.append("16-bit grey")
     elif mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in upright.info:
         ground = Image.new("RGBA", upright.size, "white")
-        ground.alpha_composite(upright.convert("RGBA"))
+        straight = upright.convert("LA") if mode == "La" else upright  # Pillow has no way from La to RGBA
+        ground.alpha_composite(straight.convert("RGBA"))
         upright = ground
         notes.append("transparency" if mode != "P" else "palette with transparency")
     elif mode != "RGB" and (mode, channels) not in (("L", 1), ("1", 1)):

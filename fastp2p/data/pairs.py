@@ -1,5 +1,6 @@
 """Folders -> pairs of files, in either of the two layouts that people have."""
 
+import struct
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterable
@@ -51,8 +52,11 @@ def open_root(data: str) -> Traversable:
 
 
 def _zip_root(source: Path | BytesIO) -> Traversable:
-    """The root of an archive, or of the one folder in it."""
-    root = zipfile.Path(zipfile.ZipFile(source))
+    """The root of an archive, or of the one folder in it. Raises InputError when its directory is damaged."""
+    try:
+        root = zipfile.Path(zipfile.ZipFile(source))
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
+        raise InputError(f"data: {source}: is a damaged .zip ({error}); copy or make it again") from error
     children = [child for child in root.iterdir() if not child.name.startswith((".", "__"))]
     return children[0] if len(children) == 1 and children[0].is_dir() and children[0].name != "train" else root
 

@@ -31,7 +31,7 @@ class TrainData:
     def fingerprint(self) -> str:
         """Count and hash of the training pairs' names."""
         names = "\n".join(pair.name for pair in self.train.pairs)
-        return f"{len(self.train)} pairs {hashlib.sha256(names.encode()).hexdigest()[:16]}"
+        return f"{len(self.train)} pairs {hashlib.sha256(names.encode(errors='surrogateescape')).hexdigest()[:16]}"
 
 
 def load_train_data(config: ResolvedConfig, device: torch.device, say: Callable[[str], None]) -> TrainData:

@@ -1,3 +1,4 @@
+import os
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from PIL import Image
 from fastp2p.data import PairFormat, batches_per_epoch, eval_batches, load_split, train_crops
 from fastp2p.data import dataset as dataset_module
 from fastp2p.data.jitter import epoch_order, jitter
+from fastp2p.data.splits import TrainData
 from fastp2p.errors import InputError
 
 FORMAT = PairFormat("AtoB", 36)
@@ -121,7 +123,7 @@ def test_one_error_names_all_that_is_wrong(damaged: Path):
         "6 of 10 cannot be used",
         "train/4: the file is empty",
         "train/5: cannot be decoded",
-        "train/6: cannot be decoded: not an image",
+        "train/6: cannot be decoded: no JPEG, PNG",
         "train/7: B is too small: 8x8 px, expected at least 16 a side",
         "train/8: A is 40x40 and B 40x60 px: not the same frame",
         "train/A/9.jpg: has no partner 9.* in train/B",
@@ -148,14 +150,30 @@ def test_nothing_left_is_an_error_even_when_skipping(tmp_path: Path):
         load_split(str(tmp_path), "train", FORMAT, skip_bad=True)
 
 
-def test_zip_with_a_damaged_member(aligned: Path, tmp_path: Path):
+def test_a_name_that_is_no_utf_8(aligned: Path):
+    (aligned / "train" / "0.png").rename(aligned / "train" / os.fsdecode(b"caf\xe9.png"))
+    data = TrainData(load_split(str(aligned), "train", FORMAT), None, [])
+    assert data.fingerprint.startswith("6 pairs ")
+
+
+def test_zip_with_a_damaged_directory(aligned: Path, tmp_path: Path):
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.write(aligned / "train" / "0.png", "train/0.png")
+    content = (tmp_path / "x.zip").read_bytes()
+    (tmp_path / "x.zip").write_bytes(content.replace(b"PK\x01\x02", b"\0K\x01\x02"))
+    with pytest.raises(InputError, match=r"x\.zip: is a damaged \.zip .*; copy or make it again"):
+        load_split(str(tmp_path / "x.zip"), "train", FORMAT)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_zip_with_a_damaged_member(aligned: Path, tmp_path: Path, method: int):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", method) as archive:
         for file in (aligned / "train").iterdir():
             archive.write(file, f"train/{file.name}")
     content = bytearray((tmp_path / "x.zip").read_bytes())
-    content[200] ^= 255  # within the first member's data
+    content[60:240] = bytes(x ^ 0x5A for x in content[60:240])  # within the first member's data
     (tmp_path / "x.zip").write_bytes(content)
-    with pytest.raises(InputError, match=r"1 of 6 cannot be used.*\n.*cannot be read from its \.zip"):
+    with pytest.raises(InputError, match=r"1 of 6 cannot be used.*\n.*png: cannot be read"):
         load_split(str(tmp_path / "x.zip"), "train", FORMAT)
     assert len(load_split(str(tmp_path / "x.zip"), "train", FORMAT, skip_bad=True)) == 5
 

@@ -1,4 +1,6 @@
 import io
+import os
+import struct
 import zlib
 from pathlib import Path
 
@@ -23,6 +25,33 @@ def test_formats(tmp_path: Path, extension: str):
     difference = np.abs(np.asarray(read).astype(int) - np.asarray(image)).mean()
     lossy = extension in ("jpg", "JPEG", "webp")  # at Pillow's default quality, on strong colours
     assert difference < 12 if lossy else difference == 0
+
+
+@pytest.mark.parametrize("kind", ["EPS", "GIF", "PPM", "PCX", "TGA", "ICO"])
+def test_other_formats_under_these_names_are_not_opened(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch):
+    """For PostScript Pillow would start gs: an outside program on an unknown file."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch '{tmp_path}/started'\nexit 1\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    random_image(16, 16).save(tmp_path / "x.png", kind)
+    with pytest.raises(InputError, match="cannot be decoded: no JPEG, PNG, WEBP, TIFF, BMP image"):
+        read_image(tmp_path / "x.png", 3)
+    assert not (tmp_path / "started").exists()
+
+
+def test_grey_tiff_with_premultiplied_alpha(tmp_path: Path):
+    """Written by hand, since Pillow writes none."""
+    w, h = 128, 64
+    pixels = b"".join(bytes((x, 255)) for _ in range(h) for x in range(w))
+    tags = [(256, 3, 1, w), (257, 3, 1, h), (258, 3, 2, 8 | 8 << 16), (259, 3, 1, 1), (262, 3, 1, 1), (273, 4, 1, 150)]
+    tags += [(277, 3, 1, 2), (278, 3, 1, h), (279, 4, 1, len(pixels)), (338, 3, 1, 1)]
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+    (tmp_path / "x.tif").write_bytes(head.ljust(150, b"\0") + pixels)
+    for channels in (1, 3):
+        image, note = read_image(tmp_path / "x.tif", channels)
+        assert note == "transparency"
+        assert (to_array(image)[0, :, 0] == np.arange(128)).all()
 
 
 def save(tmp_path: Path, image: Image.Image, **options: object) -> Path:
@@ -134,7 +163,7 @@ def test_empty_file(tmp_path: Path):
 
 def test_text_that_claims_to_be_an_image(tmp_path: Path):
     (tmp_path / "x.jpg").write_text("hello")
-    with pytest.raises(InputError, match="cannot be decoded: not an image"):
+    with pytest.raises(InputError, match="cannot be decoded: no JPEG, PNG"):
         read_image(tmp_path / "x.jpg", 3)
 
 
