@@ -35,5 +35,5 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """Delete the temporary files that a killed process left in its run folder."""
-    for temporary in folder.glob(".*.tmp"):
+    for temporary in (*folder.glob(".*.tmp"), *folder.glob("panel/.*.tmp")):
         temporary.unlink(missing_ok=True)

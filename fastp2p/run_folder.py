@@ -6,10 +6,11 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from shlex import quote
 
 from fastp2p.config import TrainConfig
 from fastp2p.errors import InputError
-from fastp2p.files import write_atomically
+from fastp2p.files import remove_leftovers, write_atomically
 
 # What may differ between a run and its continuation: limits, bookkeeping and places, but nothing that is learned from.
 CHANGEABLE = {
@@ -19,21 +20,29 @@ CHANGEABLE = {
 }
 
 
-def new_folder(config: TrainConfig) -> Path:
-    """Make config.out, or the next free runs/DATA-NUMBER, and its config.json.
+@contextlib.contextmanager
+def new_folder(config: TrainConfig) -> Iterator[Path]:
+    """Make config.out, or the next free runs/DATA-NUMBER, and its config.json; locked as long as the `with` block.
+
+    The lock comes before the look and the writing: of runs that start together each gets a folder with its own
+    configuration, or is refused.
 
     Raises:
-        InputError: when it is there and not empty, or cannot be made.
+        InputError: when it is there and not empty, cannot be made, or another process trains in it.
     """
-    folder = config.out or _next_free(config.data)
+    folder = config.out or _make_next(config.data)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"out: {folder} is a file; expected a folder to make")
-    if folder.is_dir() and any(folder.iterdir()):
-        hint = f"--resume {folder} continues the run in it" if (folder / "config.json").exists() else "it holds files"
-        raise InputError(f"out: {folder} is not empty ({hint}); choose another --out")
     make_folder(folder)
-    write_config(folder, config)
-    return folder
+    with locked(folder):
+        # A process that was killed as it wrote config.json left no run behind
+        if any(not path.match(".config.json.*.tmp") for path in folder.iterdir()):
+            is_run = (folder / "config.json").exists()
+            hint = f"--resume {quote(str(folder))} continues the run in it" if is_run else "it holds files"
+            raise InputError(f"out: {folder} is not empty ({hint}); choose another --out")
+        remove_leftovers(folder)
+        write_config(folder, config)
+        yield folder
 
 
 def make_folder(folder: Path) -> None:
@@ -98,6 +107,18 @@ def write_config(folder: Path, config: TrainConfig) -> None:
 KERNELS = "kernels.json"  # which kernel computed what: other ones round otherwise
 
 
-def _next_free(data: str) -> Path:
+def _make_next(data: str) -> Path:
+    """Make the folder with the lowest number that is free, which no other process can have made."""
     name = Path(data.removeprefix("builtin:")).resolve().stem
-    return next(path for n in range(1, 10**6) if not (path := Path("runs") / f"{name}-{n:03d}").exists())
+    make_folder(Path("runs"))
+    number = 0
+    while True:
+        number += 1
+        folder = Path("runs") / f"{name}-{number:03d}"
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise InputError(f"out: {folder} cannot be made: {error.strerror}; choose another --out") from error
+        return folder

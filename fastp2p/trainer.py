@@ -79,8 +79,7 @@ def train(config: TrainConfig, *, resume: bool = False, say: Say = tqdm.write) -
             remove_leftovers(folder)
             write_config(folder, resolved)
         else:
-            folder = new_folder(resolved)
-            stack.enter_context(locked(folder))
+            folder = stack.enter_context(new_folder(resolved))
         say(f"{last_step:,} steps of batch {resolved.batch_size}, {steps_per_epoch:,} an epoch -> {folder}")
         if resolved.engine == "fused":
             images = min(resolved.batch_size, len(data.train))
