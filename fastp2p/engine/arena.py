@@ -67,6 +67,7 @@ class Arena:
         device = _check_parameters(self.parameters, wide)
         group = _only_group(optimizer, self.parameters)
         (self.beta1, self.beta2), self.eps = group["betas"], group["eps"]
+        self.options = {name: group[name] for name in _OPTIONS}
         self.reduce, self.unscale = reduce, unscale
 
         # The flat buffers
@@ -132,7 +133,13 @@ class Arena:
             InputError: when parameters or moments are no longer views of these buffers.
         """
         self.watch.check()
-        lr = float(self.watch.optimizer.param_groups[0]["lr"])
+        group = self.watch.optimizer.param_groups[0]
+        for name, before in self.options.items():
+            if group[name] != before:
+                raise InputError(
+                    f"engine: the optimizer's {name} went from {before} to {group[name]}; make a new FusedStep"
+                )
+        lr = float(group["lr"])
         if lr != self.lr_on_host:
             self.lr_on_host = lr
             self.lr.fill_(lr)
@@ -245,6 +252,9 @@ def _view(flat: Tensor, start: int, like: Tensor) -> Tensor:
         return part.view(like.shape)
     o, c, kh, kw = like.shape
     return part.view(o, kh, kw, c).permute(0, 3, 1, 2)
+
+
+_OPTIONS = ("betas", "eps", "weight_decay", "amsgrad", "maximize")  # that the buffers were made for
 
 
 def _only_group(optimizer: torch.optim.Adam, parameters: list[nn.Parameter]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastp2p.engine.ceilings import H200, Ceilings
+from fastp2p.engine.supported import Supported, check_chain
 from fastp2p.errors import InputError
 from fastp2p.networks import PatchDiscriminator, PixelDiscriminator, UnetBlock, UnetGenerator
 from fastp2p.ops._activation import ACTIVATIONS
@@ -119,15 +120,15 @@ def plan_network(net: nn.Module, size: Size, *, skip_dead_taps: bool = True) -> 
     Raises:
         InputError: on another network, or where a norm would see a single value per channel.
     """
+    Supported(net)
     levels = 0
     if isinstance(net, UnetGenerator):
         levels, modules = net.levels, list(_flatten_unet(net.model))
         names = [f"e{i}" for i in range(1, net.levels + 1)] + [f"d{i}" for i in range(net.levels, 0, -1)]
-    elif isinstance(net, PatchDiscriminator | PixelDiscriminator):
+    else:
+        assert isinstance(net, PatchDiscriminator | PixelDiscriminator)
         modules = list(net.model if isinstance(net, PatchDiscriminator) else net.net)
         names = [f"c{i}" for i in range(1, sum(isinstance(m, Convolution) for m in modules) + 1)]
-    else:
-        raise InputError(f"engine: got a {type(net).__name__}, expected a U-Net generator or a PatchGAN discriminator")
 
     starts = [i for i, module in enumerate(modules) if isinstance(module, Convolution)]
     chains = [modules[i:j] for i, j in zip(starts, [*starts[1:], len(modules)], strict=True)]
@@ -140,7 +141,12 @@ def plan_network(net: nn.Module, size: Size, *, skip_dead_taps: bool = True) -> 
         dropout = next((module.p for module in rest if isinstance(module, nn.Dropout)), 0.0)
         act = next((module for module in rest if type(module) in _CODES), None)
         crosses = number in skips
-        read_beside_a_skip = number + 1 < len(chains) and skips[number + 1] is not None
+        is_last = number + 1 == len(chains)
+        read_beside_a_skip = not is_last and skips[number + 1] is not None
+        if is_last:
+            check_chain(name, rest, (nn.Tanh,) if levels else ())
+        else:
+            check_chain(name, rest, (nn.ReLU,) if read_beside_a_skip else (nn.ReLU, nn.LeakyReLU))
         layer = Layer(
             name=name,
             conv=conv,

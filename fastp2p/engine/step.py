@@ -12,6 +12,7 @@ from fastp2p.engine.loss_scale import LossScale
 from fastp2p.engine.network import FusedNetwork
 from fastp2p.engine.plan import TANH, plan_network
 from fastp2p.engine.ranges import part
+from fastp2p.engine.supported import Supported, check_optimizer
 from fastp2p.errors import InputError
 from fastp2p.losses import Losses
 from fastp2p.networks import UnetGenerator, reflect_pad_to_multiple
@@ -58,7 +59,8 @@ class FusedStep:
         skip_dead_taps: leave out the taps of a kernel that meet padding alone, which changes no result.
 
     Raises:
-        InputError: on networks that are none of ours, or too deep for the size, or an optimizer with other options.
+        InputError: on networks that hold anything the engine does not compute (`supported.py` names the module), or
+            that are too deep for the size; on an optimizer that is not Adam itself, or has other options.
     """
 
     def __init__(
@@ -79,7 +81,10 @@ class FusedStep:
         skip_dead_taps: bool = True,
     ):
         self.nets = (netG, netD)
+        for optimizer in (optimizer_G, optimizer_D):
+            check_optimizer(optimizer)
         self._check_training()
+        self.supported = [Supported(net) for net in self.nets]
         if dtype not in DTYPES:
             raise InputError(f"engine: got dtype {dtype}, expected one of {', '.join(map(str, DTYPES))}")
         self.dtype, self.size, self.objective, self.lambda_L1 = dtype, size, OBJECTIVES[gan_mode], lambda_L1
@@ -150,6 +155,8 @@ class FusedStep:
             InputError: when the networks or optimizers are no longer what the step was made of.
         """
         self._check_training()
+        for supported in self.supported:
+            supported.check_again()
         for net in (self.netG, self.netD):
             net.arena.prepare()
 
