@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine.nets import Trained, small_nets
+from engine.nets import Trained, batches, small_nets
 from torch import nn
 from torch.nn.utils import parametrizations, weight_norm
 
@@ -171,9 +171,7 @@ def outcome(change: Change, optimizers: Callable[[Any], torch.optim.Optimizer] |
         step = trained.fused(SIZE, torch.float64)
     except InputError:
         return "refused"
-    for number in range(3):
-        generator = torch.Generator().manual_seed(number)
-        A, B = torch.rand(2, 2, 3, *SIZE, dtype=torch.float64, generator=generator) * 2 - 1
+    for A, B in batches(2, SIZE, torch.float64):
         expected, found = twin.reference(A, B), step(A, B)
         torch.testing.assert_close(torch.stack(tuple(found)), torch.stack(tuple(expected)), rtol=1e-10, atol=1e-10)
     return "equal"
@@ -213,7 +211,7 @@ OPTIONS = {"betas": (0.9, 0.99), "eps": 1e-3, "weight_decay": 0.1, "amsgrad": Tr
 def test_a_change_after_the_first_step_is_refused(name: str):
     trained = small_nets()
     step = trained.fused(SIZE, torch.float64)
-    A, B = torch.rand(2, 1, 3, *SIZE, dtype=torch.float64) * 2 - 1
+    ((A, B),) = batches(1, SIZE, torch.float64, steps=1)
     step(A, B)
     LATER[name](trained)
     with pytest.raises(InputError, match="engine"):
@@ -224,7 +222,7 @@ def test_a_change_after_the_first_step_is_refused(name: str):
 def test_an_option_changed_later_is_refused(option: str):
     trained = small_nets()
     step = trained.fused(SIZE, torch.float64)
-    A, B = torch.rand(2, 1, 3, *SIZE, dtype=torch.float64) * 2 - 1
+    ((A, B),) = batches(1, SIZE, torch.float64, steps=1)
     step(A, B)
     trained.optimizers[1].param_groups[0][option] = OPTIONS[option]
     with pytest.raises(InputError, match=f"the optimizer's {option} went from"):
