@@ -34,9 +34,22 @@ StateDict = Mapping[str, Tensor]
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write tensors, numbers, strings and containers of them, atomically."""
-    buffer = io.BytesIO()  # serialised in memory first: a full disk then fails in our own write, with a clean error
-    torch.save({"format": CHECKPOINT_FORMAT, **state}, buffer)
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, _serialised({"format": CHECKPOINT_FORMAT, **state}))
+
+
+def _serialised(state: dict[str, Any]) -> bytes:
+    """What torch.save writes, with the checksums that loading looks at, whatever the program has set.
+
+    It is made in memory: a full disk then fails in our own write, with a clean error.
+    """
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(True)
+    try:
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+    finally:
+        torch.serialization.set_crc32_options(before)
+    return buffer.getvalue()
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -201,6 +214,4 @@ def read_upstream_generator(
 
 def write_upstream_generator(path: Path, state_dict: StateDict) -> None:
     """Write a bare state_dict as upstream's latest_net_G.pth, atomically."""
-    buffer = io.BytesIO()
-    torch.save(dict(state_dict), buffer)
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, _serialised(dict(state_dict)))

@@ -71,6 +71,16 @@ def test_each_flipped_bit_is_told_or_changes_nothing(tmp_path: Path):
     assert told > 60  # nearly all of the file is weights
 
 
+def test_a_checkpoint_has_checksums_whatever_the_program_has_set(tmp_path: Path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        save_checkpoint(tmp_path / "c.pt", {"w": torch.ones(9)})
+        assert not torch.serialization.get_crc32_options()
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert torch.equal(load_checkpoint(tmp_path / "c.pt")["w"], torch.ones(9))
+
+
 def test_a_compressed_checkpoint_is_refused(tmp_path: Path):
     """It could unpack to more than there is memory."""
     save_checkpoint(tmp_path / "c.pt", {"w": torch.zeros(4096)})
