@@ -12,10 +12,9 @@ class WriteError(Exception):
     """A file could not be written, for a full disk or for want of permission; what was there before is untouched."""
 
     def __init__(self, path: Path, error: OSError):
+        self.is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         text = f"{path} cannot be written: {error.strerror or error}. What was saved before is intact."
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            text += f" Make room, then go on; a run with fastp2p train --resume {path.parent}"
-        super().__init__(text)
+        super().__init__(text + " Make room, then go on." * self.is_full)
 
 
 class TrainingDiverged(RuntimeError):

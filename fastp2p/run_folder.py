@@ -9,7 +9,7 @@ from pathlib import Path
 from shlex import quote
 
 from fastp2p.config import TrainConfig
-from fastp2p.errors import InputError
+from fastp2p.errors import InputError, WriteError
 from fastp2p.files import remove_leftovers, write_atomically
 
 # What may differ between a run and its continuation: limits, bookkeeping and places, but nothing that is learned from.
@@ -79,6 +79,21 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def resume_advice(folder: Path) -> Iterator[None]:
+    """Within the `with` block, a WriteError for a full disk names the command that goes on with the run in folder.
+
+    Raises:
+        WriteError: the one that the block raised.
+    """
+    try:
+        yield
+    except WriteError as error:
+        if error.is_full:
+            error.args = (f"{error} The run goes on with: fastp2p train --resume {quote(str(folder))}",)
+        raise
 
 
 def read_config(folder: Path) -> TrainConfig:

@@ -29,7 +29,7 @@ from fastp2p.metrics import METRICS, evaluate_generator
 from fastp2p.networks import count_parameters, generate
 from fastp2p.ops._extension import WHY_ABSENT
 from fastp2p.recorder import Recorder
-from fastp2p.run_folder import locked, new_folder, reopen_folder, write_config
+from fastp2p.run_folder import locked, new_folder, reopen_folder, resume_advice, write_config
 from fastp2p.state import TrainState
 from fastp2p.tuning import check_kernels, choose_kernels, compile_step
 
@@ -77,9 +77,11 @@ def train(config: TrainConfig, *, resume: bool = False, say: Say = tqdm.write) -
                 say(f"{folder}: nothing left to do. To go on, raise {' and '.join(reached)}.")
                 return folder
             remove_leftovers(folder)
+            stack.enter_context(resume_advice(folder))
             write_config(folder, resolved)
         else:
             folder = stack.enter_context(new_folder(resolved))
+            stack.enter_context(resume_advice(folder))
         say(f"{last_step:,} steps of batch {resolved.batch_size}, {steps_per_epoch:,} an epoch -> {folder}")
         if resolved.engine == "fused":
             images = min(resolved.batch_size, len(data.train))

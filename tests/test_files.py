@@ -19,8 +19,9 @@ def test_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path: Path, monkeyp
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(files.os, "fsync", full)
-    with pytest.raises(WriteError, match=r"c\.pt cannot be written: No space left on device\. What was saved"):
+    with pytest.raises(WriteError, match=r"c\.pt cannot be written: No space left on device\. What was saved") as told:
         write_atomically(path, b"new")
+    assert str(told.value).endswith(" Make room, then go on.")  # translate and convert leave no run to resume
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["c.pt"]
 
