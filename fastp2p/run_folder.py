@@ -30,11 +30,15 @@ def new_folder(config: TrainConfig) -> Iterator[Path]:
     Raises:
         InputError: when it is there and not empty, cannot be made, or another process trains in it.
     """
-    folder = config.out or _make_next(config.data)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"out: {folder} is a file; expected a folder to make")
-    make_folder(folder)
-    with locked(folder):
+    with contextlib.ExitStack() as lock:
+        if config.out is None:
+            folder = _lock_next(config.data, lock)
+        else:
+            folder = config.out
+            if folder.exists() and not folder.is_dir():
+                raise InputError(f"out: {folder} is a file; expected a folder to make")
+            make_folder(folder)
+            lock.enter_context(locked(folder))
         # A process that was killed as it wrote config.json left no run behind
         if any(not path.match(".config.json.*.tmp") for path in folder.iterdir()):
             is_run = (folder / "config.json").exists()
@@ -120,6 +124,15 @@ def write_config(folder: Path, config: TrainConfig) -> None:
 
 
 KERNELS = "kernels.json"  # which kernel computed what: other ones round otherwise
+
+
+def _lock_next(data: str, lock: contextlib.ExitStack) -> Path:
+    """Make the next free folder and lock it; a folder that a run with --out locks in between is left to that run."""
+    while True:
+        folder = _make_next(data)
+        with contextlib.suppress(InputError):
+            lock.enter_context(locked(folder))
+            return folder
 
 
 def _make_next(data: str) -> Path:

@@ -1,14 +1,21 @@
 """Run folders: each is one run's alone, from the instant that it is made."""
 
 import json
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from threading import Barrier
+from typing import Any
 
 import pytest
 
+import fastp2p
 from fastp2p.config import TrainConfig
 from fastp2p.errors import InputError
+from fastp2p.files import remove_leftovers
 from fastp2p.run_folder import locked, new_folder
 
 
@@ -44,6 +51,68 @@ def test_a_number_that_another_takes_in_between_is_left(tmp_path: Path, monkeypa
     monkeypatch.setattr(Path, "mkdir", other_is_faster)
     with new_folder(TrainConfig(data="photos")) as folder:
         assert (taken, folder) == ([Path("runs/photos-001")], Path("runs/photos-002"))
+
+
+def test_a_number_that_another_locks_in_between_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A run with --out runs/photos-001 takes the folder that this one has made, before this one locks it."""
+    monkeypatch.chdir(tmp_path)
+    mkdir = Path.mkdir
+    with ExitStack() as other:
+
+        def other_locks(path: Path, *args: int, **options: bool) -> None:
+            mkdir(path, *args, **options)
+            if path.name.endswith("-001"):
+                other.enter_context(locked(path))
+
+        monkeypatch.setattr(Path, "mkdir", other_locks)
+        with new_folder(TrainConfig(data="photos")) as folder:
+            assert folder == Path("runs/photos-002")
+        assert list(Path("runs/photos-001").iterdir()) == []
+
+
+PROCESS = """
+import sys
+from pathlib import Path
+from fastp2p.config import TrainConfig
+from fastp2p.files import remove_leftovers
+from fastp2p.run_folder import new_folder
+config = TrainConfig(data="photos", lr=float(sys.argv[1]))
+print("ready", flush=True)
+sys.stdin.readline()
+with new_folder(config) as folder:
+    print(folder, flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_processes_that_start_together_keep_their_own_config(tmp_path: Path):
+    rates = [1e-4, 2e-4, 3e-4]
+    path = os.pathsep.join([str(Path(fastp2p.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    options: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": tmp_path}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", PROCESS, str(lr)], env=os.environ | {"PYTHONPATH": path}, **options)
+        for lr in rates
+    ]
+    try:
+        assert [process.stdout.readline() for process in processes] == ["ready\n"] * 3
+        for process in processes:
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        folders = [tmp_path / process.stdout.readline().strip() for process in processes]
+        written = [json.loads((folder / "config.json").read_text())["lr"] for folder in folders]
+    finally:
+        for process in processes:
+            process.communicate()  # closes its input, at which it ends
+    assert len(set(folders)) == 3
+    assert written == rates
+
+
+def test_a_panel_s_leftover_goes(tmp_path: Path):
+    (tmp_path / "panel").mkdir()
+    (tmp_path / "panel" / ".0000005.png.77.tmp").touch()
+    (tmp_path / "panel" / "0000005.png").touch()
+    remove_leftovers(tmp_path)
+    assert [path.name for path in (tmp_path / "panel").iterdir()] == ["0000005.png"]
 
 
 def test_a_folder_in_which_another_trains_keeps_its_config(tmp_path: Path):
