@@ -1,7 +1,9 @@
 """Run folders: each is one run's alone, from the instant that it is made."""
 
+import errno
 import json
 import os
+import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -11,12 +13,16 @@ from threading import Barrier
 from typing import Any
 
 import pytest
+from conftest import TINY
 
 import fastp2p
+from fastp2p import files
+from fastp2p.cli import parse
 from fastp2p.config import TrainConfig
-from fastp2p.errors import InputError
+from fastp2p.errors import InputError, WriteError
 from fastp2p.files import remove_leftovers
-from fastp2p.run_folder import locked, new_folder
+from fastp2p.run_folder import locked, new_folder, read_config
+from fastp2p.trainer import train
 
 
 def test_runs_that_start_together_get_a_folder_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -138,3 +144,25 @@ def test_a_folder_with_files_is_refused(tmp_path: Path):
         with new_folder(TrainConfig(data="photos", out=tmp_path)):
             pass
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("full", ["panel/0000000.png", "checkpoint.pt", "stats.jsonl"])
+def test_a_full_disk_names_the_command_that_goes_on(
+    aligned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str
+):
+    """The folder is the run's own, not panel/, and a shell takes it as one word."""
+    folder, replaced = tmp_path / "my run", os.replace
+
+    def no_room(source: Path, target: Path) -> None:
+        if target == folder / full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replaced(source, target)
+
+    monkeypatch.setattr(files.os, "replace", no_room)
+    with pytest.raises(WriteError, match="Make room, then go on") as told:
+        train(parse(["train", *TINY, "--data", str(aligned), "--out", str(folder), "--max-steps", "2"]).config)
+    text = str(told.value)
+    assert text.startswith(f"{folder / full} cannot be written: No space left on device.")
+    assert shlex.split(text[text.index("fastp2p train") :]) == ["fastp2p", "train", "--resume", str(folder)]
+    monkeypatch.undo()
+    train(read_config(folder), resume=True)

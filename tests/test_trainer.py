@@ -1,11 +1,9 @@
 """Whole runs: what they leave behind, that they resume bit for bit, and that nothing is lost on the way."""
 
-import errno
 import itertools
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -20,11 +18,11 @@ import torch
 from conftest import TINY
 from PIL import Image
 
-from fastp2p import files, trainer
+from fastp2p import trainer
 from fastp2p.checkpoint import load_checkpoint, load_generator
 from fastp2p.cli import parse
 from fastp2p.config import TrainConfig
-from fastp2p.errors import InputError, TrainingDiverged, WriteError
+from fastp2p.errors import InputError, TrainingDiverged
 from fastp2p.recorder import read_stats
 from fastp2p.run_folder import locked, read_config
 from fastp2p.state import TrainState
@@ -394,25 +392,3 @@ sys.exit(main(["train", "--resume", {str(folder)!r}, "--max-steps", "4"]))
     assert "cannot be written: File too large. What was saved before is intact" in done.stderr
     assert "Traceback" not in done.stderr
     assert (folder / "checkpoint.pt").read_bytes() == before
-
-
-@pytest.mark.parametrize("full", ["panel/0000000.png", "checkpoint.pt", "stats.jsonl"])
-def test_a_full_disk_names_the_command_that_goes_on(
-    aligned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str
-):
-    """The folder is the run's own, not panel/, and a shell takes it as one word."""
-    folder, replaced = tmp_path / "my run", os.replace
-
-    def no_room(source: Path, target: Path) -> None:
-        if target == folder / full:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        replaced(source, target)
-
-    monkeypatch.setattr(files.os, "replace", no_room)
-    with pytest.raises(WriteError, match="Make room, then go on") as told:
-        train(config(aligned, folder, "--max-steps", "2"))
-    text = str(told.value)
-    assert text.startswith(f"{folder / full} cannot be written: No space left on device.")
-    assert shlex.split(text[text.index("fastp2p train") :]) == ["fastp2p", "train", "--resume", str(folder)]
-    monkeypatch.undo()
-    resume(folder)
