@@ -19,6 +19,7 @@ from fastp2p.info import info
 from fastp2p.profile import profile_step
 from fastp2p.roofline import count_roofline, measure_roofline
 from fastp2p.run_folder import read_config
+from fastp2p.terminal import lasting_streams
 from fastp2p.trainer import train
 from fastp2p.translate import translate
 from fastp2p.tuning import tune_networks
@@ -242,14 +243,32 @@ def _parse(args: Sequence[str], **options: object) -> AnyCommand:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run fastp2p; returns the exit status: 0, 1 for an error told in words, 2 for bad usage, 130 for Ctrl-C."""
+    """Run fastp2p; returns the exit status: 0, 1 for an error told in words, 2 for bad usage, 130 for Ctrl-C.
+
+    Whoever reads the output may go away: the command does its work to the end. Where the output's file is full, it says
+    so at the end and returns 1.
+    """
+    with lasting_streams() as stdout:
+        try:
+            status = _run(sys.argv[1:] if args is None else args)
+        except SystemExit as usage:  # tyro's
+            status = usage.code if isinstance(usage.code, int) else 0 if usage.code is None else 2
+        stdout.flush()
+        if stdout.lost is not None and not isinstance(stdout.lost, BrokenPipeError):
+            print(f"fastp2p: stdout cannot be written: {stdout.lost}; lines of this command are lost", file=sys.stderr)
+            status = status or 1
+    return status
+
+
+def _run(args: Sequence[str]) -> int:
     try:
-        parse(sys.argv[1:] if args is None else args).run()
+        parse(args).run()
     except (InputError, TrainingDiverged, WriteError) as error:
         print(f"fastp2p: {error}", file=sys.stderr)
         return 1
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+        if not out_of_memory:
             raise
         print(f"fastp2p: out of memory: {error}\nLower --batch-size, --crop-size or --ngf in training, or --size in "
               "translation; what was saved before is intact.", file=sys.stderr)  # fmt: skip

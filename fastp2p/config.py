@@ -14,7 +14,6 @@ Direction = Literal["AtoB", "BtoA"]
 Norm = Literal["batch", "instance", "none"]
 Dropout = Literal["upstream", "paper", "none"]
 Engine = Literal["fused", "reference"]
-Kernels = Literal["auto", "aten", "triton"]
 NetD = Literal["basic", "n_layers", "pixel"]
 GanMode = Literal["vanilla", "lsgan", "hinge"]
 NormStats = Literal["image", "batch", "running"]
@@ -22,6 +21,7 @@ Precision = Literal["auto", "bf16", "fp16", "fp32", "fp64"]
 Statistics = Literal["batch", "sample"]
 
 BUILTIN = "builtin:emoji"
+NAMED_KERNELS = ("auto", "aten", "triton")  # any other --kernels is a path
 MAX_LEVELS = 12  # 4096 px; a deeper U-Net would only see padding
 
 
@@ -114,15 +114,17 @@ class TrainConfig:
 
     seed: int = 0
     """Seed of the weights, the order, the jitter and the dropout, 0 to 2**32 - 1. The same seed gives the same run
-    on the same kernels. Where none are kept yet, a run measures them, and may choose others. Source: ours."""
+    on the same kernels. Where none are kept yet, a run measures them, and may choose others: --kernels RUN takes
+    another run's. Source: ours."""
     device: Device = "auto"
     """Where to train. auto: a CUDA GPU if PyTorch finds one, else the CPU. Source: ours."""
     engine: Engine = "fused"
     """fused: the fast one, on fused operators. reference: the same step in plain PyTorch autograd, to compare with.
     Source: ours."""
-    kernels: Kernels = "auto"
+    kernels: str = "auto"
     """Of the fused engine's convolutions. auto: for each layer the fastest on this machine, which is measured where
-    fastp2p has not done so before. aten: ATen's, on a GPU cuDNN's. triton: our own on a GPU, by rule. Source: ours."""
+    fastp2p has not done so before. aten: ATen's, on a GPU cuDNN's. triton: our own on a GPU, by rule. A path: those of
+    another run, named by its folder or its kernels.json; with its seed, its bits. Source: ours."""
     precision: Precision = "auto"
     """Number format of the fused engine's activations, their gradients and the weights it multiplies by; the weights
     that Adam updates, statistics and losses are in fp32. auto: bf16 on GPUs from compute capability 8.0 on and on CPUs

@@ -33,7 +33,21 @@ def write_atomically(path: Path, content: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def append_line(path: Path, line: str) -> None:
+    """Write one line at a file's end. Raises WriteError; a part of the line may then be there."""
+    try:
+        with open(path, "a") as stream:
+            stream.write(line + "\n")
+    except OSError as error:
+        raise WriteError(path, error) from error
+
+
 def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary files that a killed process left in its run folder."""
+    """Delete the temporary files that a killed process left in its run folder. Raises WriteError."""
     for temporary in (*folder.glob(".*.tmp"), *folder.glob("panel/.*.tmp")):
-        temporary.unlink(missing_ok=True)
+        if temporary.is_dir():  # not ours
+            continue
+        try:
+            temporary.unlink(missing_ok=True)
+        except OSError as error:
+            raise WriteError(temporary, error) from error

@@ -1,8 +1,9 @@
 """What a run leaves behind to look at: stats.jsonl, TensorBoard events, panels and loss curves."""
 
+import contextlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from fastp2p.config import GanMode
-from fastp2p.data.images import to_image, to_jpeg, to_png
-from fastp2p.errors import InputError, WriteError
-from fastp2p.files import write_atomically
+from fastp2p.data.images import to_image, to_png
+from fastp2p.errors import InputError, TrainingDiverged, WriteError
+from fastp2p.events import EventFile
+from fastp2p.files import append_line, write_atomically
 from fastp2p.losses import BALANCE
+from fastp2p.terminal import Say
 
 PANEL_COLUMNS = ("input", "output", "target")
 CAPTION_HEIGHT = 16  # px
@@ -24,21 +27,33 @@ GAP = 4  # px
 class Recorder:
     """The written record of one run folder, open as long as the `with` block; its end draws losses.png.
 
+    Numbers must be written. Pictures and TensorBoard's events are extras: of each kind the run says once that one could
+    not be written, and goes on.
+
     Args:
         folder: the run folder.
         step: where the run stands; later lines, which a killed run may have left, are dropped.
         gan_mode: for the balance in the picture of the losses.
+        say: takes each warning.
+
+    Raises:
+        InputError: when stats.jsonl cannot be read.
+        WriteError: when it cannot be written.
     """
 
-    def __init__(self, folder: Path, step: int, gan_mode: GanMode):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.folder, self.gan_mode = folder, gan_mode
+    def __init__(self, folder: Path, step: int, gan_mode: GanMode, say: Say):
+        self.folder, self.gan_mode, self.say = folder, gan_mode, say
         self.stats_path = folder / "stats.jsonl"
-        kept = [line for line in read_stats(self.stats_path) if line["step"] <= step]
+        stats, damaged = read_stats(self.stats_path)
+        if damaged:
+            say(f"warning: {self.stats_path}: damaged lines are dropped: {damaged}")
+        kept = [line for line in stats if line["step"] <= step]
         write_atomically(self.stats_path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-        self.stats = open(self.stats_path, "a", buffering=1)  # noqa: SIM115 (open as long as the run)
-        self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self.there = {(step, _kind(line)) for line in kept if line["step"] == step}
+        self.failed: set[str] = set()  # the extras of which one could not be written
+        self.events: EventFile | None = None
+        with self._extra(EVENTS):
+            self.events = EventFile(folder / "tensorboard", step)
         self.thread = ThreadPoolExecutor(1, "panel")  # encoding one takes as long as a hundred steps of a GPU
         self.pending: Future[None] | None = None  # panel, that the thread writes
 
@@ -46,70 +61,101 @@ class Recorder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        try:
-            self._wait_for_panel()
-        finally:
-            self.thread.shutdown()
-            self.stats.close()
-            self.events.close()
-        if kind is not WriteError:  # a diverged run wants its curves most of all
-            draw_curves(self.stats_path, self.folder / "losses.png", self.gan_mode)
+        self.flush()
+        self.thread.shutdown()
+        self._to_tensorboard(lambda events: events.close())
+        # A diverged run wants its curves most of all; without memory or disk, or in haste, nothing is drawn
+        if kind is None or issubclass(kind, TrainingDiverged | InputError):
+            with self._extra(PICTURES):
+                draw_curves(self.stats_path, self.folder / "losses.png", self.gan_mode)
 
     def scalars(self, step: int, values: dict[str, Any]) -> None:
-        """Append a line of numbers to stats.jsonl and to TensorBoard. Raises WriteError."""
-        try:
-            self.stats.write(json.dumps({"step": step, **values}) + "\n")
-        except OSError as error:
-            raise WriteError(self.stats_path, error) from error
-        for name, value in values.items():
-            self.events.add_scalar(name.replace("loss_", "loss/").replace("val_", "val/"), value, step)
-
-    def panel(self, step: int, rows: Sequence[Sequence[Tensor]]) -> None:
-        """Draw the validation panel; a thread writes it as panel/STEP.png, as panel.png and to TensorBoard.
+        """Append a line of numbers to stats.jsonl and to TensorBoard; a line that is there already stays as it is.
 
         Raises:
-            WriteError: when the panel before this one could not be written; the end of the `with` block raises for
-                the last one.
+            WriteError: when stats.jsonl cannot be written.
         """
+        if (step, _kind(values)) in self.there:
+            return
+        append_line(self.stats_path, json.dumps({"step": step, **values}))
+        tagged = {name.replace("loss_", "loss/").replace("val_", "val/"): value for name, value in values.items()}
+        self._to_tensorboard(lambda events: events.scalars(step, tagged))
+
+    def panel(self, step: int, rows: Sequence[Sequence[Tensor]]) -> None:
+        """Draw the validation panel; a thread writes it as panel/STEP.png, as panel.png and to TensorBoard."""
         image = draw_panel(rows)
-        self._wait_for_panel()
+        self.flush()
         self.pending = self.thread.submit(self._write_panel, step, image)
 
-    def _wait_for_panel(self) -> None:
+    def flush(self) -> None:
+        """Wait until the last panel is written."""
         pending, self.pending = self.pending, None
         if pending is not None:
-            pending.result()
+            with self._extra(PICTURES):
+                pending.result()
 
     def _write_panel(self, step: int, image: Image.Image) -> None:
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
         png = to_png(image, fast=True)
+        self._to_tensorboard(lambda events: events.panel(step, image, png))
         (self.folder / "panel").mkdir(exist_ok=True)
         for path in (self.folder / "panel" / f"{step:07d}.png", self.folder / "panel.png"):
             write_atomically(path, png)
-        # TensorBoard's checksum goes through every byte in Python and holds up the steps. A photo's panel is smaller as
-        # a JPEG, a label map's as a PNG.
-        encoded = min(png, to_jpeg(image), key=len)
-        content = Summary.Image(height=image.height, width=image.width, colorspace=3, encoded_image_string=encoded)
-        self.events._get_file_writer().add_summary(Summary(value=[Summary.Value(tag="panel", image=content)]), step)
+
+    def _to_tensorboard(self, write: Callable[[EventFile], object]) -> None:
+        if self.events is not None and EVENTS not in self.failed:
+            with self._extra(EVENTS):
+                write(self.events)
+
+    @contextlib.contextmanager
+    def _extra(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, WriteError) as error:
+            if what not in self.failed:
+                self.failed.add(what)
+                self.say(f"warning: {what} cannot be written: {error}\nTraining goes on without.")
 
 
-def read_stats(path: Path) -> list[dict[str, Any]]:
-    """The lines of a stats.jsonl, without the half line that a killed process may have left at its end.
+EVENTS, PICTURES = "TensorBoard's events", "a picture"
+_LOSSES = {"loss_G_GAN", "loss_G_L1", "loss_D_real", "loss_D_fake"}
+_SCORES = {"val_L1", "val_PSNR", "val_SSIM"}
+
+
+def _kind(values: Mapping[str, Any]) -> str | None:
+    """Whether these are "losses" or "scores"; None for neither, or where some are missing."""
+    return "losses" if values.keys() >= _LOSSES else "scores" if values.keys() >= _SCORES else None
+
+
+def read_stats(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The lines of a stats.jsonl, without those that are damaged, and how many these are.
+
+    The half line that a killed process may have left at the end does not count.
 
     Raises:
-        InputError: when another line is damaged.
+        InputError: when the file cannot be read.
     """
-    if not path.exists():
-        return []
-    stats = []
-    for number, line in enumerate(path.read_text().split("\n")[:-1], start=1):
-        try:
-            stats.append(dict(json.loads(line)))
-            stats[-1]["step"] += 0
-        except (ValueError, TypeError, KeyError) as error:
-            raise InputError(f"{path}, line {number}: is damaged; delete the line to go on") from error
-    return stats
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read: {error.strerror}; move it away to go on without its lines"
+        ) from error
+    parsed = [_parse(line) for line in lines]
+    stats = [line for line in parsed if line is not None]
+    return stats, len(parsed) - len(stats)
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """A line of stats.jsonl; None for one that no run wrote."""
+    try:
+        values = json.loads(line)
+        if not isinstance(values, dict) or not {type(value) for value in values.values()} <= {int, float}:
+            return None
+        for value in values.values():
+            float(value)  # an int may be too large
+    except (ValueError, RecursionError, OverflowError):
+        return None
+    return values if type(values.get("step")) is int and _kind(values) is not None else None
 
 
 def draw_panel(rows: Sequence[Sequence[Tensor]]) -> Image.Image:
@@ -135,7 +181,7 @@ def draw_curves(stats_path: Path, path: Path, gan_mode: GanMode) -> None:
     """Draw the losses and the validation scores of a stats.jsonl as a PNG; nothing when it holds no losses."""
     from matplotlib.figure import Figure
 
-    stats = read_stats(stats_path)
+    stats, _ = read_stats(stats_path)
     losses = [line for line in stats if "loss_G_L1" in line]
     scores = [line for line in stats if "val_L1" in line]
     if not losses:

@@ -11,6 +11,7 @@ from shlex import quote
 from fastp2p.config import TrainConfig
 from fastp2p.errors import InputError, WriteError
 from fastp2p.files import remove_leftovers, write_atomically
+from fastp2p.terminal import Say
 
 # What may differ between a run and its continuation: limits, bookkeeping and places, but nothing that is learned from.
 CHANGEABLE = {
@@ -18,6 +19,8 @@ CHANGEABLE = {
     *("n_epochs", "n_epochs_decay", "max_steps", "max_minutes"),
     *("log_steps", "panel_steps", "val_epochs", "save_minutes"),
 }
+# What a run that diverged is mended by: it may differ, too, and that is said.
+REMEDIES = {"lr", "precision"}
 
 
 @contextlib.contextmanager
@@ -57,17 +60,22 @@ def make_folder(folder: Path) -> None:
         raise InputError(f"out: {folder} cannot be made: {error.strerror}; choose another --out") from error
 
 
-def reopen_folder(config: TrainConfig) -> Path:
+def reopen_folder(config: TrainConfig, say: Say) -> Path:
     """Open config.out to go on with the run in it; nothing is written there.
 
     Raises:
         InputError: when it holds no run, or something was changed that the trained weights depend on.
     """
     assert config.out is not None, "a run is resumed from its folder"
-    before = read_config(config.out).as_dict()
-    for name, value in config.as_dict().items():
-        if value != before[name] and name not in CHANGEABLE:
-            raise InputError(f"{name}: got {value}, but {config.out} was trained with {before[name]}; drop the option")
+    before, now = read_config(config.out).as_dict(), config.as_dict()
+    changed = [name for name, value in now.items() if value != before[name] and name not in CHANGEABLE]
+    for name in changed:
+        fp64 = "fp64" in (now[name], before[name])  # its weights are of another type
+        if name not in REMEDIES or fp64:
+            raise InputError(
+                f"{name}: got {now[name]}, but {config.out} was trained with {before[name]}; drop the option"
+            )
+        say(f"{name}: {now[name]} from here on; {config.out} was trained with {before[name]}")
     return config.out
 
 

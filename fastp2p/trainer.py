@@ -3,19 +3,17 @@
 import contextlib
 import functools
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from shlex import quote
-from types import FrameType
 from typing import NoReturn
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
+from fastp2p import terminal
 from fastp2p.checkpoint import GeneratorSpec, load_checkpoint, save_checkpoint, save_generator
 from fastp2p.config import ResolvedConfig, TrainConfig
 from fastp2p.data import Crops, batches_per_epoch, eval_batches, train_crops
@@ -31,12 +29,11 @@ from fastp2p.ops._extension import WHY_ABSENT
 from fastp2p.recorder import Recorder
 from fastp2p.run_folder import locked, new_folder, reopen_folder, resume_advice, write_config
 from fastp2p.state import TrainState
-from fastp2p.tuning import check_kernels, choose_kernels, compile_step
+from fastp2p.terminal import Say, progress, stop_signals
+from fastp2p.tuning import check_fit, check_kernels, choose_kernels, compile_step
 
-Say = Callable[[str], None]
 
-
-def train(config: TrainConfig, *, resume: bool = False, say: Say = tqdm.write) -> Path:
+def train(config: TrainConfig, *, resume: bool = False, say: Say = terminal.say) -> Path:
     """Train pix2pix, and leave everything about it in one run folder.
 
     Args:
@@ -45,53 +42,63 @@ def train(config: TrainConfig, *, resume: bool = False, say: Say = tqdm.write) -
             and versions), instead of making a new one.
         say: takes each line of report.
 
+    In the main thread, Ctrl-C, SIGTERM and SIGHUP end it after the step at hand, saved; in another thread it takes no
+    notice of them.
+
     Returns:
         The run folder: config.json, kernels.json, checkpoint.pt, netG.safetensors, netG_best.safetensors,
         stats.jsonl, panel.png, panel/, losses.png, tensorboard/.
 
     Raises:
-        InputError: when the configuration or the data cannot be used; nothing is written then.
+        InputError: when the configuration or the data cannot be used; nothing is written then. When an image can no
+            longer be read in mid-training, the run is saved first.
         TrainingDiverged: when a loss or a weight is no longer finite; the last good checkpoint is kept.
         WriteError: when a file cannot be written; the previous checkpoint is kept.
     """
     device = choose_device(config.device)
     resolved = config.resolve(device.type, best_precision(device))
-    check_kernels(resolved.kernels, device)
+    if not resume:
+        check_kernels(resolved.kernels, device)
     torch.backends.cudnn.deterministic = True  # or a resumed run would not repeat the unbroken one's bits on a GPU
 
     # Everything that can be wrong is found before anything is written
     data = load_train_data(resolved, device, say)
     state = TrainState.new(resolved, device, data.fingerprint)
     steps_per_epoch = batches_per_epoch(data.train, resolved.batch_size)
+    images = min(resolved.batch_size, len(data.train))  # of a batch
     scheduled = (resolved.n_epochs + resolved.n_epochs_decay) * steps_per_epoch
     last_step = scheduled if resolved.max_steps is None else min(scheduled, resolved.max_steps)
     describe(resolved, state, len(data.train), say)
     with contextlib.ExitStack() as stack:
         if resume:
-            folder = reopen_folder(resolved)
+            folder = reopen_folder(resolved, say)
             stack.enter_context(locked(folder))
             restore(state, folder, say)
-            if state.step >= last_step:
+            stack.enter_context(resume_advice(folder))
+            remove_leftovers(folder)
+            if state.step < last_step:
+                write_config(folder, resolved)
+            else:
                 limits = {"--max-steps": resolved.max_steps, "--n-epochs": scheduled}
                 reached = [name for name, steps in limits.items() if steps is not None and steps <= state.step]
-                say(f"{folder}: nothing left to do. To go on, raise {' and '.join(reached)}.")
-                return folder
-            remove_leftovers(folder)
-            stack.enter_context(resume_advice(folder))
-            write_config(folder, resolved)
+                say(
+                    f"{folder}: nothing left to train; scores, pictures and files are made once more. To go on, raise "
+                    f"{' and '.join(reached)}."
+                )
         else:
+            if resolved.engine == "fused":
+                check_fit(state.fused_step(resolved), images, resolved.kernels)
             folder = stack.enter_context(new_folder(resolved))
             stack.enter_context(resume_advice(folder))
         say(f"{last_step:,} steps of batch {resolved.batch_size}, {steps_per_epoch:,} an epoch -> {folder}")
-        if resolved.engine == "fused":
-            images = min(resolved.batch_size, len(data.train))
+        if resolved.engine == "fused" and state.step < last_step:
             choose_kernels(state.fused_step(resolved), images, resolved.kernels, folder, say)
             batches = {images, len(data.train) % images or images}  # an epoch's last one may be smaller
             compile_step(state.fused_step(resolved), batches, resolved.load_size, say)
 
         bar_format = "{desc} |{bar:5}| {n_fmt}/{total_fmt} ETA {remaining}{postfix}"  # fits 80 columns
-        bar = tqdm(total=last_step, initial=state.step, mininterval=0.5, smoothing=0.1, bar_format=bar_format)
-        recorder = stack.enter_context(Recorder(folder, state.step, resolved.gan_mode))
+        recorder = stack.enter_context(Recorder(folder, state.step, resolved.gan_mode, say))
+        bar = progress(total=last_step, initial=state.step, mininterval=0.5, smoothing=0.1, bar_format=bar_format)
         with bar, stop_signals(say) as stop:
             run = Run(resolved, data, state, folder, recorder, bar, say)
             run.train(last_step, stop)
@@ -164,25 +171,6 @@ def describe_precision(config: ResolvedConfig, device: torch.device) -> str:
     return config.precision + (", convolutions in TF32" if tf32 and config.precision == "fp32" else "")
 
 
-@contextmanager
-def stop_signals(say: Say) -> Iterator[list[int]]:
-    """A list that fills when Ctrl-C or SIGTERM arrives, so that a step is finished first; a second one interrupts."""
-    received: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-        say("stopping: this step is finished and saved; once more stops at once, without saving")
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def untimed(method: Callable[["Run"], None]) -> Callable[["Run"], None]:
     """Keep the time that a method of Run takes out of img_per_sec, and in run.beside."""
 
@@ -224,33 +212,47 @@ class Run:
         self.warning = ""  # the last one given, so that each is given once
 
     def train(self, last_step: int, stop: list[int]) -> None:
-        """Train until last_step, --max-minutes, or a signal in `stop`; then score, draw and save."""
+        """Train until last_step, --max-minutes, or a signal in `stop`; then score, draw and save.
+
+        Raises:
+            InputError: when an image can no longer be read; what was trained until then is saved.
+        """
+        try:
+            self.train_steps(last_step, stop)
+            if not stop or self.state.step >= last_step:
+                if self.state.loss_steps:
+                    self.write_losses()
+                self.validate()
+                self.panel()
+        except InputError as error:
+            self.save()
+            raise InputError(
+                f"{error}\nSaved at step {self.state.step}. Go on with: fastp2p train --resume "
+                f"{quote(str(self.folder))}"
+            ) from error
+        self.save()
+
+    def train_steps(self, last_step: int, stop: list[int]) -> None:
+        """Train until last_step, --max-minutes, or a signal in `stop`."""
         state, step = self.state, self.state.training_step(self.config)
         if state.step == 0:
             self.panel()
-        for epoch, crops in self.batches():
+        for crops in self.batches() if state.step < last_step else ():
             losses = step(crops)
             state.loss_sums += torch.stack(losses)
             state.loss_steps += 1
             state.step += 1
             self.images += len(crops)
             self.bar.update()
-            self.do_what_is_due(epoch)
+            self.do_what_is_due()
             if stop or state.step >= last_step or self.out_of_time():
                 break
 
-        if not stop:
-            if state.loss_steps:
-                self.write_losses(epoch)
-            self.validate()
-            self.panel()
-        self.save()
-
-    def do_what_is_due(self, epoch: int) -> None:
+    def do_what_is_due(self) -> None:
         """What happens every so many steps or minutes beside the steps themselves."""
         config, step = self.config, self.state.step
         if step % config.log_steps == 0:
-            self.log(epoch)
+            self.log()
         if step % config.panel_steps == 0:
             self.panel()
         if step % (self.steps_per_epoch * config.val_epochs) == 0:
@@ -274,13 +276,13 @@ class Run:
         minutes = self.config.max_minutes
         return minutes is not None and time.monotonic() - self.started >= minutes * 60
 
-    def batches(self) -> Iterator[tuple[int, Crops]]:
-        """(epoch, crops) from the state's step to the schedule's end; sets the learning rate."""
+    def batches(self) -> Iterator[Crops]:
+        """Crops from the state's step to the schedule's end; sets the learning rate."""
         done, first = divmod(self.state.step, self.steps_per_epoch)
         for epoch in range(done + 1, self.epochs + 1):
             self.state.set_lr(self.config.lr * self.config.lr_factor(epoch))
             self.bar.set_description_str(f"epoch {epoch}/{self.epochs}", refresh=False)
-            batches = train_crops(
+            yield from train_crops(
                 self.data.train,
                 seed=self.config.seed,
                 epoch=epoch,
@@ -289,16 +291,15 @@ class Run:
                 flip=self.config.flip,
                 first=first,
             )
-            yield from ((epoch, crops) for crops in batches)
             first = 0
 
-    def log(self, epoch: int) -> None:
+    def log(self) -> None:
         """Write the losses since the last line of stats, and begin the next."""
-        self.write_losses(epoch)
+        self.write_losses()
         self.state.loss_sums.zero_()
         self.state.loss_steps = 0
 
-    def write_losses(self, epoch: int) -> None:
+    def write_losses(self) -> None:
         """Mean losses to stats.jsonl and the status line; a warning when one player has won."""
         state = self.state
         losses: Losses[float] = Losses(*(state.loss_sums / state.loss_steps).tolist())
@@ -306,11 +307,11 @@ class Run:
             self.diverged(f"the losses are {', '.join(f'{name} {v:.3g}' for name, v in losses._asdict().items())}")
 
         if state.loss_scale[0] < 1:
-            self.diverged("gradients overflow float16 whatever the loss scale (--precision bf16 or fp32 has room)")
+            self.diverged("gradients overflow float16 whatever the loss scale", remedy="--precision fp32")
 
         img_per_sec = self.images / (time.monotonic() - self.logged)
         self.images, self.logged = 0, time.monotonic()
-        lr = state.optimizer_G.param_groups[0]["lr"]
+        epoch, lr = -(-state.step // self.steps_per_epoch), state.optimizer_G.param_groups[0]["lr"]
         self.recorder.scalars(state.step, {"epoch": epoch, **losses._asdict(), "lr": lr, "img_per_sec": img_per_sec})
         self.bar.set_postfix_str(
             f"{img_per_sec:.1f} img/s, G {losses.loss_G_GAN:.2f} L1 {losses.loss_G_L1:.1f} "
@@ -357,6 +358,7 @@ class Run:
         """Write checkpoint.pt and netG.safetensors, unless the state is not worth keeping."""
         if not self.state.is_finite():
             self.diverged("a loss or a weight is not finite")
+        self.recorder.flush()  # a run that goes on from here draws no earlier panel
         save_checkpoint(self.folder / "checkpoint.pt", self.state.as_dict())
         save_generator(self.folder / "netG.safetensors", self.state.netG.state_dict(), self.spec())
         self.saved = time.monotonic()
@@ -377,11 +379,12 @@ class Run:
             step=self.state.step,
         )
 
-    def diverged(self, what: str) -> NoReturn:
-        """Stop without saving, so that the last good checkpoint stays."""
+    def diverged(self, what: str, remedy: str | None = None) -> NoReturn:
+        """Stop without saving, so that the last good checkpoint stays; the remedy is an option to go on with."""
         path = self.folder / "checkpoint.pt"
         kept = f"{path} holds the last good state" if path.exists() else "no checkpoint had been written yet"
+        remedy = f"--lr {self.config.lr / 4:.2g}" if remedy is None else remedy
         raise TrainingDiverged(
-            f"step {self.state.step}: {what}; training stopped, {kept}. "
-            "A lower --lr, or --norm instance for batch size 1, usually helps."
+            f"step {self.state.step}: {what}; training stopped, {kept}. Go on more gently with: fastp2p train --resume "
+            f"{quote(str(self.folder))} {remedy}\nIf that does not help, start anew with --norm instance."
         )

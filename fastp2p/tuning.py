@@ -5,12 +5,10 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NoReturn
 
 import torch
-from tqdm import tqdm
 
-from fastp2p.config import Kernels, TrainConfig
+from fastp2p.config import NAMED_KERNELS, TrainConfig
 from fastp2p.device import best_precision, choose_device, describe_device
 from fastp2p.engine import FusedStep, ahead
 from fastp2p.engine.operations import Operation, operations
@@ -21,17 +19,47 @@ from fastp2p.ops import _choices
 from fastp2p.ops._choices import Measured, Place, Table, name_of
 from fastp2p.run_folder import KERNELS
 from fastp2p.state import TrainState
+from fastp2p.terminal import Say, progress
 
-Say = Callable[[str], None]
 
-
-def check_kernels(kernels: Kernels, device: torch.device) -> None:
-    """Raise InputError for Triton's kernels where they do not run."""
+def check_kernels(kernels: str, device: torch.device) -> None:
+    """Raise InputError for Triton's kernels where they do not run, and for another run's that cannot be read here."""
     if kernels == "triton" and device.type == "cpu":
         raise InputError("kernels: got triton on a CPU, where C++ and ATen compute; use --kernels auto, or a GPU")
+    if kernels not in NAMED_KERNELS:
+        another_run_s(kernels, _choices.place_of(device))
 
 
-def choose_kernels(step: FusedStep, images: int, kernels: Kernels, folder: Path, say: Say) -> None:
+def another_run_s(kernels: str, place: Place) -> Table:
+    """The choices of the run in a folder, or in its kernels.json.
+
+    Raises:
+        InputError: when there are none, or they are of another device, other versions or other threads.
+    """
+    path = Path(kernels) / KERNELS if Path(kernels).is_dir() else Path(kernels)
+    try:
+        return _choices.from_json(path.read_bytes(), place)
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise InputError(
+            f"kernels: got {kernels}, expected {', '.join(NAMED_KERNELS)}, or a run folder with a {KERNELS} that was "
+            f"made on this machine: {why}"
+        ) from error
+
+
+def check_fit(step: FusedStep, images: int, kernels: str) -> None:
+    """Raise InputError where another run's kernels.json knows none of the step's convolutions."""
+    if kernels in NAMED_KERNELS:
+        return
+    table = another_run_s(kernels, _choices.place_of(step.rng.device))
+    if not any(operation.problem in table for operation in operations(step, images)):
+        raise InputError(
+            f"kernels: {kernels} knows none of this run's convolutions, since it is of other networks or another "
+            "precision, size or batch; use --kernels auto"
+        )
+
+
+def choose_kernels(step: FusedStep, images: int, kernels: str, folder: Path, say: Say) -> None:
     """Decide which kernels the step's convolutions take, write it to the folder, and install it.
 
     What the folder holds already, of the run that is resumed, is taken as it is: other kernels round otherwise. An
@@ -45,16 +73,18 @@ def choose_kernels(step: FusedStep, images: int, kernels: Kernels, folder: Path,
         say: takes each line of report.
 
     Raises:
-        InputError: when the folder's file cannot be read.
+        InputError: when the folder's file, or another run's, cannot be read.
         WriteError: when it cannot be written.
     """
     device = step.rng.device
     place = _choices.place_of(device)
     path = folder / KERNELS
+    wanted = operations(step, images)
     choices = _of_the_run(path, place, say)
+    if choices and not any(operation.problem in choices for operation in wanted):
+        choices = None  # the run goes on in another precision
     if choices is None:
         choices = {}
-        wanted = operations(step, images)
         if (reason := why_not(device, step.dtype)) is not None:
             say(f"kernels: nothing to choose from, {reason}")
         elif kernels == "auto":
@@ -62,6 +92,10 @@ def choose_kernels(step: FusedStep, images: int, kernels: Kernels, folder: Path,
         elif kernels == "aten":
             atens = "direct" if place.device_type == "cpu" else "aten"
             choices = {operation.problem: Measured(atens) for operation in wanted}
+        elif kernels not in NAMED_KERNELS:
+            table = another_run_s(kernels, place)
+            choices = {op.problem: table[op.problem] for op in wanted if op.problem in table}
+            say(f"kernels: {len(choices)} of {len(wanted)} convolutions as in {kernels}, the others by rule")
         write_atomically(path, _choices.to_json(choices, place))
     _choices.install(place, choices)
 
@@ -129,8 +163,7 @@ def tuned(
         began = time.monotonic()
         compile_first(missing)
         bar_format = "{desc} |{bar:5}| {n_fmt}/{total_fmt} ETA {remaining}"
-        bar: tqdm[NoReturn] = tqdm(total=len(missing), desc="tuning kernels", leave=False, bar_format=bar_format)
-        with bar:
+        with progress(total=len(missing), desc="tuning kernels", leave=False, bar_format=bar_format) as bar:
             known |= tune(missing, place, report=lambda line: say(f"kernels: {line}"), tick=bar.update)
         took = time.monotonic() - began
         kept = f", kept in {path}" if path and path.exists() else ""  # that it could not be written was warned of

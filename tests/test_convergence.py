@@ -26,7 +26,7 @@ def test_facades_end_at_the_same_validation_l1(facades: Path, tmp_path: Path):
             n_epochs=5, n_epochs_decay=5, seed=seed, engine=engine, precision=precision, device="cpu",
             panel_steps=10**6, save_minutes=100, out=tmp_path / f"{engine}-{seed}",
         )  # fmt: skip
-        lines = read_stats(train(config) / "stats.jsonl")
+        lines = read_stats(train(config) / "stats.jsonl")[0]
         return statistics.mean([line["val_L1"] for line in lines if "val_L1" in line][-5:])
 
     reference = [score("reference", "fp32", seed) for seed in SEEDS]

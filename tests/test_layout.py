@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     "errors",
     "files",
+    "terminal",
     "config",
     "device",
     "kernels",
@@ -32,6 +33,7 @@ LAYERS = [
     "state",
     "run_folder",
     "tuning",
+    "events",
     "recorder",
     "trainer",
     "translate",

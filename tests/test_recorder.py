@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastp2p.errors import InputError, WriteError
+from fastp2p.errors import InputError
 from fastp2p.recorder import Recorder, draw_panel, read_stats
 
 LINE = {"loss_G_GAN": 1.0, "loss_G_L1": 30.0, "loss_D_real": 0.6, "loss_D_fake": 0.7}
@@ -22,31 +22,63 @@ def test_panel_shows_each_image_in_its_place():
 
 
 def test_record_goes_on_where_the_checkpoint_was(tmp_path: Path):
-    with Recorder(tmp_path, 0, "vanilla") as recorder:
+    with Recorder(tmp_path, 0, "vanilla", print) as recorder:
         for step in (10, 20, 30):
             recorder.scalars(step, LINE)
         recorder.scalars(20, {"val_L1": 0.1, "val_PSNR": 20.0, "val_SSIM": 0.8})
     with open(tmp_path / "stats.jsonl", "a") as file:
         file.write('{"step": 40, "loss_')  # cut off by kill -9
 
-    with Recorder(tmp_path, 20, "vanilla") as recorder:
+    with Recorder(tmp_path, 20, "vanilla", print) as recorder:
         recorder.scalars(30, LINE)
     assert (tmp_path / "losses.png").exists()
-    assert [line["step"] for line in read_stats(tmp_path / "stats.jsonl")] == [10, 20, 20, 30]
+    assert [line["step"] for line in read_stats(tmp_path / "stats.jsonl")[0]] == [10, 20, 20, 30]
     for line in (tmp_path / "stats.jsonl").read_text().splitlines():
         json.loads(line)
 
 
-def test_a_damaged_line_is_told(tmp_path: Path):
-    (tmp_path / "stats.jsonl").write_text('{"step": 1}\nrubbish\n')
-    with pytest.raises(InputError, match=r"stats\.jsonl, line 2: is damaged; delete the line"):
-        Recorder(tmp_path, 5, "vanilla")
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(
+            b"rubbish",
+            b"\xff\xfe",
+            b"",
+            b"[1, 2]",
+            b'"step"',
+            b"[" * 100_000,
+            b'{"step": 1}',
+            b'{"step": 1, "loss_G_L1": 1}',
+        ),
+        json.dumps({"step": "5", **LINE}).encode(),
+        json.dumps({"step": 5.0, **LINE}).encode(),
+        json.dumps({"step": True, **LINE}).encode(),
+        json.dumps({"step": 5, **LINE, "loss_G_L1": None}).encode(),
+        json.dumps({"step": 5, **LINE, "loss_G_L1": 10**400}).encode(),
+    ],
+    ids=lambda damage: damage[:40].decode(errors="replace"),
+)
+def test_damaged_lines_cost_themselves_alone(tmp_path: Path, damage: bytes):
+    good = [json.dumps({"step": step, **LINE}).encode() for step in (1, 2)]
+    (tmp_path / "stats.jsonl").write_bytes(good[0] + b"\n" + damage + b"\n" + good[1] + b"\n")
+    said: list[str] = []
+    with Recorder(tmp_path, 5, "vanilla", said.append):
+        pass
+    assert said == [f"warning: {tmp_path}/stats.jsonl: damaged lines are dropped: 1"]
+    assert (tmp_path / "stats.jsonl").read_bytes().splitlines() == good
+    assert (tmp_path / "losses.png").exists()
+
+
+def test_stats_that_cannot_be_read_are_told(tmp_path: Path):
+    (tmp_path / "stats.jsonl").mkdir()
+    with pytest.raises(InputError, match=r"stats\.jsonl: cannot be read: Is a directory; move it away"):
+        Recorder(tmp_path, 5, "vanilla", print)
 
 
 def test_files_are_what_they_should_be(tmp_path: Path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with Recorder(tmp_path, 0, "vanilla") as recorder:
+    with Recorder(tmp_path, 0, "vanilla", print) as recorder:
         recorder.scalars(10, LINE)
         recorder.panel(10, [tuple(torch.zeros(3, 8, 8) for _ in range(3))])
     with Image.open(tmp_path / "losses.png") as curves:
@@ -62,7 +94,7 @@ def test_tensorboard_s_panel_is_small(tmp_path: Path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     photo = torch.nn.functional.interpolate(torch.rand(3, 1, 16, 16) * 2 - 1, size=128, mode="bicubic")
-    with Recorder(tmp_path, 0, "vanilla") as recorder:
+    with Recorder(tmp_path, 0, "vanilla", print) as recorder:
         recorder.panel(10, [tuple(x.expand(3, -1, -1) for x in photo)])
     (shown,) = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Images("panel")
     assert 3 * len(shown.encoded_image_string) < (tmp_path / "panel.png").stat().st_size
@@ -78,26 +110,55 @@ def test_tensorboard_s_panel_of_flat_colours_is_exact(tmp_path: Path):
 
     label = torch.ones(3, 128, 128)
     label[:, 32:96, 40:80] = -1
-    with Recorder(tmp_path, 0, "vanilla") as recorder:
+    with Recorder(tmp_path, 0, "vanilla", print) as recorder:
         recorder.panel(10, [(label, label, label)])
     (shown,) = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Images("panel")
     assert shown.encoded_image_string == (tmp_path / "panel.png").read_bytes()
 
 
-def test_a_panel_that_cannot_be_written_is_told(tmp_path: Path):
-    """By the next panel, or at the end."""
+@pytest.mark.parametrize("kind", ["panel", "panel.png", "losses.png", "tensorboard"])
+def test_pictures_and_events_that_cannot_be_written_cost_one_warning(tmp_path: Path, kind: str):
+    """A folder of that name, or a file, is in their way."""
     rows = [tuple(torch.zeros(3, 8, 8) for _ in range(3))]
-    (tmp_path / "panel.png").mkdir()
-    recorder = Recorder(tmp_path, 0, "vanilla")
-    recorder.panel(10, rows)
-    with pytest.raises(WriteError, match=r"panel\.png"):
-        recorder.panel(20, rows)
-    recorder.panel(30, rows)
-    with pytest.raises(WriteError, match=r"panel\.png"):
-        recorder.__exit__(None, None, None)
+    if "." in kind:
+        (tmp_path / kind).mkdir()
+    else:
+        (tmp_path / kind).touch()
+    said: list[str] = []
+    with Recorder(tmp_path, 0, "vanilla", said.append) as recorder:
+        for step in (10, 20, 30):
+            recorder.scalars(step, LINE)
+            recorder.panel(step, rows)
+    assert [line["step"] for line in read_stats(tmp_path / "stats.jsonl")[0]] == [10, 20, 30]
+    assert len(said) == 1
+    assert kind in said[0]
+    assert "cannot be written" in said[0]
+
+
+def test_events_that_fail_later_cost_one_warning(tmp_path: Path):
+    """And no later event is tried."""
+    said: list[str] = []
+    with Recorder(tmp_path, 0, "vanilla", said.append) as recorder, open("/dev/full", "wb", 0) as full:
+        assert recorder.events is not None
+        recorder.events.records._writer = full
+        for step in range(10):
+            recorder.scalars(step, LINE)
+    assert said == [
+        "warning: TensorBoard's events cannot be written: [Errno 28] No space left on device\nTraining goes on without."
+    ]
+    assert len(read_stats(tmp_path / "stats.jsonl")[0]) == 10
+
+
+def test_a_line_that_is_there_is_not_written_twice(tmp_path: Path):
+    """A run that was killed between its last line and its last checkpoint comes by once more."""
+    for _ in range(2):
+        with Recorder(tmp_path, 10, "vanilla", print) as recorder:
+            recorder.scalars(10, LINE)
+            recorder.scalars(10, {"val_L1": 0.1, "val_PSNR": 20.0, "val_SSIM": 0.8})
+    assert len(read_stats(tmp_path / "stats.jsonl")[0]) == 2
 
 
 def test_nothing_to_draw(tmp_path: Path):
-    with Recorder(tmp_path, 0, "vanilla"):
+    with Recorder(tmp_path, 0, "vanilla", print):
         pass
     assert not (tmp_path / "losses.png").exists()

@@ -146,7 +146,7 @@ def test_a_folder_with_files_is_refused(tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-@pytest.mark.parametrize("full", ["panel/0000000.png", "checkpoint.pt", "stats.jsonl"])
+@pytest.mark.parametrize("full", ["checkpoint.pt", "netG.safetensors", "stats.jsonl"])
 def test_a_full_disk_names_the_command_that_goes_on(
     aligned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str
 ):

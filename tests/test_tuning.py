@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_trainer import assert_same_state, config, resume
+from runs import assert_same_state, config, resume
 
 from fastp2p import tuning
 from fastp2p.checkpoint import load_checkpoint
@@ -122,6 +122,47 @@ def test_kernels_that_do_not_run_here(aligned: Path, tmp_path: Path):
     assert not (tmp_path / "run").exists()
     with pytest.raises(InputError, match="kernels: got aten with engine reference"):
         config(aligned, tmp_path / "run", "--kernels", "aten", "--engine", "reference")
+
+
+def test_another_run_s_kernels_give_its_bits(aligned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Named by its folder or its file, whatever this machine would choose by now."""
+    first = train(config(aligned, tmp_path / "first"))
+    chosen = of_run(first)
+    monkeypatch.setenv("FASTP2P_CACHE", str(tmp_path / "other cache"))
+    _choices.forget()
+    _choices.add_to_cache(place(), flipped(chosen))
+    for number, source in enumerate((first, first / "kernels.json")):
+        said: list[str] = []
+        again = train(config(aligned, tmp_path / f"{number}", "--kernels", str(source)), say=said.append)
+        assert of_run(again) == chosen
+        assert f"kernels: {len(chosen)} of {len(chosen)} convolutions as in {source}, the others by rule" in said
+        assert_same_state(first, again)
+    (first / "kernels.json").unlink()
+    resume(again, n_epochs=4)  # has its own by now
+
+
+def test_another_run_s_kernels_that_cannot_be_taken(aligned: Path, tmp_path: Path, other_kernels: Path):
+    """Each is refused before a folder is made."""
+    damaged, elsewhere = tmp_path / "damaged.json", tmp_path / "elsewhere.json"
+    damaged.write_text("{")
+    elsewhere.write_text(other_kernels.read_text().replace("torch", "torch0."))
+    for source, why in {
+        "atten": "expected auto, aten, triton, or a run folder with a kernels.json .*: No such file",
+        str(tmp_path): "expected auto, aten, triton, or a run folder with a kernels.json .*: No such file",
+        str(damaged): "damaged.json, expected auto",
+        str(elsewhere): "it is for .*torch0",
+        str(other_kernels): "knows none of this run's convolutions",
+    }.items():
+        with pytest.raises(InputError, match=f"kernels: .*{why}"):
+            train(config(aligned, tmp_path / "run", "--kernels", source))
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def other_kernels(aligned: Path, tmp_path: Path) -> Path:
+    """Of a run with other networks."""
+    other = config(aligned, tmp_path / "other", "--max-steps", "1", "--ngf", "8", "--ndf", "6", "--batch-size", "3")
+    return train(other) / "kernels.json"
 
 
 def test_where_there_is_nothing_to_choose_from(aligned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
