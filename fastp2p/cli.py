@@ -266,6 +266,9 @@ def _run(args: Sequence[str]) -> int:
     except (InputError, TrainingDiverged, WriteError) as error:
         print(f"fastp2p: {error}", file=sys.stderr)
         return 1
+    except OSError as error:  # what no command could foresee, such as a name that is too long for this disk
+        print(f"fastp2p: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        return 1
     except (RuntimeError, MemoryError) as error:
         out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
         if not out_of_memory:

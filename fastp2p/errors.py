@@ -13,8 +13,8 @@ class WriteError(Exception):
 
     def __init__(self, path: Path, error: OSError):
         self.is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        text = f"{path} cannot be written: {error.strerror or error}. What was saved before is intact."
-        super().__init__(text + " Make room, then go on." * self.is_full)
+        self.what = f"{path} cannot be written: {error.strerror or error}"
+        super().__init__(f"{self.what}. What was saved before is intact." + " Make room, then go on." * self.is_full)
 
 
 class TrainingDiverged(RuntimeError):

@@ -113,10 +113,11 @@ class Recorder:
         except (OSError, WriteError) as error:
             if what not in self.failed:
                 self.failed.add(what)
-                self.say(f"warning: {what} cannot be written: {error}\nTraining goes on without.")
+                why = error.what if isinstance(error, WriteError) else f"{what} cannot be written: {error}"
+                self.say(f"warning: {why}; training goes on, and says no more of {what}")
 
 
-EVENTS, PICTURES = "TensorBoard's events", "a picture"
+EVENTS, PICTURES = "TensorBoard's events", "pictures"
 _LOSSES = {"loss_G_GAN", "loss_G_L1", "loss_D_real", "loss_D_fake"}
 _SCORES = {"val_L1", "val_PSNR", "val_SSIM"}
 

@@ -42,14 +42,24 @@ def new_folder(config: TrainConfig) -> Iterator[Path]:
                 raise InputError(f"out: {folder} is a file; expected a folder to make")
             make_folder(folder)
             lock.enter_context(locked(folder))
-        # A process that was killed as it wrote config.json left no run behind
-        if any(not path.match(".config.json.*.tmp") for path in folder.iterdir()):
-            is_run = (folder / "config.json").exists()
-            hint = f"--resume {quote(str(folder))} continues the run in it" if is_run else "it holds files"
-            raise InputError(f"out: {folder} is not empty ({hint}); choose another --out")
+        _check_empty(folder)
         remove_leftovers(folder)
         write_config(folder, config)
         yield folder
+
+
+def check_unused(config: TrainConfig) -> None:
+    """Raise InputError where config.out is there and not empty, before anything takes its time."""
+    if config.out is not None and config.out.is_dir():
+        _check_empty(config.out)
+
+
+def _check_empty(folder: Path) -> None:
+    # A process that was killed as it wrote config.json left no run behind
+    if any(not path.match(".config.json.*.tmp") for path in folder.iterdir()):
+        is_run = (folder / "config.json").exists()
+        hint = f"--resume {quote(str(folder))} continues the run in it" if is_run else "it holds files"
+        raise InputError(f"out: {folder} is not empty ({hint}); choose another --out")
 
 
 def make_folder(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """What terminals and pipes do to a command: they fill, go away, know few letters, or ask it to stop."""
 
+import codecs
 import contextlib
 import io
 import os
@@ -51,11 +52,23 @@ class Lasting(ObjectWrapper):
                 os.close(null)
 
 
+def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
+    """What to write for letters that cannot be encoded: a file name's own bytes, or an escape."""
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.backslashreplace_errors(error)
+
+
+_ESCAPES = "fastp2p.escapes"
+codecs.register_error(_ESCAPES, _escape)
+
+
 @contextlib.contextmanager
 def lasting_streams() -> Iterator[Lasting]:
     """Within the `with` block, sys.stdout and sys.stderr fail nobody; the block gets the first.
 
-    Lines go out one by one, and letters that the terminal's encoding lacks as escapes.
+    Lines go out one by one, names of files byte by byte, and other letters that the encoding lacks as escapes.
     """
     null = os.open(os.devnull, os.O_RDWR)
     while null < 3:  # closed at the start: else the next file that is opened becomes stdout
@@ -64,7 +77,7 @@ def lasting_streams() -> Iterator[Lasting]:
     before = sys.stdout, sys.stderr
     for stream in before:
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace", line_buffering=True)
+            stream.reconfigure(errors=_ESCAPES, line_buffering=True)
     sys.stdout, sys.stderr = lasting = Lasting(before[0]), Lasting(before[1])
     try:
         yield lasting[0]

@@ -7,10 +7,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from shlex import quote
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from fastp2p import terminal
@@ -18,16 +17,15 @@ from fastp2p.checkpoint import GeneratorSpec, load_checkpoint, save_checkpoint, 
 from fastp2p.config import ResolvedConfig, TrainConfig
 from fastp2p.data import Crops, batches_per_epoch, eval_batches, train_crops
 from fastp2p.data.splits import TrainData, load_train_data
-from fastp2p.device import DTYPES, best_precision, choose_device, describe_device, memory_bytes
+from fastp2p.device import best_precision, choose_device
 from fastp2p.errors import InputError, TrainingDiverged
 from fastp2p.files import remove_leftovers
 from fastp2p.losses import Losses, read_losses
-from fastp2p.memory import MemoryEstimate, estimate_fused_step_memory, estimate_step_memory
 from fastp2p.metrics import METRICS, evaluate_generator
-from fastp2p.networks import count_parameters, generate
-from fastp2p.ops._extension import WHY_ABSENT
+from fastp2p.networks import generate
 from fastp2p.recorder import Recorder
-from fastp2p.run_folder import locked, new_folder, reopen_folder, resume_advice, write_config
+from fastp2p.report import describe
+from fastp2p.run_folder import check_unused, locked, new_folder, reopen_folder, resume_advice, write_config
 from fastp2p.state import TrainState
 from fastp2p.terminal import Say, progress, stop_signals
 from fastp2p.tuning import check_fit, check_kernels, choose_kernels, compile_step
@@ -57,24 +55,34 @@ def train(config: TrainConfig, *, resume: bool = False, say: Say = terminal.say)
     """
     device = choose_device(config.device)
     resolved = config.resolve(device.type, best_precision(device))
-    if not resume:
-        check_kernels(resolved.kernels, device)
     torch.backends.cudnn.deterministic = True  # or a resumed run would not repeat the unbroken one's bits on a GPU
-
-    # Everything that can be wrong is found before anything is written
-    data = load_train_data(resolved, device, say)
-    state = TrainState.new(resolved, device, data.fingerprint)
-    steps_per_epoch = batches_per_epoch(data.train, resolved.batch_size)
-    images = min(resolved.batch_size, len(data.train))  # of a batch
-    scheduled = (resolved.n_epochs + resolved.n_epochs_decay) * steps_per_epoch
-    last_step = scheduled if resolved.max_steps is None else min(scheduled, resolved.max_steps)
-    describe(resolved, state, len(data.train), say)
     with contextlib.ExitStack() as stack:
+        # Everything that can be wrong is found before anything is written; what takes no time, before images are read
+        saved = None
         if resume:
             folder = reopen_folder(resolved, say)
             stack.enter_context(locked(folder))
-            restore(state, folder, say)
-            stack.enter_context(resume_advice(folder))
+            saved = load_saved(folder, say)
+        else:
+            check_unused(resolved)
+            check_kernels(resolved.kernels, device)
+        data = load_train_data(resolved, device, say)
+        state = TrainState.new(resolved, device, data.fingerprint)
+        if saved is not None:
+            state.restore(saved, folder / "checkpoint.pt")
+            say(f"resuming {folder} at step {state.step}")
+        steps_per_epoch = batches_per_epoch(data.train, resolved.batch_size)
+        images = min(resolved.batch_size, len(data.train))  # of a batch
+        scheduled = (resolved.n_epochs + resolved.n_epochs_decay) * steps_per_epoch
+        last_step = scheduled if resolved.max_steps is None else min(scheduled, resolved.max_steps)
+        describe(resolved, state, len(data.train), say)
+
+        if not resume:
+            if resolved.engine == "fused":
+                check_fit(state.fused_step(resolved), images, resolved.kernels)
+            folder = stack.enter_context(new_folder(resolved))
+        stack.enter_context(resume_advice(folder))
+        if resume:
             remove_leftovers(folder)
             if state.step < last_step:
                 write_config(folder, resolved)
@@ -85,11 +93,6 @@ def train(config: TrainConfig, *, resume: bool = False, say: Say = terminal.say)
                     f"{folder}: nothing left to train; scores, pictures and files are made once more. To go on, raise "
                     f"{' and '.join(reached)}."
                 )
-        else:
-            if resolved.engine == "fused":
-                check_fit(state.fused_step(resolved), images, resolved.kernels)
-            folder = stack.enter_context(new_folder(resolved))
-            stack.enter_context(resume_advice(folder))
         say(f"{last_step:,} steps of batch {resolved.batch_size}, {steps_per_epoch:,} an epoch -> {folder}")
         if resolved.engine == "fused" and state.step < last_step:
             choose_kernels(state.fused_step(resolved), images, resolved.kernels, folder, say)
@@ -113,62 +116,19 @@ def train(config: TrainConfig, *, resume: bool = False, say: Say = terminal.say)
     return folder
 
 
-def restore(state: TrainState, folder: Path, say: Say) -> None:
-    """Take over the folder's checkpoint; a run killed before its first one begins again, with the same seed."""
+def load_saved(folder: Path, say: Say) -> dict[str, Any] | None:
+    """The folder's checkpoint; None where a run was killed before its first one, which begins again with the same seed.
+
+    Raises:
+        InputError: when it cannot be read, or is gone.
+    """
     path = folder / "checkpoint.pt"
     if path.exists():
-        state.restore(load_checkpoint(path), path)
-        say(f"resuming {folder} at step {state.step}")
-    elif (folder / "netG.safetensors").exists():  # it is written after checkpoint.pt
+        return load_checkpoint(path)
+    if (folder / "netG.safetensors").exists():  # it is written after checkpoint.pt
         raise InputError(f"resume: {path} is missing, but the run had one; bring it back, or start a new run")
-    else:
-        say(f"{folder} had no checkpoint yet: beginning again at step 0")
-
-
-def describe(config: ResolvedConfig, state: TrainState, pairs: int, say: Say) -> None:
-    """Print the networks' sizes, the device, and the memory that a step will take, before it takes it."""
-    dropouts = sum(isinstance(module, nn.Dropout) for module in state.netG.modules())
-    say(
-        f"netG {config.netG}, ngf {config.ngf}: {count_parameters(state.netG):,} parameters, {dropouts} dropouts; "
-        f"netD {config.netD}, ndf {config.ndf}: {count_parameters(state.netD):,} parameters; "
-        f"loss: {config.gan_mode} + {config.lambda_L1:g} L1"
-    )
-    batch_size = min(config.batch_size, pairs)
-    if batch_size < config.batch_size:
-        say(f"warning: --batch-size {config.batch_size}, but there are only {pairs} pairs, so batches are of {pairs}")
-    multiple = 2**state.netG.levels
-    if config.crop_size % multiple:
-        padded = -(-config.crop_size // multiple) * multiple
-        say(f"netG pads {config.crop_size} px to {padded}, the next multiple of {multiple}, and works at that size")
-    need, mib = step_memory(config, state, batch_size), 2**20
-    say(
-        f"{describe_device(state.device)}; engine {config.engine}, {describe_precision(config, state.device)}; "
-        f"a step of batch {batch_size} holds {need.total / mib:,.0f} MiB: {need.state / mib:,.0f} for the "
-        f"networks and Adam, {need.activations / mib:,.0f} for activations; scratch space comes on top"
-    )
-    if state.device.type == "cpu" and WHY_ABSENT is not None:
-        say(f"no C++ kernels, so plain PyTorch serves the operators, more slowly: {WHY_ABSENT}")
-    if need.total > (there := memory_bytes(state.device)):
-        say(f"warning: there are only {there / mib:,.0f} MiB; lower --batch-size, --crop-size or --ngf")
-
-
-def step_memory(config: ResolvedConfig, state: TrainState, batch_size: int) -> MemoryEstimate:
-    """What a step of config.engine will take."""
-    if config.engine == "reference":
-        sizes = {"input_nc": config.input_nc, "crop_size": config.crop_size}
-        return estimate_step_memory(state.netG, state.netD, batch_size=batch_size, **sizes)
-    dtype = DTYPES[config.precision]
-    return estimate_fused_step_memory(
-        state.netG, state.netD, batch_size=batch_size, crop_size=config.crop_size, dtype=dtype
-    )
-
-
-def describe_precision(config: ResolvedConfig, device: torch.device) -> str:
-    """In what a step of config.engine computes."""
-    if config.precision in ("bf16", "fp16"):
-        return f"{config.precision} on fp32 weights"
-    tf32 = config.engine == "reference" and device.type == "cuda" and torch.backends.cudnn.allow_tf32
-    return config.precision + (", convolutions in TF32" if tf32 and config.precision == "fp32" else "")
+    say(f"{folder} had no checkpoint yet: beginning again at step 0")
+    return None
 
 
 def untimed(method: Callable[["Run"], None]) -> Callable[["Run"], None]:

@@ -159,7 +159,10 @@ def tuned(
     path = _choices.cache_path(place)
     if missing:
         if (load := too_busy(place.device_type)) is not None:
-            say(f"kernels: warning: others keep {load:.1f} cores busy; measure again later: fastp2p tune --again")
+            say(
+                f"kernels: warning: others keep {load:.1f} cores busy; fastp2p tune --again, with the same networks, "
+                "measures once more"
+            )
         began = time.monotonic()
         compile_first(missing)
         bar_format = "{desc} |{bar:5}| {n_fmt}/{total_fmt} ETA {remaining}"

@@ -94,6 +94,9 @@ def test_help_gives_every_option_with_its_text(fastp2p):
         (["translate", "nothing.safetensors", "x.png", "--out", "o"], "nothing.safetensors: there is no such file"),
         (["evaluate", "nothing.safetensors", "--data", "x"], "nothing.safetensors: there is no such file"),
         (["convert", "a.pth", "b.safetensors"], "a.pth: there is no such file"),
+        (["train", "--resume", 300 * "x"], "x/config.json: File name too long"),
+        (["train", "--data", 300 * "x"], "File name too long"),
+        (["translate", "nothing.safetensors", 300 * "x", "--out", "o"], "nothing.safetensors: there is no such file"),
     ],
 )
 def test_wrong_input_is_told_in_words(fastp2p, tmp_path: Path, args: list[str], message: str):

@@ -35,6 +35,7 @@ LAYERS = [
     "tuning",
     "events",
     "recorder",
+    "report",
     "trainer",
     "translate",
     "evaluate",

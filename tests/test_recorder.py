@@ -144,7 +144,8 @@ def test_events_that_fail_later_cost_one_warning(tmp_path: Path):
         for step in range(10):
             recorder.scalars(step, LINE)
     assert said == [
-        "warning: TensorBoard's events cannot be written: [Errno 28] No space left on device\nTraining goes on without."
+        "warning: TensorBoard's events cannot be written: [Errno 28] No space left on device; "
+        "training goes on, and says no more of TensorBoard's events"
     ]
     assert len(read_stats(tmp_path / "stats.jsonl")[0]) == 10
 

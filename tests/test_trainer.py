@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from runs import assert_equal, assert_same_state, config, resume
 
-from fastp2p import trainer
+from fastp2p import report, trainer
 from fastp2p.checkpoint import load_checkpoint, load_generator
 from fastp2p.errors import InputError, TrainingDiverged
 from fastp2p.recorder import read_stats
@@ -203,7 +203,7 @@ def test_a_batch_larger_than_the_set_and_a_padded_crop_are_said(aligned: Path, t
 def test_slower_operators_are_said_once(
     aligned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str | None
 ):
-    monkeypatch.setattr(trainer, "WHY_ABSENT", why)
+    monkeypatch.setattr(report, "WHY_ABSENT", why)
     said: list[str] = []
     train(config(aligned, tmp_path / "run", "--max-steps", "1"), say=said.append)
     lines = [line for line in said if "C++" in line]
@@ -226,6 +226,27 @@ def test_out_must_be_empty(unbroken: Path, aligned: Path):
     with pytest.raises(InputError, match=r"out: .*config\.json/run cannot be made: Not a directory"):
         train(config(aligned, unbroken / "config.json" / "run"))
     assert load_checkpoint(unbroken / "checkpoint.pt")["step"] == 18
+
+
+def test_what_needs_no_image_is_refused_before_images_are_read(
+    unbroken: Path, aligned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Decoding a large set takes minutes."""
+    monkeypatch.setattr(trainer, "load_train_data", lambda *args: pytest.fail("images were read"))
+    refused = {
+        "is not empty": config(aligned, unbroken),
+        "No such file": config(aligned, tmp_path / "run", "--kernels", "x"),
+    }
+    for why, wrong in refused.items():
+        with pytest.raises(InputError, match=why):
+            train(wrong)
+    with pytest.raises(InputError, match="ngf: got 8"):
+        resume(unbroken, ngf=8)
+    with locked(unbroken), pytest.raises(InputError, match="another process is training"):
+        resume(unbroken)
+    (unbroken / "checkpoint.pt").write_bytes(b"damaged")
+    with pytest.raises(InputError, match="is damaged"):
+        resume(unbroken)
 
 
 def test_bad_data_leaves_no_folder(aligned: Path, tmp_path: Path):
