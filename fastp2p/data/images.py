@@ -19,11 +19,6 @@ FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")  # Pillow knows more: for PostS
 _DAMAGED_MEMBER = (zipfile.BadZipFile, RuntimeError, EOFError, zlib.error, lzma.LZMAError)
 
 
-def is_image(file: Traversable) -> bool:
-    """Whether the name says image (upper or lower case); hidden files are none."""
-    return file.name.lower().endswith(EXTENSIONS) and not file.name.startswith(".") and file.is_file()
-
-
 def read_image(file: Traversable, channels: int) -> tuple[Image.Image, str]:
     """Read a file as an image of 3 (RGB) or 1 (grey) channels.
 

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from fastp2p.config import ResolvedConfig
 from fastp2p.data.dataset import PairDataset, PairFormat, eval_batches, load_split
+from fastp2p.data.folders import passed_over
 from fastp2p.data.pairs import has_split, open_root
 from fastp2p.device import memory_bytes
 from fastp2p.errors import InputError
@@ -40,7 +41,7 @@ def load_train_data(config: ResolvedConfig, device: torch.device, say: Callable[
     Raises:
         InputError: with the list of everything that is wrong.
     """
-    min_side = int(config.crop_size * SMALLEST_SHARE)
+    min_side = max(1, int(config.crop_size * SMALLEST_SHARE))
     train_format = PairFormat(config.direction, config.load_size, config.input_nc, config.output_nc, min_side)
     val_format = replace(train_format, load_size=config.crop_size)
 
@@ -59,7 +60,7 @@ def load_train_data(config: ResolvedConfig, device: torch.device, say: Callable[
     if val is None:
         say("val: there is no folder val/, so nothing is scored and the panel shows training pairs")
 
-    shown = val or PairDataset(train.pairs, val_format)
+    shown = val or replace(train, format=val_format, resident=None)
     indices = [i * len(shown) // PANEL_PAIRS for i in range(PANEL_PAIRS)] if len(shown) > PANEL_PAIRS else None
     panel = list(eval_batches(shown, indices=indices, batch_size=1, device=device))
     if train.resident is not None and device.type == "cuda":
@@ -82,7 +83,14 @@ def _load(config: ResolvedConfig, split: str, format: PairFormat, room: int, say
             bar.update(done - bar.n)
 
         dataset = load_split(
-            config.data, split, format, skip_bad=config.skip_bad, stream=config.stream, room=room, on_read=on_read
+            config.data,
+            split,
+            format,
+            skip_bad=config.skip_bad,
+            stream=config.stream,
+            room=room,
+            on_read=on_read,
+            say=lambda line: say(f"{split}: {line}"),
         )
 
     place = "streamed: decoded anew in every epoch"
@@ -94,8 +102,7 @@ def _load(config: ResolvedConfig, split: str, format: PairFormat, room: int, say
     for note, pairs in dataset.notes.items():
         say(f"{split}: {pairs} pairs {note}")
     if dataset.ignored:
-        names = ", ".join(dataset.ignored[:5]) + (", ..." if len(dataset.ignored) > 5 else "")
-        say(f"{split}: {len(dataset.ignored)} files are no images and were ignored: {names}")
+        say(f"{split}: {passed_over(dataset.ignored)}")
     for name, reason in dataset.skipped.items():
         say(f"{split}: skipped {name}: {reason}")
     return dataset

@@ -13,7 +13,7 @@ from fastp2p.data import PairFormat, batches_per_epoch, eval_batches, load_split
 from fastp2p.data import dataset as dataset_module
 from fastp2p.data.jitter import epoch_order, jitter
 from fastp2p.data.splits import TrainData
-from fastp2p.errors import InputError
+from fastp2p.errors import InputError, UnreadablePair
 
 FORMAT = PairFormat("AtoB", 36)
 
@@ -141,6 +141,58 @@ def test_skip_bad_trains_on_the_rest(damaged: Path, stream: str):
     for i, A in enumerate(clean):
         image = Image.open(damaged / "train" / "A" / f"{i}.jpg").resize((36, 36), Image.Resampling.BICUBIC)
         assert np.array_equal(((A[0] + 1) * 127.5).round().permute(1, 2, 0).numpy(), np.asarray(image))
+
+
+def test_a_streamed_pair_that_vanishes_is_named(aligned: Path):
+    dataset = load_split(str(aligned), "train", FORMAT, stream="always")
+    (aligned / "train" / "3.png").unlink()
+    for read in (lambda: batches(dataset), lambda: list(eval_batches(dataset))):
+        with pytest.raises(UnreadablePair, match=r"data: train/3\.png: cannot be read: No such file.*--skip-bad"):
+            read()
+
+
+def test_a_streamed_pair_of_two_files_that_vanishes_is_named(two_folders: Path):
+    dataset = load_split(str(two_folders), "train", FORMAT, stream="always")
+    (two_folders / "train" / "B" / "1.png").write_bytes(b"")
+    with pytest.raises(UnreadablePair, match=r"train/1: the file is empty \(zero bytes\) \(B/1\.png\)"):
+        batches(dataset)
+
+
+def test_another_pair_stands_in_for_a_vanished_one(aligned: Path):
+    said: list[str] = []
+    dataset = load_split(str(aligned), "train", FORMAT, stream="always", skip_bad=True, say=said.append)
+    whole, order = batches(dataset, batch_size=1), epoch_order(5, 2, 6).tolist()
+    for i in (3, 4):
+        (aligned / "train" / f"{i}.png").unlink()
+    for _ in range(2):
+        rest = batches(dataset, batch_size=1)
+        assert len(rest) == 6
+        for i, before, after in zip(order, whole, rest, strict=True):
+            assert torch.equal(before[0], after[0]) == (i not in (3, 4))
+    assert sorted(said) == [f"skipped train/{i}.png: cannot be read: No such file or directory" for i in (3, 4)]
+    assert [pair.name for pair in dataset.pairs if pair.name in dataset.skipped] == ["train/3.png", "train/4.png"]
+
+    image = Image.open(aligned / "train" / "5.png").crop((0, 0, 40, 40)).resize((36, 36), Image.Resampling.BICUBIC)
+    [stand_in] = dataset.assemble([3], dataset.read([3]), replace=True)
+    assert np.array_equal(stand_in[:, :, :3].numpy(), np.asarray(image))
+
+
+def test_scores_do_without_a_vanished_pair(aligned: Path):
+    dataset = load_split(str(aligned), "train", FORMAT, stream="always", skip_bad=True)
+    whole = [A for A, _ in eval_batches(dataset, batch_size=1)]
+    for i in (0, 1, 3):
+        (aligned / "train" / f"{i}.png").unlink()
+    rest = [A for A, _ in eval_batches(dataset, batch_size=2)]
+    assert [len(A) for A in rest] == [1, 2]  # of 0 and 1, none is left
+    assert torch.equal(torch.cat(rest), torch.cat([whole[i] for i in (2, 4, 5)]))
+
+
+def test_a_share_that_is_gone_ends_the_run_even_when_skipping(aligned: Path):
+    dataset = load_split(str(aligned), "train", FORMAT, stream="always", skip_bad=True)
+    (aligned / "train").rename(aligned / "gone")
+    for read in (lambda: batches(dataset), lambda: list(eval_batches(dataset))):
+        with pytest.raises(UnreadablePair, match="none of the 6 pairs can be read any more"):
+            read()
 
 
 def test_nothing_left_is_an_error_even_when_skipping(tmp_path: Path):
