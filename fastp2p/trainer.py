@@ -117,7 +117,8 @@ def restore(state: TrainState, folder: Path, say: Say) -> None:
     """Take over the folder's checkpoint; a run killed before its first one begins again, with the same seed."""
     path = folder / "checkpoint.pt"
     if path.exists():
-        state.restore(load_checkpoint(path), path)
+        if warning := state.restore(load_checkpoint(path), path):
+            say(f"warning: {warning}")
         say(f"resuming {folder} at step {state.step}")
     elif (folder / "netG.safetensors").exists():  # it is written after checkpoint.pt
         raise InputError(f"resume: {path} is missing, but the run had one; bring it back, or start a new run")

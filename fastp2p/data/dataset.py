@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,8 @@ from fastp2p.device import memory_bytes
 from fastp2p.errors import InputError, UnreadablePair
 
 MAX_ASPECT_DIFFERENCE = 0.02  # of A to B: more than a rounded resize explains, so they do not show the same frame
+
+NARROW = 64  # of 256 levels: a set that spans less, or uses no more in a row, was not made for the eye
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,16 @@ class PairFormat:
         return np.concatenate([images.to_array(images.resize(side, self.load_size)) for side in sides], axis=2)
 
 
+@dataclass(frozen=True)
+class Checked:
+    """What the first reading of a pair found."""
+
+    array: np.ndarray  # of format.shape
+    note: str
+    checksum: int  # of the array: whether a picture changed shows at --resume
+    levels: np.ndarray  # (2, 256) bool: which values occur in A and in B before resizing
+
+
 @dataclass
 class PairDataset:
     """The usable pairs of one split: `resident` holds them all as uint8, or is None and they are decoded on demand."""
@@ -81,6 +94,8 @@ class PairDataset:
     notes: Counter[str] = field(default_factory=Counter)  # what was converted or is odd -> in how many pairs
     skipped: dict[str, str] = field(default_factory=dict)  # bad files left out -> reason
     ignored: list[str] = field(default_factory=list)  # sub-folders and files that are no images
+    warnings: list[str] = field(default_factory=list)  # on the set as a whole
+    checksums: list[int] = field(default_factory=list)  # of each pair's array
     skip_bad: bool = False  # leave out what cannot be read any more, instead of raising
     say: Callable[[str], None] = lambda line: None  # takes a line for each pair that is left out later
 
@@ -170,18 +185,21 @@ def load_split(
     arrays = None if streamed else np.empty((len(pairs), *format.shape), np.uint8)
     good: list[Pair] = []
     notes: Counter[str] = Counter()
+    checksums: list[int] = []
+    levels = np.zeros((2, 256), bool)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         chunks = (pairs[i : i + 64] for i in range(0, len(pairs), 64))  # so that few arrays wait at a time
-        decoded = (zip(chunk, pool.map(partial(_decode_or_reason, format), chunk), strict=True) for chunk in chunks)
+        decoded = (zip(chunk, pool.map(partial(_check, format), chunk), strict=True) for chunk in chunks)
         for done, (pair, result) in enumerate(itertools.chain.from_iterable(decoded), start=1):
             on_read(done, len(pairs))
             if isinstance(result, str):
                 bad[pair.name] = result
                 continue
-            array, note = result
-            notes.update([note] if note else [])
+            notes.update([result.note] if result.note else [])
+            checksums.append(result.checksum)
+            levels |= result.levels
             if arrays is not None:
-                arrays[len(good)] = array
+                arrays[len(good)] = result.array
             good.append(pair)
 
     if bad and (not skip_bad or not good):
@@ -190,7 +208,8 @@ def load_split(
             remedy = "Nothing is left to train on."
         raise InputError("data: " + images.bad_files_message(bad, of=len(good) + len(bad), remedy=remedy))
     resident = None if arrays is None else torch.from_numpy(arrays[: len(good)])
-    return PairDataset(good, format, resident, notes, bad, ignored, skip_bad, say)
+    warnings = [text for side, used in zip("AB", levels, strict=True) if (text := levels_warning(side, used))]
+    return PairDataset(good, format, resident, notes, bad, ignored, warnings, checksums, skip_bad, say)
 
 
 def _read_side(side: str, file: Traversable, channels: int) -> tuple[Image.Image, str]:
@@ -201,12 +220,38 @@ def _read_side(side: str, file: Traversable, channels: int) -> tuple[Image.Image
         raise InputError(f"{error} ({side}/{file.name})") from error
 
 
-def _decode_or_reason(format: PairFormat, pair: Pair) -> tuple[np.ndarray, str] | str:
+def _check(format: PairFormat, pair: Pair) -> Checked | str:
+    """The pair, or the reason why it cannot be used."""
     try:
         A, B, note = format.read(pair)
-        return format.to_array(A, B), note
+        array = format.to_array(A, B)
     except InputError as error:
         return str(error)
+    return Checked(array, note, zlib.crc32(array.data), np.stack([images.levels(A), images.levels(B)]))
+
+
+def levels_warning(side: str, used: np.ndarray) -> str:
+    """What to say when a set's pictures leave most of the range of 8 bits unused, else "".
+
+    Two things do: pictures of 12 bits in files of 16, and bare class numbers. Either their values span less than a
+    quarter of the range, or there are few of them, most of which are neighbours.
+
+    Args:
+        side: "A" or "B".
+        used: (256,) bool, which values occur.
+    """
+    values = np.flatnonzero(used).tolist()
+    low, high = values[0], values[-1]
+    classes = values[:-1] if high == 255 and len(values) > 2 else values  # 255 often is the number of no class
+    neighbours = sum(after - before == 1 for before, after in itertools.pairwise(classes))
+    if high - low >= NARROW and (len(values) > NARROW or 2 * neighbours <= len(classes) - 1):
+        return ""
+    return (
+        f"the pictures of {side} together use {len(values)} of 256 levels, {low} to {high}, "
+        f"{(high - low) / 255:.0%} of the range from black to white, which is little to learn from. "
+        f"Stretch all of them alike, {low} to black and {high} to white (12 bits in files of 16: times 16), "
+        "or give class numbers a colour each"
+    )
 
 
 def batches_per_epoch(dataset: PairDataset, batch_size: int) -> int:

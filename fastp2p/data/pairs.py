@@ -14,6 +14,7 @@ from fastp2p.data.folders import Contents, is_folder, list_folder, name_some, wh
 from fastp2p.data.images import EXTENSIONS
 from fastp2p.errors import InputError
 
+SPLITS = ("train", "val", "test")
 LAYOUTS = """\
   DIR/train/NAME.jpg                     A and B side by side in one image, A on the left; or
   DIR/train/A/NAME.jpg, train/B/NAME.png two folders, matched by NAME
@@ -58,13 +59,31 @@ def _zip_root(source: Path | BytesIO) -> Traversable:
         root = zipfile.Path(zipfile.ZipFile(source))
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
         raise InputError(f"data: {source}: is a damaged .zip ({error}); copy or make it again") from error
-    children = [child for child in root.iterdir() if not child.name.startswith((".", "__"))]
-    return children[0] if len(children) == 1 and children[0].is_dir() and children[0].name != "train" else root
+    folders = [child for child in root.iterdir() if child.is_dir() and not child.name.startswith((".", "__"))]
+    return folders[0] if len(folders) == 1 and _is_wrapper(folders[0]) else root
+
+
+def _is_wrapper(folder: Traversable) -> bool:
+    """Whether the one folder of an archive is the set, as many programs pack it, and not one of its splits."""
+    inner = {child.name for child in folder.iterdir() if child.is_dir()}
+    if folder.name in SPLITS:
+        return bool(inner & {"train", folder.name})
+    return bool(inner - {"A", "B"})
 
 
 def has_split(root: Traversable, split: str) -> bool:
-    """Whether there is a folder for this split. Raises InputError when it may not be looked at."""
-    return is_folder(root / split)
+    """Whether there is a folder for this split with something in it. Raises InputError when it cannot be looked at."""
+    folder = root / split
+    try:
+        return is_folder(folder) and _holds_something(folder)
+    except OSError as error:
+        raise InputError(f"data: {folder} cannot be read: {error.strerror or error}") from error
+
+
+def _holds_something(folder: Traversable) -> bool:
+    """Whether a folder has a visible entry, but for an empty A/ and B/."""
+    entries = (entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    return any(entry.name not in ("A", "B") or not entry.is_dir() or _holds_something(entry) for entry in entries)
 
 
 def find_pairs(root: Traversable, split: str) -> tuple[list[Pair], dict[str, str], list[str]]:

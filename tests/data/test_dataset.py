@@ -243,6 +243,66 @@ def test_conversions_are_counted(two_folders: Path):
     assert load_split(str(two_folders), "train", FORMAT).notes == {"converted: B palette": 1}
 
 
+@pytest.mark.parametrize(
+    "levels", [range(17), range(19), [*range(19), 255], [0, 1], [0, 1, 255], [0, *range(128, 141)], [7]]
+)
+def test_pictures_that_use_little_of_the_range_are_warned_of(two_folders: Path, levels: list[int]):
+    """The first ones are 12 bits in files of 16, the second ones class numbers without and with "ignore"."""
+    for i in range(4):
+        values = np.random.default_rng(i).choice(np.array(levels, np.uint8), (40, 40))
+        Image.fromarray(values).save(two_folders / "train" / "B" / f"{i}.png")
+    [warning] = load_split(str(two_folders), "train", FORMAT).warnings
+    assert f"of B together use {len(levels)} of 256 levels, {levels[0]} to {levels[-1]}" in warning
+
+
+def test_12_bits_in_files_of_16_are_warned_of(two_folders: Path):
+    for i in range(4):
+        values = np.arange(4096, dtype=np.uint16).reshape(64, 64)
+        (two_folders / "train" / "A" / f"{i}.jpg").unlink()
+        Image.fromarray(values).save(two_folders / "train" / "A" / f"{i}.png")
+    [warning] = load_split(str(two_folders), "train", FORMAT).warnings
+    assert "of A together use 17 of 256 levels, 0 to 16, 6% of the range" in warning
+    assert "times 16" in warning
+
+
+@pytest.mark.parametrize(
+    "levels", [[0, 255], [0, 128, 255], [0, 254, 255], [0, 64, 128, 192], range(0, 256, 8), range(90, 155)]
+)
+def test_masks_colours_and_dull_pictures_are_not_warned_of(two_folders: Path, levels: list[int]):
+    for i in range(4):
+        values = np.random.default_rng(i).choice(np.array(levels, np.uint8), (40, 40))
+        Image.fromarray(values).save(two_folders / "train" / "B" / f"{i}.png")
+    assert load_split(str(two_folders), "train", FORMAT).warnings == []
+
+
+def test_a_long_list_of_bad_files_is_cut(two_folders: Path):
+    for i in range(100, 140):
+        random_image(8, 8).save(two_folders / "train" / "A" / f"{i}.png")
+        (two_folders / "train" / f"{'AB'[i % 2]}" / f"empty {i}.png").touch()
+    for i in range(3):
+        (two_folders / "train" / "B" / f"{i}.png").write_bytes(b"")
+    with pytest.raises(InputError) as error:
+        load_split(str(two_folders), "train", FORMAT)
+    lines = str(error.value).splitlines()
+    assert lines[0] == "data: 83 of 84 cannot be used:"
+    assert sum("has no partner" in line for line in lines) == 10
+    assert "  and 70 more of the same kind" in lines
+    assert sum("the file is empty" in line for line in lines) == 3
+    assert len(lines) == 16
+
+
+def test_fingerprint_sees_a_changed_picture(aligned: Path):
+    def fingerprint() -> tuple[str, str]:
+        names, _, pictures = TrainData(load_split(str(aligned), "train", FORMAT), None, []).fingerprint.partition(", ")
+        return names, pictures
+
+    before = fingerprint()
+    assert fingerprint() == before
+    random_image(80, 40, seed=99).save(aligned / "train" / "3.png")
+    assert fingerprint()[0] == before[0]
+    assert fingerprint()[1] != before[1]
+
+
 def test_builtin_set():
     for split, count in (("train", 600), ("val", 60), ("test", 60)):
         dataset = load_split("builtin:emoji", split, PairFormat("AtoB", 128))

@@ -151,6 +151,44 @@ def test_zip_with_or_without_a_top_folder(aligned: Path, tmp_path: Path):
         assert len(find_pairs(root, "train")[0]) == 6
 
 
+@pytest.mark.parametrize("top", ["ok/", "train/", "val/"])
+def test_zip_with_other_things_beside_the_one_folder(aligned: Path, tmp_path: Path, top: str):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for name in ("README.txt", "__MACOSX/ok/._0.png", ".DS_Store"):
+            archive.writestr(name, "")
+        for file in aligned.rglob("*.png"):
+            archive.write(file, top + str(file.relative_to(aligned)))
+    root = open_root(str(tmp_path / "x.zip"))
+    assert has_split(root, "val")
+    assert len(find_pairs(root, "train")[0]) == 6
+
+
+@pytest.mark.parametrize("split", ["val", "test", "train", "holdout"])
+def test_zip_of_a_single_split(aligned: Path, two_folders: Path, tmp_path: Path, split: str):
+    for set_of_pairs, count in ((aligned, 6), (two_folders, 4)):
+        with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+            for file in (set_of_pairs / "train").rglob("*.*"):
+                archive.write(file, f"{split}/{file.relative_to(set_of_pairs / 'train')}")
+        assert len(find_pairs(open_root(str(tmp_path / "x.zip")), split)[0]) == count
+
+
+def test_an_empty_split_is_none(aligned: Path, two_folders: Path, tmp_path: Path):
+    (aligned / "empty").mkdir()
+    (aligned / "hidden").mkdir()
+    (aligned / "hidden" / ".gitkeep").touch()
+    for side in "AB":
+        (two_folders / "val" / side).mkdir(parents=True)
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("train/0.png", "")
+        archive.writestr("val/", "")
+    for root, split in ((aligned, "empty"), (aligned, "hidden"), (two_folders, "val"), (tmp_path / "x.zip", "val")):
+        assert not has_split(open_root(str(root)), split)
+        with pytest.raises(InputError, match=f"{split}/? is empty .*expected"):
+            find_pairs(open_root(str(root)), split)
+    (aligned / "hidden" / "notes.txt").touch()
+    assert has_split(aligned, "hidden")
+
+
 @pytest.mark.parametrize(
     ("make", "split", "message"),
     [
