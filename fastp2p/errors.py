@@ -8,6 +8,10 @@ class InputError(Exception):
     """What the user gave cannot be used: the text says what was got, what was expected and what to do."""
 
 
+class UnreadablePair(InputError):
+    """A pair that could be read when the run began cannot be read any more: the text names it, and says why."""
+
+
 class WriteError(Exception):
     """A file could not be written, for a full disk or for want of permission; what was there before is untouched."""
 

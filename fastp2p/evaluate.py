@@ -11,6 +11,8 @@ import torch
 from fastp2p.checkpoint import load_generator
 from fastp2p.config import Device, Direction, NormStats
 from fastp2p.data import PairFormat, eval_batches, load_split
+from fastp2p.data.folders import passed_over
+from fastp2p.data.images import bad_file_lines
 from fastp2p.device import choose_device
 from fastp2p.metrics import evaluate_generator
 
@@ -40,8 +42,9 @@ def evaluate(
         device: "auto", "cpu" or "cuda".
 
     Returns:
-        {"model", "data", "split", "direction", "size", "images", "skipped", "notes", "norm_stats", "dropout",
-        "metrics": {name: {"mean", "std"}}, "per_image": {pair: {name: value}}}; std is over the images.
+        {"model", "data", "split", "direction", "size", "images", "skipped", "passed_over", "notes", "warnings",
+        "norm_stats", "dropout", "metrics": {name: {"mean", "std"}}, "per_image": {pair: {name: value}}}; std is over
+        the images.
 
     Raises:
         InputError: when the model or the pairs cannot be read.
@@ -55,16 +58,18 @@ def evaluate(
     torch.manual_seed(seed)
     values = evaluate_generator(netG, eval_batches(dataset, device=chosen), norm_stats=norm_stats, dropout=dropout)
 
-    names = [pair.name for pair in dataset.pairs]
+    names = [pair.name for pair in dataset.pairs if pair.name not in dataset.skipped]  # some while they were scored
     return {
         "model": str(model),
         "data": data,
         "split": split,
         "direction": direction,
         "size": spec.crop_size,
-        "images": len(dataset),
+        "images": len(names),
         "skipped": dataset.skipped,
+        "passed_over": dataset.ignored,
         "notes": dict(dataset.notes),
+        "warnings": dataset.warnings,
         "norm_stats": norm_stats,
         "dropout": dropout,
         "metrics": {k: {"mean": float(np.mean(v)), "std": _std(v)} for k, v in values.items()},
@@ -90,8 +95,10 @@ def to_json(result: dict[str, Any]) -> str:
 def format_table(result: dict[str, Any]) -> str:
     """The result as a table for the terminal."""
     lines = [f"{result['images']} images of {result['data']} {result['split']}, {result['size']}x{result['size']} px"]
-    lines += [f"skipped {name}: {reason}" for name, reason in result["skipped"].items()]
+    lines += [f"skipped {line.strip()}" for line in bad_file_lines(result["skipped"])]
+    lines += [passed_over(result["passed_over"])] if result["passed_over"] else []
     lines += [f"{count} pairs {note}" for note, count in result["notes"].items()]
+    lines += [f"warning: {text}" for text in result["warnings"]]
     lines += ["", f"{'':6} {'mean':>9} {'std':>9}"]
     better = {
         "L1": "in [-1, 1], lower is better",

@@ -113,8 +113,11 @@ class TrainState:
             "fingerprint": self.fingerprint,
         }
 
-    def restore(self, saved: dict[str, Any], path: Path) -> None:
+    def restore(self, saved: dict[str, Any], path: Path) -> str:
         """Take over the checkpoint read from `path`.
+
+        Returns:
+            What to warn of: pictures that changed under their old names; "" for nothing.
 
         Raises:
             InputError: when it is of other networks or of other training pairs.
@@ -122,9 +125,12 @@ class TrainState:
         missing = self.as_dict().keys() - saved.keys()
         if missing:
             raise InputError(f"{path}: is damaged: it lacks {', '.join(sorted(missing))}")
-        if saved["fingerprint"] != self.fingerprint:
+        (names, pictures), (names_before, pictures_before) = (
+            text.partition(", pictures ")[::2] for text in (self.fingerprint, str(saved["fingerprint"]))
+        )
+        if names != names_before:
             raise InputError(
-                f"data: got {self.fingerprint}, but {path} was trained on {saved['fingerprint']} (count and hash "
+                f"data: got {names}, but {path} was trained on {names_before} (count and hash "
                 "of the names); bring the same pairs back, or start a new run"
             )
         load_strictly(self.netG, saved["netG"], path)
@@ -137,6 +143,12 @@ class TrainState:
         torch.set_rng_state(saved["rng"]["cpu"])
         if self.device.type == "cuda" and saved["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(saved["rng"]["cuda"], self.device)
+        if pictures == pictures_before or not pictures_before:  # older versions hashed the names alone
+            return ""
+        return (
+            f"data: pictures changed since {path} was written, under the same names, or another version of Pillow "
+            "decodes them; training goes on with them as they are now, so the run is not the unbroken one"
+        )
 
     def is_finite(self) -> bool:
         """Whether neither a loss since the last line of stats nor a weight is NaN or infinite."""

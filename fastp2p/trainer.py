@@ -69,7 +69,8 @@ def train(config: TrainConfig, *, resume: bool = False, say: Say = terminal.say)
         data = load_train_data(resolved, device, say)
         state = TrainState.new(resolved, device, data.fingerprint)
         if saved is not None:
-            state.restore(saved, folder / "checkpoint.pt")
+            if warning := state.restore(saved, folder / "checkpoint.pt"):
+                say(f"warning: {warning}")
             say(f"resuming {folder} at step {state.step}")
         steps_per_epoch = batches_per_epoch(data.train, resolved.batch_size)
         images = min(resolved.batch_size, len(data.train))  # of a batch

@@ -1,5 +1,6 @@
 """Images in, translated images out, with nothing but a netG.safetensors."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -8,7 +9,8 @@ from torch import nn
 
 from fastp2p.checkpoint import load_generator
 from fastp2p.config import Device, NormStats
-from fastp2p.data.images import bad_files_message, is_image, read_image, resize, to_image, to_png, to_tensor
+from fastp2p.data.folders import Contents, list_folder, passed_over, why_unreadable
+from fastp2p.data.images import bad_files_message, read_image, resize, to_image, to_png, to_tensor
 from fastp2p.device import choose_device, memory_bytes
 from fastp2p.errors import InputError
 from fastp2p.files import write_atomically
@@ -53,7 +55,8 @@ def translate(
     chosen = choose_device(device)
     netG, spec = load_generator(model)
     netG.to(chosen)
-    files = _image_files(inputs)
+    found = _find_images(inputs, out)
+    files = list({file.parent.resolve() / file.name: file for file in found.images if isinstance(file, Path)}.values())
     targets = _targets(files, out, overwrite)
     if size is not None and size < 1:
         raise InputError(f"size: got {size}, expected 1 px or more")
@@ -62,7 +65,7 @@ def translate(
         say("--dropout changes nothing: this generator has none")
     torch.manual_seed(seed)
 
-    bad: dict[str, str] = {}
+    bad = found.bad
     written = []
     for file, target in zip(files, targets, strict=True):
         try:
@@ -81,38 +84,48 @@ def translate(
         write_atomically(target, to_png(to_image(fake_B[0])))
         say(f"{file} -> {target}" + (f" (converted: {note})" if note else ""))
         written.append(target)
+    if found.others:
+        say(passed_over(found.others))
     if bad:
         remedy = f"The other {len(written)} were translated."
-        raise InputError("translate: " + bad_files_message(bad, of=len(files), remedy=remedy))
+        raise InputError("translate: " + bad_files_message(bad, of=len(written) + len(bad), remedy=remedy))
     return written
 
 
-def _image_files(inputs: Sequence[Path]) -> list[Path]:
-    files: list[Path] = []
+def _find_images(inputs: Sequence[Path], out: Path) -> Contents:
+    """The files to translate, in order, and what else lies in the folders, of which `out` must be none."""
+    found = Contents()
     for path in inputs:
-        if path.is_dir():
-            found = sorted(file for file in path.iterdir() if is_image(file))
-            if not found:
-                raise InputError(f"translate: {path} holds no images")
-            files += found
-        elif path.exists():
-            files.append(path)
-        else:
-            raise InputError(f"translate: {path}: there is no such file or folder")
-    return files
+        if reason := why_unreadable(path):
+            raise InputError(f"translate: {path}: {reason}")
+        if not path.is_dir():
+            found.images.append(path)
+            continue
+        if path.resolve() == out.resolve():
+            raise InputError(f"translate: --out {out} holds the inputs, so its results would be inputs the next time")
+        try:
+            contents = list_folder(path, f"{path}/")
+        except OSError as error:
+            raise InputError(f"translate: {path} cannot be read: {error.strerror}") from error
+        if not contents.images and not contents.bad:
+            raise InputError(f"translate: {path} holds no images; {passed_over(contents.others) or 'it is empty'}")
+        found.images += contents.images
+        found.bad |= contents.bad
+        found.others += contents.others
+    if not found.images and not found.bad:
+        raise InputError("translate: got no images; name image files, or folders of them")
+    return found
 
 
 def _targets(files: list[Path], out: Path, overwrite: bool) -> list[Path]:
     """OUT/STEM.png, or OUT/NAME.png with the full name where two inputs share a stem; none of which may be in use."""
-    if not files:
-        raise InputError("translate: got no images; name image files, or folders of them")
-    stems = [file.stem for file in files]
-    targets = [out / f"{file.stem if stems.count(file.stem) == 1 else file.name}.png" for file in files]
-    inputs = {file.resolve() for file in files}
+    stems = Counter(file.stem for file in files)
+    targets = [out / f"{file.stem if stems[file.stem] == 1 else file.name}.png" for file in files]
+    uses, inputs = Counter(targets), {file.resolve() for file in files}
     for file, target in zip(files, targets, strict=True):
         if target.resolve() in inputs:
             raise InputError(f"translate: {target} would overwrite an input; choose another --out")
-        if targets.count(target) > 1:
+        if uses[target] > 1:
             raise InputError(f"translate: two inputs are named {file.name}; translate their folders one at a time")
     there = [target for target in targets if target.exists()]
     if there and not overwrite:

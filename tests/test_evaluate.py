@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fastp2p.checkpoint import GeneratorSpec, load_generator, save_generator
-from fastp2p.data import PairFormat, eval_batches, load_split
+from fastp2p.data import PairDataset, PairFormat, eval_batches, load_split
 from fastp2p.evaluate import evaluate, format_table, to_json
 from fastp2p.metrics import score
 from fastp2p.networks import generate
@@ -44,6 +44,30 @@ def test_table(model: Path, aligned: Path):
     assert "skipped val/2.png: the file is empty" in text
     for name in ("L1", "PSNR", "SSIM", "mean", "std"):
         assert name in text
+
+
+def test_what_is_passed_over_is_said(model: Path, aligned: Path):
+    (aligned / "val" / "city").mkdir()
+    (aligned / "val" / "city" / "0.png").touch()
+    result = evaluate(model, str(aligned))
+    assert result["passed_over"] == ["val/city/ (1 image)"]
+    assert "passed over 1 entry" in format_table(result)
+    assert "val/city/ (1 image)" in format_table(result)
+
+
+def test_a_pair_that_vanishes_while_streaming_is_not_scored(
+    model: Path, aligned: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def load(*args: object, **options: object) -> PairDataset:
+        dataset = load_split(*args, **options, stream="always")
+        (aligned / "val" / "0.png").unlink()
+        return dataset
+
+    monkeypatch.setattr("fastp2p.evaluate.load_split", load)
+    result = evaluate(model, str(aligned), skip_bad=True)
+    assert result["images"] == 1
+    assert set(result["per_image"]) == {"val/1.png"}
+    assert set(result["skipped"]) == {"val/0.png"}
 
 
 def test_a_perfect_model_scores_perfectly(aligned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Path):

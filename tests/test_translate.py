@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import numpy as np
@@ -140,3 +141,55 @@ def test_missing_and_empty_inputs_are_told(model: Path, tmp_path: Path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="holds no images"):
         translate(model, [tmp_path / "empty"], tmp_path / "out")
+
+
+def test_what_is_passed_over_in_a_folder_is_said(model: Path, tmp_path: Path):
+    folder = tmp_path / "photos"
+    (folder / "city").mkdir(parents=True)
+    random_image(20, 20).save(folder / "a.png")
+    for name in ("city/b.png", "city/c.jpg", "d.gif", "e.heic", ".f.png"):
+        (folder / name).touch()
+    said: list[str] = []
+    assert len(translate(model, [folder], tmp_path / "out", say=said.append)) == 1
+    assert said[-1].startswith("passed over 3 entries (sub-folders are not searched")
+    assert said[-1].endswith(f"{folder}/city/ (2 images), {folder}/d.gif, {folder}/e.heic")
+    (folder / "a.png").unlink()
+    with pytest.raises(InputError, match=r"holds no images; passed over 3 entries.*city/ \(2 images\)"):
+        translate(model, [folder], tmp_path / "out")
+
+
+def test_links_to_nowhere_are_bad_files(model: Path, tmp_path: Path):
+    (tmp_path / "photos").mkdir()
+    random_image(20, 20).save(tmp_path / "photos" / "a.png")
+    (tmp_path / "photos" / "b.png").symlink_to("/not/mounted/b.png")
+    with pytest.raises(InputError, match=r"1 of 2 cannot.*\n.*b\.png: is a link to /not/mounted/b\.png, which is not"):
+        translate(model, [tmp_path / "photos"], tmp_path / "out")
+    assert (tmp_path / "out" / "a.png").exists()
+    with pytest.raises(InputError, match="is a link to /not/mounted"):
+        translate(model, [tmp_path / "photos" / "b.png"], tmp_path / "out")
+
+
+@pytest.mark.parametrize("special", ["/dev/zero", "fifo.png"])
+def test_pipes_and_devices_are_refused(model: Path, tmp_path: Path, special: str):
+    os.mkfifo(tmp_path / "fifo.png")
+    with pytest.raises(InputError, match="is a named pipe, a socket or a device"):
+        translate(model, [tmp_path / special], tmp_path / "out")
+
+
+def test_a_file_that_is_given_twice_is_translated_once(model: Path, tmp_path: Path):
+    random_image(20, 20).save(tmp_path / "x.png")
+    (tmp_path / "x2.png").symlink_to("x.png")
+    inputs = [tmp_path / "x.png", tmp_path, tmp_path / "." / "x.png"]
+    written = translate(model, inputs, tmp_path / "out")
+    assert [path.name for path in written] == ["x.png", "x2.png"]
+
+
+def test_results_do_not_go_among_the_inputs(model: Path, tmp_path: Path):
+    random_image(20, 20).save(tmp_path / "x.jpg")
+    with pytest.raises(InputError, match="holds the inputs, so its results would be inputs the next time"):
+        translate(model, [tmp_path], tmp_path / ".")
+
+
+def test_names_that_are_too_long_are_told(model: Path, tmp_path: Path):
+    with pytest.raises(InputError, match="File name too long"):
+        translate(model, [tmp_path / ("x" * 300)], tmp_path / "out")

@@ -3,15 +3,18 @@
 import itertools
 import math
 import os
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.resources.abc import Traversable
 from typing import Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from fastp2p.config import Direction
@@ -20,9 +23,11 @@ from fastp2p.data.crops import Crops
 from fastp2p.data.jitter import epoch_order, jitter
 from fastp2p.data.pairs import Pair, find_pairs, open_root
 from fastp2p.device import memory_bytes
-from fastp2p.errors import InputError
+from fastp2p.errors import InputError, UnreadablePair
 
 MAX_ASPECT_DIFFERENCE = 0.02  # of A to B: more than a rounded resize explains, so they do not show the same frame
+
+NARROW = 64  # of 256 levels: a set that spans less, or uses no more in a row, was not made for the eye
 
 
 @dataclass(frozen=True)
@@ -39,8 +44,8 @@ class PairFormat:
     def shape(self) -> tuple[int, int, int]:
         return self.load_size, self.load_size, self.input_nc + self.output_nc
 
-    def decode(self, pair: Pair) -> tuple[np.ndarray, str]:
-        """The array, and a word on what was converted or is odd. Raises InputError with the reason on a bad pair."""
+    def read(self, pair: Pair) -> tuple[Image.Image, Image.Image, str]:
+        """A, B, and a word on what was converted or is odd. Raises InputError with the reason on a bad pair."""
         nc_A, nc_B = self.input_nc, self.output_nc
         if self.direction == "BtoA":
             nc_A, nc_B = nc_B, nc_A
@@ -51,7 +56,7 @@ class PairFormat:
             A, B = both.crop((0, 0, width // 2, height)), both.crop((width // 2, 0, width, height))
             A, B = (side.convert("L") if nc == 1 else side for side, nc in ((A, nc_A), (B, nc_B)))
         else:
-            (A, note_A), (B, note_B) = images.read_image(pair.A, nc_A), images.read_image(pair.B, nc_B)
+            (A, note_A), (B, note_B) = _read_side("A", pair.A, nc_A), _read_side("B", pair.B, nc_B)
             note = "; ".join(f"{side} {text}" for side, text in (("A", note_A), ("B", note_B)) if text)
             odd = []
 
@@ -61,10 +66,22 @@ class PairFormat:
                 raise InputError(f"{side} is too small: {width}x{height} px, expected at least {self.min_side} a side")
         if abs(A.width * B.height / (A.height * B.width) - 1) > MAX_ASPECT_DIFFERENCE and pair.B is not None:
             raise InputError(f"A is {A.width}x{A.height} and B {B.width}x{B.height} px: not the same frame")
+        return A, B, ", ".join([*([f"converted: {note}"] if note else []), *odd])
+
+    def to_array(self, A: Image.Image, B: Image.Image) -> np.ndarray:
+        """Both sides resized, the network's input first."""
         sides = (B, A) if self.direction == "BtoA" else (A, B)
-        return np.concatenate(
-            [images.to_array(images.resize(side, self.load_size)) for side in sides], axis=2
-        ), ", ".join([*([f"converted: {note}"] if note else []), *odd])
+        return np.concatenate([images.to_array(images.resize(side, self.load_size)) for side in sides], axis=2)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the first reading of a pair found."""
+
+    array: np.ndarray  # of format.shape
+    note: str
+    checksum: int  # of the array: whether a picture changed shows at --resume
+    levels: np.ndarray  # (2, 256) bool: which values occur in A and in B before resizing
 
 
 @dataclass
@@ -76,14 +93,62 @@ class PairDataset:
     resident: Tensor | None = None  # (P, load_size, load_size, C) uint8
     notes: Counter[str] = field(default_factory=Counter)  # what was converted or is odd -> in how many pairs
     skipped: dict[str, str] = field(default_factory=dict)  # bad files left out -> reason
-    ignored: list[str] = field(default_factory=list)  # files that are no images
+    ignored: list[str] = field(default_factory=list)  # sub-folders and files that are no images
+    warnings: list[str] = field(default_factory=list)  # on the set as a whole
+    checksums: list[int] = field(default_factory=list)  # of each pair's array
+    skip_bad: bool = False  # leave out what cannot be read any more, instead of raising
+    say: Callable[[str], None] = lambda line: None  # takes a line for each pair that is left out later
 
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def decode(self, indices: Sequence[int]) -> Tensor:
-        """These pairs, read anew: (N, load_size, load_size, C) uint8."""
-        return torch.from_numpy(np.stack([self.format.decode(self.pairs[i])[0] for i in indices]))
+    def read(self, indices: Sequence[int]) -> list[np.ndarray | str]:
+        """These pairs, read anew: each an array of format.shape, or the reason why it cannot be read."""
+        return [self._read_one(self.pairs[i]) for i in indices]
+
+    def _read_one(self, pair: Pair) -> np.ndarray | str:
+        try:
+            A, B, _ = self.format.read(pair)
+            return self.format.to_array(A, B)
+        except InputError as error:
+            return str(error)
+
+    def assemble(self, indices: Sequence[int], results: list[np.ndarray | str], *, replace: bool) -> Tensor:
+        """What `read` gave for these pairs as one tensor: (N, load_size, load_size, C) uint8.
+
+        Args:
+            indices, results: of `read`.
+            replace: let the next pair that can be read stand in for one that cannot; if not, it is missing.
+
+        Raises:
+            UnreadablePair: when a pair cannot be read, unless skip_bad; or none that could stand in.
+        """
+        arrays = []
+        for index, result in zip(indices, results, strict=True):
+            if not isinstance(result, str):
+                arrays.append(result)
+                continue
+            self._leave_out(self.pairs[index].name, result)
+            if replace:
+                arrays.append(self._stand_in(index))
+        return torch.from_numpy(np.stack(arrays) if arrays else np.empty((0, *self.format.shape), np.uint8))
+
+    def _leave_out(self, name: str, reason: str) -> None:
+        if not self.skip_bad:
+            remedy = "Bring it back, or add --skip-bad to go on without it."
+            raise UnreadablePair(f"data: {name}: {reason}. {remedy}")
+        if name not in self.skipped:
+            self.skipped[name] = reason
+            self.say(f"skipped {name}: {reason}")
+
+    def _stand_in(self, index: int) -> np.ndarray:
+        """The next pair that can be read."""
+        n = len(self)
+        for other in range(index + 1, index + n):
+            [result] = self.read([other % n])
+            if not isinstance(result, str):
+                return result
+        raise UnreadablePair(f"data: none of the {n} pairs can be read any more; bring them back")
 
 
 def load_split(
@@ -95,6 +160,7 @@ def load_split(
     stream: Literal["auto", "always", "never"] = "auto",
     room: int | None = None,
     on_read: Callable[[int, int], None] = lambda done, total: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> PairDataset:
     """Find, decode once and check all pairs of a split.
 
@@ -102,10 +168,11 @@ def load_split(
         data: folder, .zip, or builtin:emoji.
         split: name of the folder in it, "train" or "val".
         format: what to make of each pair.
-        skip_bad: leave bad files out (they are listed in `skipped`) instead of raising.
+        skip_bad: leave bad files out (they are listed in `skipped`) instead of raising; later, too, when streaming.
         stream: whether to decode in every epoch anew; "auto" does when they would take more than `room`.
         room: bytes; None is half of the machine's memory.
         on_read: called with the number of pairs read so far, and of all.
+        say: takes a line for each pair that cannot be read any more when it is streamed, and is left out.
 
     Raises:
         InputError: when there are no pairs, or with the list of everything that is wrong with them.
@@ -118,18 +185,21 @@ def load_split(
     arrays = None if streamed else np.empty((len(pairs), *format.shape), np.uint8)
     good: list[Pair] = []
     notes: Counter[str] = Counter()
+    checksums: list[int] = []
+    levels = np.zeros((2, 256), bool)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         chunks = (pairs[i : i + 64] for i in range(0, len(pairs), 64))  # so that few arrays wait at a time
-        decoded = (zip(chunk, pool.map(partial(_decode_or_reason, format), chunk), strict=True) for chunk in chunks)
+        decoded = (zip(chunk, pool.map(partial(_check, format), chunk), strict=True) for chunk in chunks)
         for done, (pair, result) in enumerate(itertools.chain.from_iterable(decoded), start=1):
             on_read(done, len(pairs))
             if isinstance(result, str):
                 bad[pair.name] = result
                 continue
-            array, note = result
-            notes.update([note] if note else [])
+            notes.update([result.note] if result.note else [])
+            checksums.append(result.checksum)
+            levels |= result.levels
             if arrays is not None:
-                arrays[len(good)] = array
+                arrays[len(good)] = result.array
             good.append(pair)
 
     if bad and (not skip_bad or not good):
@@ -138,14 +208,50 @@ def load_split(
             remedy = "Nothing is left to train on."
         raise InputError("data: " + images.bad_files_message(bad, of=len(good) + len(bad), remedy=remedy))
     resident = None if arrays is None else torch.from_numpy(arrays[: len(good)])
-    return PairDataset(good, format, resident, notes, bad, ignored)
+    warnings = [text for side, used in zip("AB", levels, strict=True) if (text := levels_warning(side, used))]
+    return PairDataset(good, format, resident, notes, bad, ignored, warnings, checksums, skip_bad, say)
 
 
-def _decode_or_reason(format: PairFormat, pair: Pair) -> tuple[np.ndarray, str] | str:
+def _read_side(side: str, file: Traversable, channels: int) -> tuple[Image.Image, str]:
+    """The image of one side of a pair in two files; an error says which side it is."""
     try:
-        return format.decode(pair)
+        return images.read_image(file, channels)
+    except InputError as error:
+        raise InputError(f"{error} ({side}/{file.name})") from error
+
+
+def _check(format: PairFormat, pair: Pair) -> Checked | str:
+    """The pair, or the reason why it cannot be used."""
+    try:
+        A, B, note = format.read(pair)
+        array = format.to_array(A, B)
     except InputError as error:
         return str(error)
+    return Checked(array, note, zlib.crc32(array.data), np.stack([images.levels(A), images.levels(B)]))
+
+
+def levels_warning(side: str, used: np.ndarray) -> str:
+    """What to say when a set's pictures leave most of the range of 8 bits unused, else "".
+
+    Two things do: pictures of 12 bits in files of 16, and bare class numbers. Either their values span less than a
+    quarter of the range, or there are few of them, most of which are neighbours.
+
+    Args:
+        side: "A" or "B".
+        used: (256,) bool, which values occur.
+    """
+    values = np.flatnonzero(used).tolist()
+    low, high = values[0], values[-1]
+    classes = values[:-1] if high == 255 and len(values) > 2 else values  # 255 often is the number of no class
+    neighbours = sum(after - before == 1 for before, after in itertools.pairwise(classes))
+    if high - low >= NARROW and (len(values) > NARROW or 2 * neighbours <= len(classes) - 1):
+        return ""
+    return (
+        f"the pictures of {side} together use {len(values)} of 256 levels, {low} to {high}, "
+        f"{(high - low) / 255:.0%} of the range from black to white, which is little to learn from. "
+        f"Stretch all of them alike, {low} to black and {high} to white (12 bits in files of 16: times 16), "
+        "or give class numbers a colour each"
+    )
 
 
 def batches_per_epoch(dataset: PairDataset, batch_size: int) -> int:
@@ -158,12 +264,16 @@ def train_crops(
 ) -> Iterator[Crops]:
     """The jittered batches of one epoch, from batch number `first` on, yet to be cut out.
 
-    The same for resident and streamed sets; a resident set's draws go to its device once an epoch.
+    The same for resident and streamed sets; a resident set's draws go to its device once an epoch. When streaming with
+    skip_bad, another pair stands in for one that cannot be read any more, so that every epoch has as many steps.
+
+    Raises:
+        UnreadablePair: when a streamed pair cannot be read any more.
     """
     order = epoch_order(seed, epoch, len(dataset))[first * batch_size :].tolist()
     span = dataset.format.load_size - crop_size
     draws = [jitter(seed, epoch, i, span=span, flip=flip) for i in order]
-    return _crops(dataset, order, draws, batch_size, crop_size)
+    return _crops(dataset, order, draws, batch_size, crop_size, replace=True)
 
 
 def eval_batches(
@@ -176,19 +286,38 @@ def eval_batches(
     """These pairs (None: all) in order, whole and unflipped.
 
     Yields:
-        real_A, real_B: (N, C, load_size, load_size) float32 in [-1, 1], on the device, contiguous.
+        real_A, real_B: (N, C, load_size, load_size) float32 in [-1, 1], on the device, contiguous. When streaming with
+            skip_bad, without the pairs that cannot be read any more.
+
+    Raises:
+        UnreadablePair: when a streamed pair cannot be read any more, or none can.
     """
     wanted = list(range(len(dataset)) if indices is None else indices)
     draws = [(0, 0, False)] * len(wanted)
-    crops = _crops(dataset, wanted, draws, batch_size, dataset.format.load_size)
-    for real_A, real_B in (batch.cut(device) for batch in crops):
-        yield real_A.contiguous(), real_B.contiguous()
+    crops = _crops(dataset, wanted, draws, batch_size, dataset.format.load_size, replace=False)
+    left = 0
+    for batch in crops:
+        if len(batch):
+            left += len(batch)
+            real_A, real_B = batch.cut(device)
+            yield real_A.contiguous(), real_B.contiguous()
+    if wanted and not left:
+        raise UnreadablePair(f"data: none of the {len(wanted)} pairs can be read any more; bring them back")
 
 
 def _crops(
-    dataset: PairDataset, order: list[int], draws: list[tuple[int, int, bool]], batch_size: int, crop_size: int
+    dataset: PairDataset,
+    order: list[int],
+    draws: list[tuple[int, int, bool]],
+    batch_size: int,
+    crop_size: int,
+    *,
+    replace: bool,
 ) -> Iterator[Crops]:
-    """Batches of the pairs in this order; draws has (top, left, flip) of each."""
+    """Batches of the pairs in this order; draws has (top, left, flip) of each.
+
+    Without `replace` a streamed batch may be smaller than its draws, which must then be all alike.
+    """
     where = "cpu" if dataset.resident is None else dataset.resident.device
     offset = torch.tensor([draw[:2] for draw in draws], dtype=torch.int64).to(where)
     flip = torch.tensor([draw[2] for draw in draws], dtype=torch.bool).to(where)
@@ -197,18 +326,19 @@ def _crops(
         index = torch.tensor(order, dtype=torch.int64).to(where)
         sources: Iterable[tuple[Tensor, Tensor]] = ((dataset.resident, index[part]) for part in parts)
     else:
-        decoded = _decoded_ahead(dataset, [order[part] for part in parts])
+        decoded = _decoded_ahead(dataset, [order[part] for part in parts], replace)
         sources = ((pairs, torch.arange(len(pairs))) for pairs in decoded)
     for part, (pairs, which) in zip(parts, sources, strict=True):
-        yield Crops(pairs, which, offset[part], flip[part], crop_size, dataset.format.input_nc)
+        n = len(which)
+        yield Crops(pairs, which, offset[part][:n], flip[part][:n], crop_size, dataset.format.input_nc)
 
 
-def _decoded_ahead(dataset: PairDataset, chosen: list[list[int]], ahead: int = 4) -> Iterator[Tensor]:
+def _decoded_ahead(dataset: PairDataset, chosen: list[list[int]], replace: bool, ahead: int = 4) -> Iterator[Tensor]:
     """The pairs of each list, decoded by a pool of threads a few lists ahead."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        pending = [pool.submit(dataset.decode, indices) for indices in chosen[:ahead]]
-        for number in range(len(chosen)):
-            pairs = pending.pop(0).result()
+        pending = [pool.submit(dataset.read, indices) for indices in chosen[:ahead]]
+        for number, indices in enumerate(chosen):
+            results = pending.pop(0).result()
             if number + ahead < len(chosen):
-                pending.append(pool.submit(dataset.decode, chosen[number + ahead]))
-            yield pairs
+                pending.append(pool.submit(dataset.read, chosen[number + ahead]))
+            yield dataset.assemble(indices, results, replace=replace)

@@ -1,6 +1,7 @@
 """One image file -> an 8-bit RGB or grey PIL image, decoded whole, with a word on what was converted."""
 
 import lzma
+import re
 import zipfile
 import zlib
 from importlib.resources.abc import Traversable
@@ -15,13 +16,9 @@ from fastp2p.errors import InputError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")  # Pillow knows more: for PostScript it starts a program
+LINES_OF_A_KIND = 10  # in an error that lists files
 # What zipfile and its decompressors raise on a damaged or encrypted member, by experiment
 _DAMAGED_MEMBER = (zipfile.BadZipFile, RuntimeError, EOFError, zlib.error, lzma.LZMAError)
-
-
-def is_image(file: Traversable) -> bool:
-    """Whether the name says image (upper or lower case); hidden files are none."""
-    return file.name.lower().endswith(EXTENSIONS) and not file.name.startswith(".") and file.is_file()
 
 
 def read_image(file: Traversable, channels: int) -> tuple[Image.Image, str]:
@@ -84,6 +81,11 @@ def _from_16_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
 
 
+def levels(image: Image.Image) -> np.ndarray:
+    """Which values occur in an 8-bit image, in any channel: (256,) bool."""
+    return np.asarray(np.reshape(image.histogram(), (-1, 256)).sum(axis=0), bool)
+
+
 def resize(image: Image.Image, side: int) -> Image.Image:
     """Bicubic to side x side, aspect ignored, as upstream's resize."""
     return image.resize((side, side), Image.Resampling.BICUBIC)
@@ -122,6 +124,18 @@ def to_array(image: Image.Image) -> np.ndarray:
 
 
 def bad_files_message(bad: dict[str, str], *, of: int, remedy: str) -> str:
-    """The one error that names every file that cannot be used, and says what to do."""
-    lines = [f"  {name}: {reason}" for name, reason in bad.items()]
-    return "\n".join([f"{len(bad)} of {of} cannot be used:", *lines, remedy])
+    """The one error on all files that cannot be used, which says what to do."""
+    return "\n".join([f"{len(bad):,} of {of:,} cannot be used:", *bad_file_lines(bad), remedy])
+
+
+def bad_file_lines(bad: dict[str, str]) -> list[str]:
+    """A line for each file and its reason, but for ten at most of each kind: of 2,000 lines none would be read."""
+    kinds: dict[str, list[str]] = {}
+    for name, reason in bad.items():
+        kind = re.match(r"([a-z]+:? ?){0,3}", reason, re.IGNORECASE)  # its first words, before names and numbers
+        kinds.setdefault(kind.group() if kind else "", []).append(f"  {name}: {reason}")
+    shown = []
+    for lines in kinds.values():
+        more = len(lines) - LINES_OF_A_KIND
+        shown += lines[:LINES_OF_A_KIND] + ([f"  and {more:,} more of the same kind"] if more > 0 else [])
+    return shown

@@ -3,7 +3,6 @@
 import struct
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -11,9 +10,11 @@ from io import BytesIO
 from pathlib import Path
 
 from fastp2p.config import BUILTIN
-from fastp2p.data.images import EXTENSIONS, is_image
+from fastp2p.data.folders import Contents, is_folder, list_folder, name_some, why_unreadable
+from fastp2p.data.images import EXTENSIONS
 from fastp2p.errors import InputError
 
+SPLITS = ("train", "val", "test")
 LAYOUTS = """\
   DIR/train/NAME.jpg                     A and B side by side in one image, A on the left; or
   DIR/train/A/NAME.jpg, train/B/NAME.png two folders, matched by NAME
@@ -40,14 +41,15 @@ def open_root(data: str) -> Traversable:
     if data.startswith("builtin:"):
         raise InputError(f"data: got {data!r}, but the only built-in set is {BUILTIN}")
     path = Path(data)
+    reason = why_unreadable(path)
+    if reason:
+        raise InputError(f"data: got {data!r}: {reason}; expected a folder or .zip with\n{LAYOUTS}")
     if path.is_file():
         if not zipfile.is_zipfile(path):
             raise InputError(
                 f"data: got {data!r}, a file that is no readable .zip; expected a folder or .zip with\n{LAYOUTS}"
             )
         return _zip_root(path)
-    if not path.is_dir():
-        raise InputError(f"data: got {data!r}, which is no folder; expected a folder or .zip with\n{LAYOUTS}")
     return path
 
 
@@ -57,23 +59,42 @@ def _zip_root(source: Path | BytesIO) -> Traversable:
         root = zipfile.Path(zipfile.ZipFile(source))
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
         raise InputError(f"data: {source}: is a damaged .zip ({error}); copy or make it again") from error
-    children = [child for child in root.iterdir() if not child.name.startswith((".", "__"))]
-    return children[0] if len(children) == 1 and children[0].is_dir() and children[0].name != "train" else root
+    folders = [child for child in root.iterdir() if child.is_dir() and not child.name.startswith((".", "__"))]
+    return folders[0] if len(folders) == 1 and _is_wrapper(folders[0]) else root
+
+
+def _is_wrapper(folder: Traversable) -> bool:
+    """Whether the one folder of an archive is the set, as many programs pack it, and not one of its splits."""
+    inner = {child.name for child in folder.iterdir() if child.is_dir()}
+    if folder.name in SPLITS:
+        return bool(inner & {"train", folder.name})
+    return bool(inner - {"A", "B"})
 
 
 def has_split(root: Traversable, split: str) -> bool:
-    """Whether there is a folder for this split."""
-    return (root / split).is_dir()
+    """Whether there is a folder for this split with something in it. Raises InputError when it cannot be looked at."""
+    folder = root / split
+    try:
+        return is_folder(folder) and _holds_something(folder)
+    except OSError as error:
+        raise InputError(f"data: {folder} cannot be read: {error.strerror or error}") from error
+
+
+def _holds_something(folder: Traversable) -> bool:
+    """Whether a folder has a visible entry, but for an empty A/ and B/."""
+    entries = (entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    return any(entry.name not in ("A", "B") or not entry.is_dir() or _holds_something(entry) for entry in entries)
 
 
 def find_pairs(root: Traversable, split: str) -> tuple[list[Pair], dict[str, str], list[str]]:
     """List the pairs of one split, sorted by name.
 
     Returns:
-        The pairs; the files that have no partner, as name -> reason; the names of files that are no images.
+        The pairs; the files that cannot be used, as name -> reason: they have no partner, or are links to nowhere; the
+        sub-folders and the files of other kinds, which are passed over.
 
     Raises:
-        InputError: when the folder is missing or holds no images.
+        InputError: when the folder is missing, cannot be read or holds no images.
     """
     try:
         return _find_pairs(root, split)
@@ -83,45 +104,48 @@ def find_pairs(root: Traversable, split: str) -> tuple[list[Pair], dict[str, str
 
 def _find_pairs(root: Traversable, split: str) -> tuple[list[Pair], dict[str, str], list[str]]:
     folder = root / split
-    if not folder.is_dir():
-        there = ", ".join(sorted(child.name + "/" * child.is_dir() for child in root.iterdir())[:8]) or "nothing"
+    if not is_folder(folder):
+        there = name_some(sorted(child.name + "/" * child.is_dir() for child in root.iterdir()), 8) or "nothing"
         raise InputError(f"data: {root} has no folder {split}/ (it holds {there}); expected\n{LAYOUTS}")
     side_A, side_B = folder / "A", folder / "B"
-    if side_A.is_dir() != side_B.is_dir():
-        missing = "B" if side_A.is_dir() else "A"
+    has_A, has_B = is_folder(side_A), is_folder(side_B)
+    if has_A != has_B:
+        missing = "B" if has_A else "A"
         raise InputError(
             f"data: {folder} has only one of the folders A and B; {missing}/ is missing. Expected\n{LAYOUTS}"
         )
 
-    if side_A.is_dir():
-        pairs, bad = _match_by_stem(side_A, side_B, split)
-        others = [f"{split}/{side.name}/{file.name}" for side in (side_A, side_B) for file in _not_images(side)]
-        others += [f"{split}/{file.name}" for file in folder.iterdir() if is_image(file)]
+    here = list_folder(folder, f"{split}/")
+    if has_A:
+        A, B = (list_folder(side, f"{split}/{side.name}/") for side in (side_A, side_B))
+        pairs, bad = _match_by_stem(A, B, split)
+        beside = [name for name in here.others if not name.startswith((f"{split}/A/ ", f"{split}/B/ "))]
+        others = [*beside, *(f"{split}/{file.name}" for file in here.images), *here.bad, *A.others, *B.others]
     else:
-        images = sorted((file for file in folder.iterdir() if is_image(file)), key=lambda file: file.name)
-        pairs, bad = [Pair(f"{split}/{file.name}", file) for file in images], {}
-        others = [f"{split}/{file.name}" for file in _not_images(folder)]
+        pairs, bad = [Pair(f"{split}/{file.name}", file) for file in here.images], here.bad
+        others = here.others
     if not pairs and not bad:
-        there = ", ".join(sorted(child.name + "/" * child.is_dir() for child in folder.iterdir())[:8]) or "nothing"
-        raise InputError(f"data: {folder} holds no images but {there} ({', '.join(EXTENSIONS)}); expected\n{LAYOUTS}")
+        there = name_some((name.removeprefix(f"{split}/") for name in others), 8)
+        holds = f"holds no images but {there}; sub-folders are not searched" if there else "is empty"
+        raise InputError(f"data: {folder} {holds} ({', '.join(EXTENSIONS)}); expected\n{LAYOUTS}")
     return pairs, bad, others
 
 
-def _not_images(folder: Traversable) -> Iterable[Traversable]:
-    return (file for file in folder.iterdir() if not is_image(file) and not file.name.startswith("."))
-
-
-def _match_by_stem(side_A: Traversable, side_B: Traversable, split: str) -> tuple[list[Pair], dict[str, str]]:
+def _match_by_stem(A: Contents, B: Contents, split: str) -> tuple[list[Pair], dict[str, str]]:
     by_stem: dict[str, dict[str, list[Traversable]]] = defaultdict(lambda: {"A": [], "B": []})
-    for side, folder in (("A", side_A), ("B", side_B)):
-        for file in sorted(filter(is_image, folder.iterdir()), key=lambda file: file.name):
+    for side, contents in (("A", A), ("B", B)):
+        for file in contents.images:
             by_stem[file.name.rpartition(".")[0]][side].append(file)
+    bad = A.bad | B.bad
+    excused = {name.rpartition("/")[2].rpartition(".")[0] for name in bad}  # their partners are not to blame
 
-    pairs, bad = [], {}
+    pairs = []
     for stem, sides in sorted(by_stem.items()):
         match sides["A"], sides["B"]:
             case [a], [b]:
                 pairs.append(Pair(f"{split}/{stem}", a, b))
+            case ([], [_]) | ([_], []) if stem in excused:
+                pass
             case [], [b, *_]:
                 bad[f"{split}/B/{b.name}"] = f"has no partner {stem}.* in {split}/A"
             case [a, *_], []:

@@ -10,6 +10,8 @@ from tqdm import tqdm
 
 from fastp2p.config import ResolvedConfig
 from fastp2p.data.dataset import PairDataset, PairFormat, eval_batches, load_split
+from fastp2p.data.folders import is_folder, passed_over
+from fastp2p.data.images import bad_file_lines
 from fastp2p.data.pairs import has_split, open_root
 from fastp2p.device import memory_bytes
 from fastp2p.errors import InputError
@@ -29,9 +31,11 @@ class TrainData:
 
     @property
     def fingerprint(self) -> str:
-        """Count and hash of the training pairs' names."""
-        names = "\n".join(pair.name for pair in self.train.pairs)
-        return f"{len(self.train)} pairs {hashlib.sha256(names.encode(errors='surrogateescape')).hexdigest()[:16]}"
+        """Count of the training pairs, a hash of their names, and one of their pictures."""
+        names = "\n".join(pair.name for pair in self.train.pairs).encode(errors="surrogateescape")
+        pictures = ",".join(map(str, self.train.checksums)).encode()
+        of_names, of_pictures = (hashlib.sha256(text).hexdigest()[:16] for text in (names, pictures))
+        return f"{len(self.train)} pairs {of_names}, pictures {of_pictures}"
 
 
 def load_train_data(config: ResolvedConfig, device: torch.device, say: Callable[[str], None]) -> TrainData:
@@ -40,7 +44,7 @@ def load_train_data(config: ResolvedConfig, device: torch.device, say: Callable[
     Raises:
         InputError: with the list of everything that is wrong.
     """
-    min_side = int(config.crop_size * SMALLEST_SHARE)
+    min_side = max(1, int(config.crop_size * SMALLEST_SHARE))
     train_format = PairFormat(config.direction, config.load_size, config.input_nc, config.output_nc, min_side)
     val_format = replace(train_format, load_size=config.crop_size)
 
@@ -48,7 +52,8 @@ def load_train_data(config: ResolvedConfig, device: torch.device, say: Callable[
     loaded: dict[str, PairDataset] = {}
     problems = []
     for split, format in (("train", train_format), ("val", val_format)):
-        if split == "train" or has_split(open_root(config.data), split):
+        root = open_root(config.data)
+        if split == "train" or has_split(root, split):
             try:
                 loaded[split] = _load(config, split, format, room - _resident_bytes(loaded), say)
             except InputError as error:
@@ -57,9 +62,10 @@ def load_train_data(config: ResolvedConfig, device: torch.device, say: Callable[
         raise InputError("\n".join(problems))
     train, val = loaded["train"], loaded.get("val")
     if val is None:
-        say("val: there is no folder val/, so nothing is scored and the panel shows training pairs")
+        why = "the folder val/ is empty" if is_folder(root / "val") else "there is no folder val/"
+        say(f"val: {why}, so nothing is scored and the panel shows training pairs")
 
-    shown = val or PairDataset(train.pairs, val_format)
+    shown = val or replace(train, format=val_format, resident=None)
     indices = [i * len(shown) // PANEL_PAIRS for i in range(PANEL_PAIRS)] if len(shown) > PANEL_PAIRS else None
     panel = list(eval_batches(shown, indices=indices, batch_size=1, device=device))
     if train.resident is not None and device.type == "cuda":
@@ -82,7 +88,14 @@ def _load(config: ResolvedConfig, split: str, format: PairFormat, room: int, say
             bar.update(done - bar.n)
 
         dataset = load_split(
-            config.data, split, format, skip_bad=config.skip_bad, stream=config.stream, room=room, on_read=on_read
+            config.data,
+            split,
+            format,
+            skip_bad=config.skip_bad,
+            stream=config.stream,
+            room=room,
+            on_read=on_read,
+            say=lambda line: say(f"{split}: {line}"),
         )
 
     place = "streamed: decoded anew in every epoch"
@@ -94,8 +107,9 @@ def _load(config: ResolvedConfig, split: str, format: PairFormat, room: int, say
     for note, pairs in dataset.notes.items():
         say(f"{split}: {pairs} pairs {note}")
     if dataset.ignored:
-        names = ", ".join(dataset.ignored[:5]) + (", ..." if len(dataset.ignored) > 5 else "")
-        say(f"{split}: {len(dataset.ignored)} files are no images and were ignored: {names}")
-    for name, reason in dataset.skipped.items():
-        say(f"{split}: skipped {name}: {reason}")
+        say(f"{split}: {passed_over(dataset.ignored)}")
+    for warning in dataset.warnings:
+        say(f"{split}: warning: {warning}")
+    for line in bad_file_lines(dataset.skipped):
+        say(f"{split}: skipped {line.strip()}")
     return dataset

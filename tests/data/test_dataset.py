@@ -13,7 +13,7 @@ from fastp2p.data import PairFormat, batches_per_epoch, eval_batches, load_split
 from fastp2p.data import dataset as dataset_module
 from fastp2p.data.jitter import epoch_order, jitter
 from fastp2p.data.splits import TrainData
-from fastp2p.errors import InputError
+from fastp2p.errors import InputError, UnreadablePair
 
 FORMAT = PairFormat("AtoB", 36)
 
@@ -143,6 +143,58 @@ def test_skip_bad_trains_on_the_rest(damaged: Path, stream: str):
         assert np.array_equal(((A[0] + 1) * 127.5).round().permute(1, 2, 0).numpy(), np.asarray(image))
 
 
+def test_a_streamed_pair_that_vanishes_is_named(aligned: Path):
+    dataset = load_split(str(aligned), "train", FORMAT, stream="always")
+    (aligned / "train" / "3.png").unlink()
+    for read in (lambda: batches(dataset), lambda: list(eval_batches(dataset))):
+        with pytest.raises(UnreadablePair, match=r"data: train/3\.png: cannot be read: No such file.*--skip-bad"):
+            read()
+
+
+def test_a_streamed_pair_of_two_files_that_vanishes_is_named(two_folders: Path):
+    dataset = load_split(str(two_folders), "train", FORMAT, stream="always")
+    (two_folders / "train" / "B" / "1.png").write_bytes(b"")
+    with pytest.raises(UnreadablePair, match=r"train/1: the file is empty \(zero bytes\) \(B/1\.png\)"):
+        batches(dataset)
+
+
+def test_another_pair_stands_in_for_a_vanished_one(aligned: Path):
+    said: list[str] = []
+    dataset = load_split(str(aligned), "train", FORMAT, stream="always", skip_bad=True, say=said.append)
+    whole, order = batches(dataset, batch_size=1), epoch_order(5, 2, 6).tolist()
+    for i in (3, 4):
+        (aligned / "train" / f"{i}.png").unlink()
+    for _ in range(2):
+        rest = batches(dataset, batch_size=1)
+        assert len(rest) == 6
+        for i, before, after in zip(order, whole, rest, strict=True):
+            assert torch.equal(before[0], after[0]) == (i not in (3, 4))
+    assert sorted(said) == [f"skipped train/{i}.png: cannot be read: No such file or directory" for i in (3, 4)]
+    assert [pair.name for pair in dataset.pairs if pair.name in dataset.skipped] == ["train/3.png", "train/4.png"]
+
+    image = Image.open(aligned / "train" / "5.png").crop((0, 0, 40, 40)).resize((36, 36), Image.Resampling.BICUBIC)
+    [stand_in] = dataset.assemble([3], dataset.read([3]), replace=True)
+    assert np.array_equal(stand_in[:, :, :3].numpy(), np.asarray(image))
+
+
+def test_scores_do_without_a_vanished_pair(aligned: Path):
+    dataset = load_split(str(aligned), "train", FORMAT, stream="always", skip_bad=True)
+    whole = [A for A, _ in eval_batches(dataset, batch_size=1)]
+    for i in (0, 1, 3):
+        (aligned / "train" / f"{i}.png").unlink()
+    rest = [A for A, _ in eval_batches(dataset, batch_size=2)]
+    assert [len(A) for A in rest] == [1, 2]  # of 0 and 1, none is left
+    assert torch.equal(torch.cat(rest), torch.cat([whole[i] for i in (2, 4, 5)]))
+
+
+def test_a_share_that_is_gone_ends_the_run_even_when_skipping(aligned: Path):
+    dataset = load_split(str(aligned), "train", FORMAT, stream="always", skip_bad=True)
+    (aligned / "train").rename(aligned / "gone")
+    for read in (lambda: batches(dataset), lambda: list(eval_batches(dataset))):
+        with pytest.raises(UnreadablePair, match="none of the 6 pairs can be read any more"):
+            read()
+
+
 def test_nothing_left_is_an_error_even_when_skipping(tmp_path: Path):
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "x.png").touch()
@@ -189,6 +241,66 @@ def test_conversions_are_counted(two_folders: Path):
     file = two_folders / "train" / "B" / "0.png"
     Image.open(file).convert("P").save(file)
     assert load_split(str(two_folders), "train", FORMAT).notes == {"converted: B palette": 1}
+
+
+@pytest.mark.parametrize(
+    "levels", [range(17), range(19), [*range(19), 255], [0, 1], [0, 1, 255], [0, *range(128, 141)], [7]]
+)
+def test_pictures_that_use_little_of_the_range_are_warned_of(two_folders: Path, levels: list[int]):
+    """The first ones are 12 bits in files of 16, the second ones class numbers without and with "ignore"."""
+    for i in range(4):
+        values = np.random.default_rng(i).choice(np.array(levels, np.uint8), (40, 40))
+        Image.fromarray(values).save(two_folders / "train" / "B" / f"{i}.png")
+    [warning] = load_split(str(two_folders), "train", FORMAT).warnings
+    assert f"of B together use {len(levels)} of 256 levels, {levels[0]} to {levels[-1]}" in warning
+
+
+def test_12_bits_in_files_of_16_are_warned_of(two_folders: Path):
+    for i in range(4):
+        values = np.arange(4096, dtype=np.uint16).reshape(64, 64)
+        (two_folders / "train" / "A" / f"{i}.jpg").unlink()
+        Image.fromarray(values).save(two_folders / "train" / "A" / f"{i}.png")
+    [warning] = load_split(str(two_folders), "train", FORMAT).warnings
+    assert "of A together use 17 of 256 levels, 0 to 16, 6% of the range" in warning
+    assert "times 16" in warning
+
+
+@pytest.mark.parametrize(
+    "levels", [[0, 255], [0, 128, 255], [0, 254, 255], [0, 64, 128, 192], range(0, 256, 8), range(90, 155)]
+)
+def test_masks_colours_and_dull_pictures_are_not_warned_of(two_folders: Path, levels: list[int]):
+    for i in range(4):
+        values = np.random.default_rng(i).choice(np.array(levels, np.uint8), (40, 40))
+        Image.fromarray(values).save(two_folders / "train" / "B" / f"{i}.png")
+    assert load_split(str(two_folders), "train", FORMAT).warnings == []
+
+
+def test_a_long_list_of_bad_files_is_cut(two_folders: Path):
+    for i in range(100, 140):
+        random_image(8, 8).save(two_folders / "train" / "A" / f"{i}.png")
+        (two_folders / "train" / f"{'AB'[i % 2]}" / f"empty {i}.png").touch()
+    for i in range(3):
+        (two_folders / "train" / "B" / f"{i}.png").write_bytes(b"")
+    with pytest.raises(InputError) as error:
+        load_split(str(two_folders), "train", FORMAT)
+    lines = str(error.value).splitlines()
+    assert lines[0] == "data: 83 of 84 cannot be used:"
+    assert sum("has no partner" in line for line in lines) == 10
+    assert "  and 70 more of the same kind" in lines
+    assert sum("the file is empty" in line for line in lines) == 3
+    assert len(lines) == 16
+
+
+def test_fingerprint_sees_a_changed_picture(aligned: Path):
+    def fingerprint() -> tuple[str, str]:
+        names, _, pictures = TrainData(load_split(str(aligned), "train", FORMAT), None, []).fingerprint.partition(", ")
+        return names, pictures
+
+    before = fingerprint()
+    assert fingerprint() == before
+    random_image(80, 40, seed=99).save(aligned / "train" / "3.png")
+    assert fingerprint()[0] == before[0]
+    assert fingerprint()[1] != before[1]
 
 
 def test_builtin_set():
