@@ -186,24 +186,28 @@ def strip(line: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in line.items() if name != "img_per_sec"}
 
 
-def test_an_image_that_cannot_be_read_any_more_ends_a_run_saved(
-    aligned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_an_image_that_vanishes_ends_a_run_saved(aligned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It is named; brought back, the run goes on to the unbroken one's end, and --skip-bad goes on without it."""
     unbroken = train(config(aligned, tmp_path / "unbroken"))
-    batches = Run.batches
+    folder, image, away = tmp_path / "my run", aligned / "train" / "3.png", tmp_path / "3.png"
 
-    def fail(run: Run) -> Iterator[Any]:
+    def vanish(run: Run) -> Iterator[Any]:
         for number, crops in enumerate(batches(run)):
-            if number == 5:
-                raise InputError("train/3.png: cannot be read: Input/output error")
+            if number == 1:
+                image.rename(away)
             yield crops
 
-    monkeypatch.setattr(Run, "batches", fail)
-    folder = tmp_path / "my run"
-    with pytest.raises(InputError, match=r"train/3\.png: cannot be read: Input/output error\nSaved at step 5") as told:
-        train(config(aligned, folder))
-    monkeypatch.undo()
+    batches = Run.batches
+    monkeypatch.setattr(Run, "batches", vanish)
+    with pytest.raises(InputError, match=r"data: train/3\.png: .*--skip-bad to go on without it\.\nSaved at") as told:
+        train(config(aligned, folder, "--stream", "always"))
     assert shlex.split(str(told.value).rpartition("with: ")[2]) == ["fastp2p", "train", "--resume", str(folder)]
+    away.rename(image)
+    said: list[str] = []
+    train(config(aligned, tmp_path / "skipping", "--stream", "always", "--skip-bad"), say=said.append)
+    assert [line.partition("3.png")[0] for line in said if "skipped" in line] == ["train: skipped train/"]
+    away.rename(image)
+    monkeypatch.undo()
     resume(folder)
     assert_same_state(unbroken, folder)
 
