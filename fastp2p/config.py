@@ -1,6 +1,8 @@
 """TrainConfig: every hyperparameter once, with its default, unit and source. The command line is generated from it."""
 
 import dataclasses
+import math
+import numbers
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ Statistics = Literal["batch", "sample"]
 BUILTIN = "builtin:emoji"
 NAMED_KERNELS = ("auto", "aten", "triton")  # any other --kernels is a path
 MAX_LEVELS = 12  # 4096 px; a deeper U-Net would only see padding
+MAX_SIDE = 8192  # px, of what a network is trained on
 
 
 def levels_of(netG: str) -> int:
@@ -145,10 +148,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
-        for name, value in self.as_dict().items():
-            choices = _literals(hints[name])
-            if choices and value is not None and value not in choices:
-                raise InputError(f"{name}: got {value!r}, expected one of {', '.join(map(str, choices))}")
+        for name in hints:
+            _check_type(name, getattr(self, name), hints[name])
         for name in _AT_LEAST_ONE:
             _require(self, name, lambda value: value >= 1, "1 or more")
         for name in ("lr", "init_gain"):
@@ -157,6 +158,10 @@ class TrainConfig:
             _require(self, name, lambda value: value >= 0, "0 or more")
         for name in ("ngf", "ndf"):
             _require(self, name, lambda value: value <= 4096, "at most 4096")
+        for name in ("load_size", "crop_size"):
+            _require(self, name, lambda value: value <= MAX_SIDE, f"at most {MAX_SIDE} px")
+        for name in ("lr", "init_gain", "lambda_L1"):
+            _require(self, name, math.isfinite, "a finite number")
         _require(self, "seed", lambda value: value < 2**32, "less than 2**32")
         for name in ("beta1", "beta2"):
             _require(self, name, lambda value: 0 <= value < 1, "0 or more and less than 1")
@@ -252,6 +257,30 @@ _AT_LEAST_ONE = [
     "panel_steps",
     "val_epochs",
 ]
+
+
+# What each annotation admits; a bool is no number here, though Python counts it as one
+_TYPES: dict[type, tuple[type, str]] = {
+    bool: (bool, "true or false"),
+    int: (numbers.Integral, "a whole number"),
+    float: (numbers.Real, "a number"),
+    str: (str, "a text"),
+    Path: (Path, "a path"),
+}
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    """Raise InputError on a value of another type or choice, such as a config.json that was edited may hold."""
+    parts = get_args(hint) or (hint,)
+    if value is None and type(None) in parts:
+        return
+    if choices := _literals(hint):
+        if (type(value), value) not in ((type(choice), choice) for choice in choices):
+            raise InputError(f"{name}: got {value!r:.60}, expected one of {', '.join(map(str, choices))}")
+        return
+    kind, expected = next(_TYPES[part] for part in parts if part in _TYPES)
+    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool) or value != value:
+        raise InputError(f"{name}: got {value!r:.60}, expected {expected}")
 
 
 def _literals(hint: Any) -> tuple[Any, ...]:

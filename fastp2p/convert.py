@@ -9,7 +9,7 @@ from fastp2p.checkpoint import (
     save_generator,
     write_upstream_generator,
 )
-from fastp2p.config import Direction, Dropout
+from fastp2p.config import MAX_SIDE, Direction, Dropout
 from fastp2p.errors import InputError
 
 
@@ -37,8 +37,8 @@ def convert(
     Raises:
         InputError: when the source is no such generator, or the target exists.
     """
-    if crop_size is not None and crop_size < 11:
-        raise InputError(f"crop_size: got {crop_size}, expected at least 11 px, the window of SSIM")
+    if crop_size is not None and not 11 <= crop_size <= MAX_SIDE:
+        raise InputError(f"crop_size: got {crop_size}, expected 11 px, the window of SSIM, to {MAX_SIDE}")
     if target.exists():
         raise InputError(f"convert: {target} exists; choose another name, or move it away")
     match source.suffix, target.suffix:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastp2p.checkpoint import load_generator
+from fastp2p.checkpoint import load_image_generator
 from fastp2p.config import Device, Direction, NormStats
 from fastp2p.data import PairFormat, eval_batches, load_split
 from fastp2p.data.folders import passed_over
@@ -50,7 +50,7 @@ def evaluate(
         InputError: when the model or the pairs cannot be read.
     """
     chosen = choose_device(device)
-    netG, spec = load_generator(model)
+    netG, spec = load_image_generator(model)
     netG.to(chosen)
     direction, norm_stats = direction or spec.direction, norm_stats or spec.norm_stats
     format = PairFormat(direction, spec.crop_size, spec.input_nc, spec.output_nc)

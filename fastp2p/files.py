@@ -1,10 +1,13 @@
-"""Files that are whole at every instant."""
+"""Files that are whole at every instant, and files from others."""
 
 import contextlib
 import os
+import stat
 from pathlib import Path
 
-from fastp2p.errors import WriteError
+from fastp2p.errors import InputError, WriteError
+
+SMALL = 64 * 2**20  # bytes: more than any configuration or table of kernels has
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -51,3 +54,30 @@ def remove_leftovers(folder: Path) -> None:
             temporary.unlink(missing_ok=True)
         except OSError as error:
             raise WriteError(temporary, error) from error
+
+
+def check_file(path: Path, expected: str = "a file") -> None:
+    """Raise InputError unless this is a file that may be read: a pipe would be waited for, a device never ends."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError as error:
+        link = f"is a link to {os.readlink(path)}, which is not there" if path.is_symlink() else "there is no such file"
+        raise InputError(f"{path}: {link}") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a named pipe, a socket or a device"
+        raise InputError(f"{path}: is {kind}; expected {expected}")
+    if not os.access(path, os.R_OK):
+        raise InputError(f"{path}: cannot be read: permission denied")
+
+
+def read_small(path: Path) -> bytes:
+    """A small file of ours. Raises InputError when it cannot be read, or is far too large to be one."""
+    check_file(path)
+    try:
+        if (size := path.stat().st_size) > SMALL:
+            raise InputError(f"{path}: has {size:,} bytes, expected at most {SMALL:,}; it is no such file of fastp2p")
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error

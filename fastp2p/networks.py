@@ -218,7 +218,7 @@ def init_weights(net: nn.Module, gain: float = 0.02, generator: torch.Generator 
     for module in net.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             nn.init.normal_(module.weight, 0.0, gain, generator=generator)
-        elif isinstance(module, nn.BatchNorm2d):
+        elif isinstance(module, nn.BatchNorm2d) and module.affine:
             nn.init.normal_(module.weight, 1.0, gain, generator=generator)
         else:
             continue

@@ -10,7 +10,7 @@ from shlex import quote
 
 from fastp2p.config import TrainConfig
 from fastp2p.errors import InputError, WriteError
-from fastp2p.files import remove_leftovers, write_atomically
+from fastp2p.files import read_small, remove_leftovers, write_atomically
 from fastp2p.terminal import Say
 
 # What may differ between a run and its continuation: limits, bookkeeping and places, but nothing that is learned from.
@@ -125,11 +125,12 @@ def read_config(folder: Path) -> TrainConfig:
         InputError: when config.json is missing, damaged, or of another version.
     """
     path = folder / "config.json"
-    if not path.exists():
+    if not path.exists() and not path.is_symlink():
         raise InputError(f"resume: {folder} is no run folder (it has no config.json)")
+    content = read_small(path)
     try:
-        return TrainConfig(**json.loads(path.read_text()) | {"out": folder})
-    except (ValueError, TypeError) as error:
+        return TrainConfig(**json.loads(content) | {"out": folder})
+    except (ValueError, TypeError, RecursionError, InputError) as error:
         raise InputError(f"{path}: cannot be read as a configuration of this version: {error}") from error
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastp2p.checkpoint import load_strictly
 from fastp2p.config import ResolvedConfig, levels_of
 from fastp2p.data import Crops
 from fastp2p.device import DTYPES
@@ -19,6 +18,7 @@ from fastp2p.errors import InputError
 from fastp2p.losses import GANLoss, Losses
 from fastp2p.networks import UnetGenerator, build_netD, init_weights, take_statistics_of_samples
 from fastp2p.reference import train_step
+from fastp2p.saved import check_saved
 
 Step = Callable[[Crops], Losses[Tensor]]
 
@@ -54,7 +54,8 @@ class TrainState:
                 take_statistics_of_samples(net)
             net.to(device, torch.float64 if config.precision == "fp64" else torch.float32)
         optimizer_G, optimizer_D = (
-            torch.optim.Adam(net.parameters(), lr=config.lr, betas=(config.beta1, config.beta2)) for net in (netG, netD)
+            torch.optim.Adam(net.parameters(), lr=config.lr, betas=(float(config.beta1), float(config.beta2)))
+            for net in (netG, netD)
         )
         loss_sums = torch.zeros(4, dtype=torch.float64, device=device)
         loss_scale = LossScale.new_state(device)
@@ -122,9 +123,7 @@ class TrainState:
         Raises:
             InputError: when it is of other networks or of other training pairs.
         """
-        missing = self.as_dict().keys() - saved.keys()
-        if missing:
-            raise InputError(f"{path}: is damaged: it lacks {', '.join(sorted(missing))}")
+        check_saved(saved, self.as_dict(), {"G": self.netG, "D": self.netD}, path)
         (names, pictures), (names_before, pictures_before) = (
             text.partition(", pictures ")[::2] for text in (self.fingerprint, str(saved["fingerprint"]))
         )
@@ -133,8 +132,8 @@ class TrainState:
                 f"data: got {names}, but {path} was trained on {names_before} (count and hash "
                 "of the names); bring the same pairs back, or start a new run"
             )
-        load_strictly(self.netG, saved["netG"], path)
-        load_strictly(self.netD, saved["netD"], path)
+        self.netG.load_state_dict(saved["netG"])
+        self.netD.load_state_dict(saved["netD"])
         self.optimizer_G.load_state_dict(saved["optimizer_G"])
         self.optimizer_D.load_state_dict(saved["optimizer_D"])
         self.loss_sums.copy_(saved["loss_sums"])

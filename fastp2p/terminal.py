@@ -92,6 +92,11 @@ def say(line: str) -> None:
     tqdm.write(line, file=Lasting(sys.stdout))
 
 
+def warn(line: str) -> None:
+    """Print a warning on stderr, where it mixes with no result."""
+    tqdm.write(f"warning: {line}", file=Lasting(sys.stderr))
+
+
 def progress(**options: Any) -> "tqdm[NoReturn]":
     """A progress bar on stderr, with tqdm's options."""
     return tqdm(file=Lasting(sys.stderr), **options)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fastp2p.checkpoint import load_generator
+from fastp2p.checkpoint import load_image_generator
 from fastp2p.config import Device, NormStats
 from fastp2p.data.folders import Contents, list_folder, passed_over, why_unreadable
 from fastp2p.data.images import bad_files_message, read_image, resize, to_image, to_png, to_tensor
@@ -53,7 +53,7 @@ def translate(
             files that could not be.
     """
     chosen = choose_device(device)
-    netG, spec = load_generator(model)
+    netG, spec = load_image_generator(model)
     netG.to(chosen)
     found = _find_images(inputs, out)
     files = list({file.parent.resolve() / file.name: file for file in found.images if isinstance(file, Path)}.values())

@@ -14,7 +14,7 @@ from fastp2p.engine import FusedStep, ahead
 from fastp2p.engine.operations import Operation, operations
 from fastp2p.engine.tune import tune, why_not
 from fastp2p.errors import InputError
-from fastp2p.files import write_atomically
+from fastp2p.files import read_small, write_atomically
 from fastp2p.ops import _choices
 from fastp2p.ops._choices import Measured, Place, Table, name_of
 from fastp2p.run_folder import KERNELS
@@ -38,12 +38,11 @@ def another_run_s(kernels: str, place: Place) -> Table:
     """
     path = Path(kernels) / KERNELS if Path(kernels).is_dir() else Path(kernels)
     try:
-        return _choices.from_json(path.read_bytes(), place)
-    except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
+        return _choices.from_json(read_small(path), place)
+    except (ValueError, InputError) as error:
         raise InputError(
             f"kernels: got {kernels}, expected {', '.join(NAMED_KERNELS)}, or a run folder with a {KERNELS} that was "
-            f"made on this machine: {why}"
+            f"made on this machine: {error}"
         ) from error
 
 
@@ -130,11 +129,12 @@ def _of_the_run(path: Path, place: Place, say: Say) -> Table | None:
     """The choices in a run's file; None where there is none, or it is of another device or other versions."""
     if not path.exists():
         return None
+    content = read_small(path)
     try:
-        made_at = _choices.environment_of(path.read_bytes())
+        made_at = _choices.environment_of(content)
         if made_at == place.environment:
-            return _choices.from_json(path.read_bytes(), place)
-    except (OSError, ValueError) as error:
+            return _choices.from_json(content, place)
+    except ValueError as error:
         raise InputError(
             f"{path}: cannot be read: {error}; delete it to choose kernels anew, which round otherwise"
         ) from error

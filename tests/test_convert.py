@@ -6,11 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from fastp2p.checkpoint import load_generator
 from fastp2p.convert import convert
 from fastp2p.errors import InputError, WriteError
+from fastp2p.evaluate import evaluate
 from fastp2p.networks import PatchDiscriminator, UnetGenerator, generate
+from fastp2p.translate import translate
 
 
 @pytest.mark.parametrize("norm", ["batch", "instance", "none"])
@@ -49,6 +52,34 @@ def test_data_parallel_compiled_and_old_files(tmp_path: Path):
         convert(path, tmp_path / f"{prefix}safetensors")
         loaded, _ = load_generator(tmp_path / f"{prefix}safetensors")
         assert all(torch.equal(loaded.state_dict()[name], value) for name, value in old.items())
+
+
+def test_instance_norm_of_before_pytorch_0_4(tmp_path: Path):
+    """Its files hold averages that nobody reads; the convolutions' biases tell it from batch norm."""
+    netG = UnetGenerator(levels=5, ngf=4, norm="instance")
+    old = dict(netG.state_dict())
+    for name, module in netG.named_modules():
+        if isinstance(module, nn.InstanceNorm2d):
+            old |= {f"{name}.running_mean": torch.randn(module.num_features)}
+            old |= {f"{name}.running_var": torch.rand(module.num_features)}
+    torch.save(old, tmp_path / "old.pth")
+    assert convert(tmp_path / "old.pth", tmp_path / "g.safetensors").norm == "instance"
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(generate(load_generator(tmp_path / "g.safetensors")[0], x), generate(netG, x))
+
+
+def test_channels_that_no_image_has(tmp_path: Path, aligned: Path):
+    """They are converted, for use in Python; as images they would be written as transparency, or not at all."""
+    for number, (input_nc, output_nc, name) in enumerate([(3, 2, "output"), (3, 4, "output"), (4, 3, "input")]):
+        model = tmp_path / f"{number}.safetensors"
+        torch.save(UnetGenerator(input_nc, output_nc, levels=5, ngf=4).state_dict(), tmp_path / f"{number}.pth")
+        convert(tmp_path / f"{number}.pth", model)
+        why = f"its {name} has [24] channels, which no image file means; expected 3"
+        with pytest.raises(InputError, match=why):
+            translate(model, [aligned / "val" / "0.png"], tmp_path / "out")
+        with pytest.raises(InputError, match=why):
+            evaluate(model, str(aligned))
+        assert not (tmp_path / "out").exists()
 
 
 def test_strict(tmp_path: Path):

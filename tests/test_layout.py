@@ -30,6 +30,7 @@ LAYERS = [
     "memory",
     "checkpoint",
     "reference",
+    "saved",
     "state",
     "run_folder",
     "tuning",

@@ -16,6 +16,10 @@ from fastp2p.networks import (
 )
 
 
+def test_init_weights_of_norms_without_weights():
+    init_weights(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False), nn.InstanceNorm2d(4)))
+
+
 def test_generator_parameter_counts():
     assert count_parameters(UnetGenerator()) == 54_413_955
     assert count_parameters(UnetGenerator(norm="instance")) == 54_409_603

@@ -235,7 +235,7 @@ def test_what_needs_no_image_is_refused_before_images_are_read(
     monkeypatch.setattr(trainer, "load_train_data", lambda *args: pytest.fail("images were read"))
     refused = {
         "is not empty": config(aligned, unbroken),
-        "No such file": config(aligned, tmp_path / "run", "--kernels", "x"),
+        "no such file": config(aligned, tmp_path / "run", "--kernels", "x"),
     }
     for why, wrong in refused.items():
         with pytest.raises(InputError, match=why):

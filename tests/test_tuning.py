@@ -147,8 +147,8 @@ def test_another_run_s_kernels_that_cannot_be_taken(aligned: Path, tmp_path: Pat
     damaged.write_text("{")
     elsewhere.write_text(other_kernels.read_text().replace("torch", "torch0."))
     for source, why in {
-        "atten": "expected auto, aten, triton, or a run folder with a kernels.json .*: No such file",
-        str(tmp_path): "expected auto, aten, triton, or a run folder with a kernels.json .*: No such file",
+        "atten": "expected auto, aten, triton, or a run folder with a kernels.json .*: there is no such file",
+        str(tmp_path): "expected auto, aten, triton, or a run folder with a kernels.json .*: there is no such file",
         str(damaged): "damaged.json, expected auto",
         str(elsewhere): "it is for .*torch0",
         str(other_kernels): "knows none of this run's convolutions",

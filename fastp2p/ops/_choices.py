@@ -20,13 +20,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastp2p.errors import WriteError
-from fastp2p.files import write_atomically
+from fastp2p.errors import InputError, WriteError
+from fastp2p.files import read_small, write_atomically
 from fastp2p.ops._extension import INTERPRETED, WHY_ABSENT
 
 FORMAT = 1  # of the file
 CPU_CHOICES = ("gemm", "direct")
 Choice = str | dict[str, int]
+
+
+_KEY = r"(down|up|wgrad|wgrad_adam) (\w+) (N)px (N)\+(N)-(N) (N)x(N)s(N)".replace("N", r"\d{1,15}")
 
 
 class Problem(NamedTuple):
@@ -53,7 +56,7 @@ class Problem(NamedTuple):
     @classmethod
     def parse(cls, key: str) -> "Problem":
         """The problem of a key. Raises ValueError."""
-        match = re.fullmatch(r"(down|up|wgrad|wgrad_adam) (\w+) (\d+)px (\d+)\+(\d+)-(\d+) (\d+)x(\d+)s(\d+)", key)
+        match = re.fullmatch(_KEY, key)
         dtype = getattr(torch, match[2], None) if match else None
         if match is None or not isinstance(dtype, torch.dtype):
             raise ValueError(f"{key!r} is no problem")
@@ -170,10 +173,8 @@ def read_cache(place: Place) -> Table:
     if path is None:  # add_to_cache warns of it
         return {}
     try:
-        return from_json(path.read_bytes(), place)
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
+        return from_json(read_small(path), place) if path.exists() else {}
+    except (OSError, ValueError, InputError) as error:
         warnings.warn(f"{path}: cannot be used ({error}); kernels go by rule until they are tuned anew", stacklevel=2)
         return {}
 
@@ -185,8 +186,8 @@ def add_to_cache(place: Place, choices: Table) -> None:
         warnings.warn("no home folder, so kernels are tuned in every run; set FASTP2P_CACHE to a folder", stacklevel=2)
         return
     try:
-        kept = from_json(path.read_bytes(), place)
-    except (OSError, ValueError):  # none yet, or said when it was read
+        kept = from_json(read_small(path), place)
+    except (OSError, ValueError, InputError):  # none yet, or said when it was read
         kept = {}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -216,25 +217,31 @@ def from_json(content: bytes, place: Place) -> Table:
     except (TypeError, AttributeError) as error:
         raise ValueError(f"it is damaged: {error!r}") from error
     for problem, measured in found.items():
-        if not _is_choice(measured.choice, place):
-            raise ValueError(f"it is damaged: {problem.key} has the choice {measured.choice!r}")
+        times = isinstance(measured.ms, dict) and all(type(ms) in (int, float) for ms in measured.ms.values())
+        if not _is_choice(measured.choice, place) or not isinstance(measured.rule, str) or not times:
+            raise ValueError(f"it is damaged: {problem.key} has {tuple(measured)!r:.80}")
     return found
 
 
 def _loaded(content: bytes) -> dict[str, Any]:
-    loaded = json.loads(content)
+    try:
+        loaded = json.loads(content)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
     if not isinstance(loaded, dict) or not {"format", "environment", "choices"} <= loaded.keys():
         raise ValueError("it is no file of kernel choices")
     if loaded["format"] != FORMAT:
-        raise ValueError(f"it is of format {loaded['format']}, this version reads {FORMAT}")
+        raise ValueError(f"it is of format {loaded['format']!r:.60}, this version reads {FORMAT}")
     return loaded
 
 
 def _is_choice(choice: object, place: Place) -> bool:
     if place.device_type == "cpu":
         return choice in CPU_CHOICES
-    sizes = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT", "num_warps", "num_stages")
-    return choice == "aten" or (isinstance(choice, dict) and all(type(choice.get(size)) is int for size in sizes))
+    if not isinstance(choice, dict):
+        return choice == "aten"
+    sizes = [choice.get(name) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT", "num_warps", "num_stages")]
+    return all(type(size) is int and 0 < size <= 1024 for size in sizes)
 
 
 def chosen(operator: str, args: tuple[Any, ...]) -> Choice | None:
