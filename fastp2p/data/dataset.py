@@ -27,6 +27,7 @@ from fastp2p.errors import InputError, UnreadablePair
 
 MAX_ASPECT_DIFFERENCE = 0.02  # of A to B: more than a rounded resize explains, so they do not show the same frame
 
+DECODING_BYTES_PER_PIXEL = 20  # of load_size, in each thread: both sides resized, their arrays, and these put together
 NARROW = 64  # of 256 levels: a set that spans less, or uses no more in a row, was not made for the eye
 
 
@@ -53,8 +54,10 @@ class PairFormat:
             both, note = images.read_image(pair.A, max(nc_A, nc_B))
             width, height = both.size
             odd = ["no wider than tall: is B really beside A?"] if width <= height else []
-            A, B = both.crop((0, 0, width // 2, height)), both.crop((width // 2, 0, width, height))
-            A, B = (side.convert("L") if nc == 1 else side for side, nc in ((A, nc_A), (B, nc_B)))
+            A, B = (
+                side.convert("L") if nc == 1 else side
+                for side, nc in zip(images.halves(both), (nc_A, nc_B), strict=True)
+            )
         else:
             (A, note_A), (B, note_B) = _read_side("A", pair.A, nc_A), _read_side("B", pair.B, nc_B)
             note = "; ".join(f"{side} {text}" for side, text in (("A", note_A), ("B", note_B)) if text)
@@ -71,7 +74,10 @@ class PairFormat:
     def to_array(self, A: Image.Image, B: Image.Image) -> np.ndarray:
         """Both sides resized, the network's input first."""
         sides = (B, A) if self.direction == "BtoA" else (A, B)
-        return np.concatenate([images.to_array(images.resize(side, self.load_size)) for side in sides], axis=2)
+        try:
+            return np.concatenate([images.to_array(images.resize(side, self.load_size)) for side in sides], axis=2)
+        except MemoryError as error:
+            raise InputError(f"there is not enough memory to resize it to {self.load_size} px a side") from error
 
 
 @dataclass(frozen=True)
@@ -178,11 +184,8 @@ def load_split(
         InputError: when there are no pairs, or with the list of everything that is wrong with them.
     """
     pairs, bad, ignored = find_pairs(open_root(data), split)
-    room = memory_bytes(torch.device("cpu")) // 2 if room is None else room
-    streamed = stream == "always" or (stream == "auto" and len(pairs) * math.prod(format.shape) > room)
-
     # Every file is decoded, also when streaming: a truncated image is better found now than in an hour.
-    arrays = None if streamed else np.empty((len(pairs), *format.shape), np.uint8)
+    arrays = _allocate(len(pairs), format, stream, room)
     good: list[Pair] = []
     notes: Counter[str] = Counter()
     checksums: list[int] = []
@@ -210,6 +213,24 @@ def load_split(
     resident = None if arrays is None else torch.from_numpy(arrays[: len(good)])
     warnings = [text for side, used in zip("AB", levels, strict=True) if (text := levels_warning(side, used))]
     return PairDataset(good, format, resident, notes, bad, ignored, warnings, checksums, skip_bad, say)
+
+
+def _allocate(pairs: int, format: PairFormat, stream: str, room: int | None) -> np.ndarray | None:
+    """Memory for all pairs, or None where they are streamed. Raises InputError when the machine has too little."""
+    there, held = memory_bytes(torch.device("cpu")), pairs * math.prod(format.shape)
+    streamed = stream == "always" or (stream == "auto" and held > (there // 2 if room is None else room))
+    decoding = (os.cpu_count() or 1) * DECODING_BYTES_PER_PIXEL * format.load_size**2
+    need = decoding + (0 if streamed else held)
+    try:
+        if need > there:
+            raise MemoryError
+        return None if streamed else np.empty((pairs, *format.shape), np.uint8)
+    except MemoryError as error:
+        remedy = "choose a smaller size" + ("" if streamed else ", or --stream always")
+        raise InputError(
+            f"data: {pairs:,} pairs at {format.load_size}x{format.load_size} px take {need / 2**30:.1f} GiB, and there "
+            f"are {there / 2**30:.1f} on this machine, or less for this process; {remedy}"
+        ) from error
 
 
 def _read_side(side: str, file: Traversable, channels: int) -> tuple[Image.Image, str]:

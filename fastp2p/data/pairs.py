@@ -1,6 +1,6 @@
 """Folders -> pairs of files, in either of the two layouts that people have."""
 
-import struct
+import os
 import zipfile
 from collections import defaultdict
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from io import BytesIO
 from pathlib import Path
 
 from fastp2p.config import BUILTIN
+from fastp2p.data.archive import open_archive
 from fastp2p.data.folders import Contents, is_folder, list_folder, name_some, why_unreadable
 from fastp2p.data.images import EXTENSIONS
 from fastp2p.errors import InputError
@@ -44,21 +45,18 @@ def open_root(data: str) -> Traversable:
     reason = why_unreadable(path)
     if reason:
         raise InputError(f"data: got {data!r}: {reason}; expected a folder or .zip with\n{LAYOUTS}")
-    if path.is_file():
-        if not zipfile.is_zipfile(path):
-            raise InputError(
-                f"data: got {data!r}, a file that is no readable .zip; expected a folder or .zip with\n{LAYOUTS}"
-            )
-        return _zip_root(path)
-    return path
+    if path.is_dir():
+        return path
+    if os.access(path, os.R_OK) and not zipfile.is_zipfile(path):
+        raise InputError(
+            f"data: got {data!r}, a file that is no readable .zip; expected a folder or .zip with\n{LAYOUTS}"
+        )
+    return _zip_root(path)
 
 
 def _zip_root(source: Path | BytesIO) -> Traversable:
     """The root of an archive, or of the one folder in it. Raises InputError when its directory is damaged."""
-    try:
-        root = zipfile.Path(zipfile.ZipFile(source))
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
-        raise InputError(f"data: {source}: is a damaged .zip ({error}); copy or make it again") from error
+    root = open_archive(source)
     folders = [child for child in root.iterdir() if child.is_dir() and not child.name.startswith((".", "__"))]
     return folders[0] if len(folders) == 1 and _is_wrapper(folders[0]) else root
 

@@ -50,10 +50,24 @@ def test_streamed_equals_resident(aligned: Path):
 
 def test_what_does_not_fit_is_streamed(aligned: Path, monkeypatch: pytest.MonkeyPatch):
     size = 6 * 36 * 36 * 6
+    monkeypatch.setattr(dataset_module, "DECODING_BYTES_PER_PIXEL", 0)
     monkeypatch.setattr(dataset_module, "memory_bytes", lambda device: 2 * size)
     assert load_split(str(aligned), "train", FORMAT).resident is not None
     monkeypatch.setattr(dataset_module, "memory_bytes", lambda device: 2 * size - 2)
     assert load_split(str(aligned), "train", FORMAT).resident is None
+
+
+@pytest.mark.parametrize("stream", ["always", "never"])
+def test_sizes_beyond_the_memory_are_told(aligned: Path, stream: str, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(InputError, match=r"6 pairs at 1000000x1000000 px take .* GiB, .*; choose a smaller size"):
+        load_split(str(aligned), "train", replace(FORMAT, load_size=10**6), stream=stream)
+
+    def no_memory(*args: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Image, "resize", no_memory)
+    with pytest.raises(InputError, match="not enough memory to resize it to 36 px a side"):
+        load_split(str(aligned), "train", FORMAT, stream=stream)
 
 
 @pytest.mark.parametrize("stream", ["always", "never"])
