@@ -18,7 +18,7 @@ MAX_BYTES = 2**30  # of a file: an image of more is none that can be trained on
 # What zipfile and its decompressors raise on damaged, encrypted and unknown archives, by experiment
 _DAMAGED = (
     *(zipfile.BadZipFile, LZMAError, zlib.error, struct.error),
-    *(RuntimeError, ValueError, EOFError, IndexError, KeyError, OverflowError),
+    *(RuntimeError, ValueError, EOFError, OverflowError),
 )
 _PIECE = 64  # bytes of bzip2 or LZMA, for which zipfile knows no limit: of 64 they make 100 MB at most
 

@@ -23,7 +23,7 @@ from fastp2p.data.crops import Crops
 from fastp2p.data.jitter import epoch_order, jitter
 from fastp2p.data.pairs import Pair, find_pairs, open_root
 from fastp2p.device import memory_bytes
-from fastp2p.errors import InputError, UnreadablePair
+from fastp2p.errors import InputError, UnreadablePair, printable
 
 MAX_ASPECT_DIFFERENCE = 0.02  # of A to B: more than a rounded resize explains, so they do not show the same frame
 
@@ -141,11 +141,11 @@ class PairDataset:
 
     def _leave_out(self, name: str, reason: str) -> None:
         if not self.skip_bad:
-            remedy = "Bring it back, or add --skip-bad to go on without it."
-            raise UnreadablePair(f"data: {name}: {reason}. {remedy}")
+            remedy = "Bring it back; a run that is started with --skip-bad goes on without it."
+            raise UnreadablePair(f"data: {printable(name)}: {printable(reason)}. {remedy}")
         if name not in self.skipped:
             self.skipped[name] = reason
-            self.say(f"skipped {name}: {reason}")
+            self.say(f"skipped {printable(name)}: {printable(reason)}")
 
     def _stand_in(self, index: int) -> np.ndarray:
         """The next pair that can be read."""

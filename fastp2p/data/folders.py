@@ -10,7 +10,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from fastp2p.data.images import EXTENSIONS
-from fastp2p.errors import InputError
+from fastp2p.errors import InputError, printable
 
 MISSING = "there is no such file or folder"
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
@@ -84,7 +84,7 @@ def is_folder(entry: Traversable) -> bool:
     """
     reason = why_unreadable(entry)
     if reason and reason != MISSING:
-        raise InputError(f"data: {entry} {reason}")
+        raise InputError(f"data: {printable(entry)} {printable(reason)}")
     return entry.is_dir()
 
 
@@ -99,7 +99,7 @@ def count_images(folder: Traversable) -> int:
 
 def name_some(names: Iterable[str], limit: int = 5) -> str:
     """The first names, and how many more there are."""
-    names = list(names)
+    names = [printable(name) for name in names]
     more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 

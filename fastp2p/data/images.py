@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastp2p.data.archive import read_bytes
 from fastp2p.device import memory_bytes
-from fastp2p.errors import InputError
+from fastp2p.errors import InputError, printable
 
 # Files of other suffixes are passed over in folders, and of other formats never opened: Pillow knows more, and for
 # PostScript it starts a program
@@ -27,7 +27,7 @@ LINES_OF_A_KIND = 10  # in an error that lists files
 # What Pillow's decoders and conversions raise on damaged files, by experiment; OSError covers truncated ones
 _DAMAGED = (
     *(OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, ZeroDivisionError, OverflowError),
-    *(struct.error, AttributeError, RuntimeError),
+    *(struct.error, RuntimeError),
 )
 _TURNED = range(2, 9)  # values of the orientation tag that turn or mirror
 
@@ -69,10 +69,10 @@ def _decode(content: bytes, channels: int) -> tuple[Image.Image, str]:
         frames = getattr(image, "n_frames", 1)
         deep = any(";16" in str(tile) for tile in image.tile)  # 16-bit colour, of which Pillow keeps the high bytes
         image.load()
-        mode, tagged = image.mode, image.getexif().get(ExifTags.Base.Orientation) in _TURNED
-        upright = ImageOps.exif_transpose(image) if tagged else image
+        mode = image.mode
+        upright, turned = _upright(image)
 
-    notes = [text for holds, text in ((frames > 1, "several frames"), (tagged, "orientation tag")) if holds]
+    notes = [*(["several frames"] if frames > 1 else []), *([turned] if turned else [])]
     notes += ["16-bit colour"] if deep and not mode.startswith("I") else []
     if mode.startswith("I") or mode == "F":
         upright = _from_16_bit(upright)
@@ -86,6 +86,15 @@ def _decode(content: bytes, channels: int) -> tuple[Image.Image, str]:
     elif mode != "RGB" and (mode, channels) not in (("L", 1), ("1", 1)):
         notes.append({"L": "grey", "1": "black and white", "P": "palette"}.get(mode, mode))
     return upright.convert("RGB" if channels == 3 else "L"), ", ".join(notes)
+
+
+def _upright(image: Image.Image) -> tuple[Image.Image, str]:
+    """The image turned as its orientation tag says, and a word on it."""
+    try:
+        tagged = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
+    except _DAMAGED:
+        return image, "damaged tags"  # the pixels are fine
+    return (ImageOps.exif_transpose(image), "orientation tag") if tagged else (image, "")
 
 
 def _check_size(width: int, height: int) -> None:
@@ -215,7 +224,7 @@ def bad_file_lines(bad: dict[str, str]) -> list[str]:
     kinds: dict[str, list[str]] = {}
     for name, reason in bad.items():
         kind = re.match(r"([a-z]+:? ?){0,3}", reason, re.IGNORECASE)  # its first words, before names and numbers
-        kinds.setdefault(kind.group() if kind else "", []).append(f"  {name}: {reason}")
+        kinds.setdefault(kind.group() if kind else "", []).append(f"  {printable(name)}: {printable(reason)}")
     shown = []
     for lines in kinds.values():
         more = len(lines) - LINES_OF_A_KIND

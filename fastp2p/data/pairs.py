@@ -13,7 +13,7 @@ from fastp2p.config import BUILTIN
 from fastp2p.data.archive import open_archive
 from fastp2p.data.folders import Contents, is_folder, list_folder, name_some, why_unreadable
 from fastp2p.data.images import EXTENSIONS
-from fastp2p.errors import InputError
+from fastp2p.errors import InputError, printable
 
 SPLITS = ("train", "val", "test")
 LAYOUTS = """\
@@ -97,7 +97,9 @@ def find_pairs(root: Traversable, split: str) -> tuple[list[Pair], dict[str, str
     try:
         return _find_pairs(root, split)
     except OSError as error:
-        raise InputError(f"data: {error.filename or root} cannot be read: {error.strerror or error}") from error
+        raise InputError(
+            f"data: {printable(error.filename or root)} cannot be read: {error.strerror or error}"
+        ) from error
 
 
 def _find_pairs(root: Traversable, split: str) -> tuple[list[Pair], dict[str, str], list[str]]:

@@ -161,7 +161,7 @@ def test_a_streamed_pair_that_vanishes_is_named(aligned: Path):
     dataset = load_split(str(aligned), "train", FORMAT, stream="always")
     (aligned / "train" / "3.png").unlink()
     for read in (lambda: batches(dataset), lambda: list(eval_batches(dataset))):
-        with pytest.raises(UnreadablePair, match=r"data: train/3\.png: cannot be read: No such file.*--skip-bad"):
+        with pytest.raises(UnreadablePair, match=r"data: train/3\.png: cannot be read: No such file.*Bring it back"):
             read()
 
 
@@ -207,6 +207,12 @@ def test_a_share_that_is_gone_ends_the_run_even_when_skipping(aligned: Path):
     for read in (lambda: batches(dataset), lambda: list(eval_batches(dataset))):
         with pytest.raises(UnreadablePair, match="none of the 6 pairs can be read any more"):
             read()
+
+
+def test_names_move_no_cursor_and_break_no_line(aligned: Path):
+    (aligned / "train" / "a\x1b[31m\nb.png").touch()
+    with pytest.raises(InputError, match=r"train/a\\x1b\[31m\\nb\.png: the file is empty"):
+        load_split(str(aligned), "train", FORMAT)
 
 
 def test_nothing_left_is_an_error_even_when_skipping(tmp_path: Path):

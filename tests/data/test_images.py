@@ -324,3 +324,11 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path: Path):
         stream.truncate(2**40)  # a hole, which takes no room on disk
     with pytest.raises(InputError, match=r"is too large: 1024\.0 GiB, expected at most 1"):
         read_image(tmp_path / "x.png", 3)
+
+
+def test_damaged_tags_do_not_keep_the_pixels_from_being_read(tmp_path: Path):
+    image = random_image(20, 10)
+    file = save(tmp_path, image, exif=b"Exif\0\0MM;*\0\0\0\x08")
+    read, note = read_image(file, 3)
+    assert note == "damaged tags"
+    assert np.array_equal(np.asarray(read), np.asarray(image))
