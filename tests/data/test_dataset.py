@@ -65,9 +65,12 @@ def test_sizes_beyond_the_memory_are_told(aligned: Path, stream: str, monkeypatc
     def no_memory(*args: object) -> None:
         raise MemoryError
 
+    dataset = load_split(str(aligned), "train", FORMAT, stream="always")
     monkeypatch.setattr(Image.Image, "resize", no_memory)
-    with pytest.raises(InputError, match="not enough memory to resize it to 36 px a side"):
-        load_split(str(aligned), "train", FORMAT, stream=stream)
+    with pytest.raises(InputError, match="data: there is not enough memory to resize pairs to 36x36 px"):
+        load_split(str(aligned), "train", FORMAT, stream=stream, skip_bad=True)
+    with pytest.raises(InputError, match="data: there is not enough memory to resize pairs to 36x36 px"):
+        batches(dataset)
 
 
 @pytest.mark.parametrize("stream", ["always", "never"])
