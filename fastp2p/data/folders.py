@@ -25,19 +25,22 @@ class Contents:
     others: list[str] = field(default_factory=list)  # sub-folders with their number of images, then files
 
 
-def list_folder(folder: Traversable, name: str = "") -> Contents:
+def list_folder(folder: Traversable, name: str = "", *, beside: tuple[str, ...] = ()) -> Contents:
     """What is in a folder, its sub-folders not searched.
 
     Args:
         folder: where to look.
         name: what stands before the entries' names in `bad` and `others`, "train/".
+        beside: entries that are left out, too.
 
     Raises:
         OSError: when the folder cannot be listed.
     """
     contents, files = Contents(), []
-    entries = {entry.name: entry for entry in folder.iterdir() if not entry.name.startswith(".")}
+    entries = {entry.name: entry for entry in folder.iterdir()}
     for _, entry in sorted(entries.items()):
+        if entry.name.startswith(".") or entry.name in beside:
+            continue
         reason = why_unreadable(entry)
         if not reason and entry.is_dir():
             images = count_images(entry)

@@ -68,9 +68,10 @@ def _decode(content: bytes, channels: int) -> tuple[Image.Image, str]:
         _check_size(*image.size)
         frames = getattr(image, "n_frames", 1)
         deep = any(";16" in str(tile) for tile in image.tile)  # 16-bit colour, of which Pillow keeps the high bytes
+        tiff_tag = getattr(image, "tag_v2", {}).get(ExifTags.Base.Orientation)  # Pillow applies it as it loads
         image.load()
         mode = image.mode
-        upright, turned = _upright(image)
+        upright, turned = (image, "orientation tag") if tiff_tag in _TURNED else _upright(image)
 
     notes = [*(["several frames"] if frames > 1 else []), *([turned] if turned else [])]
     notes += ["16-bit colour"] if deep and not mode.startswith("I") else []

@@ -115,12 +115,11 @@ def _find_pairs(root: Traversable, split: str) -> tuple[list[Pair], dict[str, st
             f"data: {folder} has only one of the folders A and B; {missing}/ is missing. Expected\n{LAYOUTS}"
         )
 
-    here = list_folder(folder, f"{split}/")
+    here = list_folder(folder, f"{split}/", beside=("A", "B") if has_A else ())
     if has_A:
         A, B = (list_folder(side, f"{split}/{side.name}/") for side in (side_A, side_B))
         pairs, bad = _match_by_stem(A, B, split)
-        beside = [name for name in here.others if not name.startswith((f"{split}/A/ ", f"{split}/B/ "))]
-        others = [*beside, *(f"{split}/{file.name}" for file in here.images), *here.bad, *A.others, *B.others]
+        others = [*here.others, *(f"{split}/{file.name}" for file in here.images), *here.bad, *A.others, *B.others]
     else:
         pairs, bad = [Pair(f"{split}/{file.name}", file) for file in here.images], here.bad
         others = here.others

@@ -279,13 +279,14 @@ def test_an_orientation_tag_that_turns_nothing_is_not_said(tmp_path: Path, value
     assert (image.size, note) == ((20, 10), "")
 
 
+@pytest.mark.parametrize("suffix", ["png", "tif"])
 @pytest.mark.parametrize("value", range(2, 9))
-def test_orientation_tags_are_applied(tmp_path: Path, value: int):
+def test_orientation_tags_are_applied(tmp_path: Path, suffix: str, value: int):
     exif = Image.Exif()
     exif[0x0112] = value
     image = random_image(20, 10)
-    image.save(tmp_path / "x.png", exif=exif)
-    read, note = read_image(tmp_path / "x.png", 3)
+    image.save(tmp_path / f"x.{suffix}", exif=exif)
+    read, note = read_image(tmp_path / f"x.{suffix}", 3)
     assert note == "orientation tag"
     assert read.size == ((10, 20) if value > 4 else (20, 10))
     assert np.asarray(read).sum() == np.asarray(image).sum()
