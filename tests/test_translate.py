@@ -207,6 +207,15 @@ def test_names_move_no_cursor_and_break_no_line(model: Path, tmp_path: Path):
     assert (tmp_path / "out" / "a\x1b[31m\nb.png").exists()
 
 
+def test_pillows_own_warnings_are_not_printed(model: Path, tmp_path: Path, fastp2p: Callable[..., Any]):
+    exif = Image.Exif()
+    exif[0x010F] = "a camera"
+    random_image(20, 20).save(tmp_path / "x.jpg", exif=exif.tobytes()[:-6])
+    result = fastp2p("translate", model, tmp_path / "x.jpg", "--out", tmp_path / "out")
+    assert result.returncode == 0
+    assert result.stderr == ""
+
+
 @pytest.mark.parametrize("name", ["日本", "caf\udce9"])
 def test_a_terminal_of_few_letters(
     model: Path, tmp_path: Path, fastp2p: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, name: str

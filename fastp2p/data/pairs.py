@@ -125,8 +125,8 @@ def _find_pairs(root: Traversable, split: str) -> tuple[list[Pair], dict[str, st
         others = here.others
     if not pairs and not bad:
         there = name_some((name.removeprefix(f"{split}/") for name in others), 8)
-        holds = f"holds no images but {there}; sub-folders are not searched" if there else "is empty"
-        raise InputError(f"data: {folder} {holds} ({', '.join(EXTENSIONS)}); expected\n{LAYOUTS}")
+        what = f"holds no images but {there} (images end in {' '.join(EXTENSIONS)}; sub-folders are not searched)"
+        raise InputError(f"data: {folder} {what if there else 'is empty'}; expected\n{LAYOUTS}")
     return pairs, bad, others
 
 
