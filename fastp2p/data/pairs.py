@@ -1,6 +1,7 @@
 """Folders -> pairs of files, in either of the two layouts that people have."""
 
 import os
+import unicodedata
 import zipfile
 from collections import defaultdict
 from dataclasses import dataclass
@@ -134,15 +135,15 @@ def _match_by_stem(A: Contents, B: Contents, split: str) -> tuple[list[Pair], di
     by_stem: dict[str, dict[str, list[Traversable]]] = defaultdict(lambda: {"A": [], "B": []})
     for side, contents in (("A", A), ("B", B)):
         for file in contents.images:
-            by_stem[file.name.rpartition(".")[0]][side].append(file)
+            by_stem[_stem(file.name)][side].append(file)
     bad = A.bad | B.bad
-    excused = {name.rpartition("/")[2].rpartition(".")[0] for name in bad}  # their partners are not to blame
+    excused = {_stem(name.rpartition("/")[2]) for name in bad}  # their partners are not to blame
 
     pairs = []
     for stem, sides in sorted(by_stem.items()):
         match sides["A"], sides["B"]:
             case [a], [b]:
-                pairs.append(Pair(f"{split}/{stem}", a, b))
+                pairs.append(Pair(f"{split}/{a.name.rpartition('.')[0]}", a, b))
             case ([], [_]) | ([_], []) if stem in excused:
                 pass
             case [], [b, *_]:
@@ -152,4 +153,9 @@ def _match_by_stem(A: Contents, B: Contents, split: str) -> tuple[list[Pair], di
             case _:
                 both = ", ".join(f"{side}/{file.name}" for side, found in sides.items() for file in found)
                 bad[f"{split}/{stem}"] = f"is ambiguous: {both}"
-    return pairs, bad
+    return sorted(pairs, key=lambda pair: pair.name), bad
+
+
+def _stem(name: str) -> str:
+    """What a file is matched by: its name without suffix. An e with an accent is one letter or, on a Mac, two."""
+    return unicodedata.normalize("NFC", name.rpartition(".")[0])

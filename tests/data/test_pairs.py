@@ -27,6 +27,13 @@ def test_two_folders_match_by_stem(two_folders: Path):
     assert not bad
 
 
+def test_two_spellings_of_an_accent_match(two_folders: Path):
+    (two_folders / "train" / "A" / "0.jpg").rename(two_folders / "train" / "A" / "caf\u00e9.jpg")
+    (two_folders / "train" / "B" / "0.png").rename(two_folders / "train" / "B" / "cafe\u0301.png")
+    pairs, bad, _ = find_pairs(two_folders, "train")
+    assert (len(pairs), bad) == (4, {})
+
+
 def test_unmatched_and_ambiguous_are_listed(two_folders: Path):
     train = two_folders / "train"
     (train / "B" / "1.png").unlink()
