@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -248,6 +249,7 @@ def main(args: Sequence[str] | None = None) -> int:
     Whoever reads the output may go away: the command does its work to the end. Where the output's file is full, it says
     so at the end and returns 1.
     """
+    warnings.filterwarnings("ignore", module="PIL")  # they name no file; read_image says what matters
     with lasting_streams() as stdout:
         try:
             status = _run(sys.argv[1:] if args is None else args)

@@ -23,3 +23,8 @@ class WriteError(Exception):
 
 class TrainingDiverged(RuntimeError):
     """A loss or a weight became NaN or infinite; the last good checkpoint is on disk."""
+
+
+def printable(name: object) -> str:
+    """A name from a folder or an archive, with escapes for what would move the cursor, recolour or break the line."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(name))

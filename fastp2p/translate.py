@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from os.path import lexists, realpath
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from fastp2p.config import Device, NormStats
 from fastp2p.data.folders import Contents, list_folder, passed_over, why_unreadable
 from fastp2p.data.images import bad_files_message, read_image, resize, to_image, to_png, to_tensor
 from fastp2p.device import choose_device, memory_bytes
-from fastp2p.errors import InputError
+from fastp2p.errors import InputError, WriteError, printable
 from fastp2p.files import write_atomically
 from fastp2p.networks import generate
 from fastp2p.run_folder import make_folder
@@ -56,7 +57,8 @@ def translate(
     netG, spec = load_image_generator(model)
     netG.to(chosen)
     found = _find_images(inputs, out)
-    files = list({file.parent.resolve() / file.name: file for file in found.images if isinstance(file, Path)}.values())
+    once = {(realpath(file.parent), file.name): file for file in found.images if isinstance(file, Path)}
+    files = list(once.values())
     targets = _targets(files, out, overwrite)
     if size is not None and size < 1:
         raise InputError(f"size: got {size}, expected 1 px or more")
@@ -81,8 +83,14 @@ def translate(
             continue
         real_A = to_tensor(image if size is None else resize(image, size)).to(chosen)
         fake_B = generate(netG, real_A, norm_stats=norm_stats or spec.norm_stats, dropout=dropout)
-        write_atomically(target, to_png(to_image(fake_B[0])))
-        say(f"{file} -> {target}" + (f" (converted: {note})" if note else ""))
+        try:
+            write_atomically(target, to_png(to_image(fake_B[0])))
+        except WriteError as error:
+            if error.is_full:
+                raise
+            bad[str(file)] = str(error)  # its name, for instance, is too long
+            continue
+        say(f"{printable(file)} -> {printable(target)}" + (f" (converted: {note})" if note else ""))
         written.append(target)
     if found.others:
         say(passed_over(found.others))
@@ -97,18 +105,19 @@ def _find_images(inputs: Sequence[Path], out: Path) -> Contents:
     found = Contents()
     for path in inputs:
         if reason := why_unreadable(path):
-            raise InputError(f"translate: {path}: {reason}")
+            raise InputError(f"translate: {printable(path)}: {printable(reason)}")
         if not path.is_dir():
             found.images.append(path)
             continue
-        if path.resolve() == out.resolve():
+        if realpath(path) == realpath(out):
             raise InputError(f"translate: --out {out} holds the inputs, so its results would be inputs the next time")
         try:
             contents = list_folder(path, f"{path}/")
         except OSError as error:
-            raise InputError(f"translate: {path} cannot be read: {error.strerror}") from error
+            raise InputError(f"translate: {printable(path)} cannot be read: {error.strerror}") from error
         if not contents.images and not contents.bad:
-            raise InputError(f"translate: {path} holds no images; {passed_over(contents.others) or 'it is empty'}")
+            what = passed_over(contents.others) or "it is empty"
+            raise InputError(f"translate: {printable(path)} holds no images; {what}")
         found.images += contents.images
         found.bad |= contents.bad
         found.others += contents.others
@@ -121,13 +130,15 @@ def _targets(files: list[Path], out: Path, overwrite: bool) -> list[Path]:
     """OUT/STEM.png, or OUT/NAME.png with the full name where two inputs share a stem; none of which may be in use."""
     stems = Counter(file.stem for file in files)
     targets = [out / f"{file.stem if stems[file.stem] == 1 else file.name}.png" for file in files]
-    uses, inputs = Counter(targets), {file.resolve() for file in files}
+    uses, inputs = Counter(targets), {realpath(file) for file in files}
     for file, target in zip(files, targets, strict=True):
-        if target.resolve() in inputs:
-            raise InputError(f"translate: {target} would overwrite an input; choose another --out")
+        if realpath(target) in inputs:
+            raise InputError(f"translate: {printable(target)} would overwrite an input; choose another --out")
         if uses[target] > 1:
-            raise InputError(f"translate: two inputs are named {file.name}; translate their folders one at a time")
-    there = [target for target in targets if target.exists()]
+            name = printable(file.name)
+            raise InputError(f"translate: two inputs are named {name}; translate their folders one at a time")
+    there = [target for target in targets if lexists(target)]
     if there and not overwrite:
-        raise InputError(f"translate: {there[0]} exists ({len(there)} of {len(targets)} results do); add --overwrite")
+        first = printable(there[0])
+        raise InputError(f"translate: {first} exists ({len(there)} of {len(targets)} results do); add --overwrite")
     return targets

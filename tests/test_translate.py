@@ -1,5 +1,8 @@
 import os
+from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -188,6 +191,60 @@ def test_results_do_not_go_among_the_inputs(model: Path, tmp_path: Path):
     random_image(20, 20).save(tmp_path / "x.jpg")
     with pytest.raises(InputError, match="holds the inputs, so its results would be inputs the next time"):
         translate(model, [tmp_path], tmp_path / ".")
+
+
+def test_names_move_no_cursor_and_break_no_line(model: Path, tmp_path: Path):
+    (tmp_path / "photos").mkdir()
+    random_image(20, 20).save(tmp_path / "photos" / "a\x1b[31m\nb.png")
+    (tmp_path / "photos" / "c\u202e.gif").touch()
+    (tmp_path / "photos" / "d\r.png").touch()
+    said: list[str] = []
+    with pytest.raises(InputError) as error:
+        translate(model, [tmp_path / "photos"], tmp_path / "out", say=said.append)
+    assert r"a\x1b[31m\nb.png -> " in said[0]
+    assert r"c\u202e.gif" in said[1]
+    assert r"d\r.png: the file is empty" in str(error.value)
+    assert (tmp_path / "out" / "a\x1b[31m\nb.png").exists()
+
+
+def test_pillows_own_warnings_are_not_printed(model: Path, tmp_path: Path, fastp2p: Callable[..., Any]):
+    exif = Image.Exif()
+    exif[0x010F] = "a camera"
+    random_image(20, 20).save(tmp_path / "x.jpg", exif=exif.tobytes()[:-6])
+    result = fastp2p("translate", model, tmp_path / "x.jpg", "--out", tmp_path / "out")
+    assert result.returncode == 0
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize("name", ["日本", "caf\udce9"])
+def test_a_terminal_of_few_letters(
+    model: Path, tmp_path: Path, fastp2p: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, name: str
+):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii:strict")
+    (tmp_path / "photos").mkdir()
+    for file in (f"{name}.png", "z.png"):
+        random_image(20, 20).save(io := BytesIO(), "PNG")
+        (tmp_path / "photos" / file).write_bytes(io.getvalue())
+    result = fastp2p("translate", model, tmp_path / "photos", "--out", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert len(list((tmp_path / "out").iterdir())) == 2
+    assert ascii(name)[1:-1] in result.stdout
+
+
+def test_results_that_cannot_be_written_do_not_stop_the_others(model: Path, tmp_path: Path):
+    (tmp_path / "photos").mkdir()
+    for name in ("x" * 251, "y"):
+        random_image(20, 20).save(tmp_path / "photos" / f"{name}.png")
+    with pytest.raises(InputError, match=r"1 of 2 cannot be used.*\n.*File name too long.*\nThe other 1 were"):
+        translate(model, [tmp_path / "photos"], tmp_path / "out")
+    assert (tmp_path / "out" / "y.png").exists()
+
+
+def test_an_out_that_is_a_link_to_itself(model: Path, tmp_path: Path):
+    random_image(20, 20).save(tmp_path / "x.png")
+    (tmp_path / "out").symlink_to("out")
+    with pytest.raises(InputError, match="cannot be made"):
+        translate(model, [tmp_path / "x.png"], tmp_path / "out")
 
 
 def test_names_that_are_too_long_are_told(model: Path, tmp_path: Path):

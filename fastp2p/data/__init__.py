@@ -3,12 +3,12 @@
 from fastp2p.data.crops import Crops
 from fastp2p.data.dataset import (
     PairDataset,
-    PairFormat,
     batches_per_epoch,
     eval_batches,
     load_split,
     train_crops,
 )
+from fastp2p.data.format import PairFormat
 
 __all__ = [
     "Crops",

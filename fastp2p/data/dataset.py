@@ -1,87 +1,28 @@
 """Pairs -> uint8 tensors, resident or streamed -> batches (real_A, real_B)."""
 
+import contextlib
 import itertools
 import math
 import os
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
-from importlib.resources.abc import Traversable
 from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from fastp2p.config import Direction
-from fastp2p.data import images
 from fastp2p.data.crops import Crops
+from fastp2p.data.format import PairFormat, levels_warning
+from fastp2p.data.images import bad_files_message
 from fastp2p.data.jitter import epoch_order, jitter
 from fastp2p.data.pairs import Pair, find_pairs, open_root
 from fastp2p.device import memory_bytes
-from fastp2p.errors import InputError, UnreadablePair
+from fastp2p.errors import InputError, UnreadablePair, printable
 
-MAX_ASPECT_DIFFERENCE = 0.02  # of A to B: more than a rounded resize explains, so they do not show the same frame
-
-NARROW = 64  # of 256 levels: a set that spans less, or uses no more in a row, was not made for the eye
-
-
-@dataclass(frozen=True)
-class PairFormat:
-    """How a pair becomes an array: (load_size, load_size, input_nc + output_nc) uint8, the network's input first."""
-
-    direction: Direction
-    load_size: int  # px
-    input_nc: int = 3
-    output_nc: int = 3
-    min_side: int = 1  # px; a smaller image is refused
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.load_size, self.load_size, self.input_nc + self.output_nc
-
-    def read(self, pair: Pair) -> tuple[Image.Image, Image.Image, str]:
-        """A, B, and a word on what was converted or is odd. Raises InputError with the reason on a bad pair."""
-        nc_A, nc_B = self.input_nc, self.output_nc
-        if self.direction == "BtoA":
-            nc_A, nc_B = nc_B, nc_A
-        if pair.B is None:
-            both, note = images.read_image(pair.A, max(nc_A, nc_B))
-            width, height = both.size
-            odd = ["no wider than tall: is B really beside A?"] if width <= height else []
-            A, B = both.crop((0, 0, width // 2, height)), both.crop((width // 2, 0, width, height))
-            A, B = (side.convert("L") if nc == 1 else side for side, nc in ((A, nc_A), (B, nc_B)))
-        else:
-            (A, note_A), (B, note_B) = _read_side("A", pair.A, nc_A), _read_side("B", pair.B, nc_B)
-            note = "; ".join(f"{side} {text}" for side, text in (("A", note_A), ("B", note_B)) if text)
-            odd = []
-
-        for side, image in (("A", A), ("B", B)):
-            if min(image.size) < self.min_side:
-                width, height = image.size
-                raise InputError(f"{side} is too small: {width}x{height} px, expected at least {self.min_side} a side")
-        if abs(A.width * B.height / (A.height * B.width) - 1) > MAX_ASPECT_DIFFERENCE and pair.B is not None:
-            raise InputError(f"A is {A.width}x{A.height} and B {B.width}x{B.height} px: not the same frame")
-        return A, B, ", ".join([*([f"converted: {note}"] if note else []), *odd])
-
-    def to_array(self, A: Image.Image, B: Image.Image) -> np.ndarray:
-        """Both sides resized, the network's input first."""
-        sides = (B, A) if self.direction == "BtoA" else (A, B)
-        return np.concatenate([images.to_array(images.resize(side, self.load_size)) for side in sides], axis=2)
-
-
-@dataclass(frozen=True)
-class Checked:
-    """What the first reading of a pair found."""
-
-    array: np.ndarray  # of format.shape
-    note: str
-    checksum: int  # of the array: whether a picture changed shows at --resume
-    levels: np.ndarray  # (2, 256) bool: which values occur in A and in B before resizing
+DECODING_BYTES_PER_PIXEL = 20  # of load_size, in each thread: both sides resized, their arrays, and these put together
 
 
 @dataclass
@@ -104,14 +45,7 @@ class PairDataset:
 
     def read(self, indices: Sequence[int]) -> list[np.ndarray | str]:
         """These pairs, read anew: each an array of format.shape, or the reason why it cannot be read."""
-        return [self._read_one(self.pairs[i]) for i in indices]
-
-    def _read_one(self, pair: Pair) -> np.ndarray | str:
-        try:
-            A, B, _ = self.format.read(pair)
-            return self.format.to_array(A, B)
-        except InputError as error:
-            return str(error)
+        return [self.format.decode(self.pairs[i]) for i in indices]
 
     def assemble(self, indices: Sequence[int], results: list[np.ndarray | str], *, replace: bool) -> Tensor:
         """What `read` gave for these pairs as one tensor: (N, load_size, load_size, C) uint8.
@@ -135,11 +69,11 @@ class PairDataset:
 
     def _leave_out(self, name: str, reason: str) -> None:
         if not self.skip_bad:
-            remedy = "Bring it back, or add --skip-bad to go on without it."
-            raise UnreadablePair(f"data: {name}: {reason}. {remedy}")
+            remedy = "Bring it back; a run that is started with --skip-bad goes on without it."
+            raise UnreadablePair(f"data: {printable(name)}: {printable(reason)}. {remedy}")
         if name not in self.skipped:
             self.skipped[name] = reason
-            self.say(f"skipped {name}: {reason}")
+            self.say(f"skipped {printable(name)}: {printable(reason)}")
 
     def _stand_in(self, index: int) -> np.ndarray:
         """The next pair that can be read."""
@@ -178,18 +112,15 @@ def load_split(
         InputError: when there are no pairs, or with the list of everything that is wrong with them.
     """
     pairs, bad, ignored = find_pairs(open_root(data), split)
-    room = memory_bytes(torch.device("cpu")) // 2 if room is None else room
-    streamed = stream == "always" or (stream == "auto" and len(pairs) * math.prod(format.shape) > room)
-
     # Every file is decoded, also when streaming: a truncated image is better found now than in an hour.
-    arrays = None if streamed else np.empty((len(pairs), *format.shape), np.uint8)
+    arrays = _allocate(len(pairs), format, stream, room)
     good: list[Pair] = []
     notes: Counter[str] = Counter()
     checksums: list[int] = []
     levels = np.zeros((2, 256), bool)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with _memory_told(format), ThreadPoolExecutor(os.cpu_count()) as pool:
         chunks = (pairs[i : i + 64] for i in range(0, len(pairs), 64))  # so that few arrays wait at a time
-        decoded = (zip(chunk, pool.map(partial(_check, format), chunk), strict=True) for chunk in chunks)
+        decoded = (zip(chunk, pool.map(format.check, chunk), strict=True) for chunk in chunks)
         for done, (pair, result) in enumerate(itertools.chain.from_iterable(decoded), start=1):
             on_read(done, len(pairs))
             if isinstance(result, str):
@@ -206,52 +137,40 @@ def load_split(
         remedy = f"Repair or remove them, or add --skip-bad to go on with the other {len(good)}."
         if not good:
             remedy = "Nothing is left to train on."
-        raise InputError("data: " + images.bad_files_message(bad, of=len(good) + len(bad), remedy=remedy))
+        raise InputError("data: " + bad_files_message(bad, of=len(good) + len(bad), remedy=remedy))
     resident = None if arrays is None else torch.from_numpy(arrays[: len(good)])
     warnings = [text for side, used in zip("AB", levels, strict=True) if (text := levels_warning(side, used))]
     return PairDataset(good, format, resident, notes, bad, ignored, warnings, checksums, skip_bad, say)
 
 
-def _read_side(side: str, file: Traversable, channels: int) -> tuple[Image.Image, str]:
-    """The image of one side of a pair in two files; an error says which side it is."""
+@contextlib.contextmanager
+def _memory_told(format: PairFormat) -> Iterator[None]:
+    """In the `with` block, raise an InputError for want of memory, which is no file's fault."""
     try:
-        return images.read_image(file, channels)
-    except InputError as error:
-        raise InputError(f"{error} ({side}/{file.name})") from error
+        yield
+    except MemoryError as error:
+        raise InputError(
+            f"data: there is not enough memory to resize pairs to {format.load_size}x{format.load_size} px; "
+            "choose a smaller size"
+        ) from error
 
 
-def _check(format: PairFormat, pair: Pair) -> Checked | str:
-    """The pair, or the reason why it cannot be used."""
+def _allocate(pairs: int, format: PairFormat, stream: str, room: int | None) -> np.ndarray | None:
+    """Memory for all pairs, or None where they are streamed. Raises InputError when the machine has too little."""
+    there, held = memory_bytes(torch.device("cpu")), pairs * math.prod(format.shape)
+    streamed = stream == "always" or (stream == "auto" and held > (there // 2 if room is None else room))
+    decoding = (os.cpu_count() or 1) * DECODING_BYTES_PER_PIXEL * format.load_size**2
+    need = decoding + (0 if streamed else held)
     try:
-        A, B, note = format.read(pair)
-        array = format.to_array(A, B)
-    except InputError as error:
-        return str(error)
-    return Checked(array, note, zlib.crc32(array.data), np.stack([images.levels(A), images.levels(B)]))
-
-
-def levels_warning(side: str, used: np.ndarray) -> str:
-    """What to say when a set's pictures leave most of the range of 8 bits unused, else "".
-
-    Two things do: pictures of 12 bits in files of 16, and bare class numbers. Either their values span less than a
-    quarter of the range, or there are few of them, most of which are neighbours.
-
-    Args:
-        side: "A" or "B".
-        used: (256,) bool, which values occur.
-    """
-    values = np.flatnonzero(used).tolist()
-    low, high = values[0], values[-1]
-    classes = values[:-1] if high == 255 and len(values) > 2 else values  # 255 often is the number of no class
-    neighbours = sum(after - before == 1 for before, after in itertools.pairwise(classes))
-    if high - low >= NARROW and (len(values) > NARROW or 2 * neighbours <= len(classes) - 1):
-        return ""
-    return (
-        f"the pictures of {side} together use {len(values)} of 256 levels, {low} to {high}, "
-        f"{(high - low) / 255:.0%} of the range from black to white, which is little to learn from. "
-        f"Stretch all of them alike, {low} to black and {high} to white (12 bits in files of 16: times 16), "
-        "or give class numbers a colour each"
-    )
+        if need > there:
+            raise MemoryError
+        return None if streamed else np.empty((pairs, *format.shape), np.uint8)
+    except MemoryError as error:
+        remedy = "choose a smaller size" + ("" if streamed else ", or --stream always")
+        raise InputError(
+            f"data: {pairs:,} pairs at {format.load_size}x{format.load_size} px take {need / 2**30:.1f} GiB, and there "
+            f"are {there / 2**30:.1f} on this machine, or less for this process; {remedy}"
+        ) from error
 
 
 def batches_per_epoch(dataset: PairDataset, batch_size: int) -> int:
@@ -335,7 +254,7 @@ def _crops(
 
 def _decoded_ahead(dataset: PairDataset, chosen: list[list[int]], replace: bool, ahead: int = 4) -> Iterator[Tensor]:
     """The pairs of each list, decoded by a pool of threads a few lists ahead."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with _memory_told(dataset.format), ThreadPoolExecutor(os.cpu_count()) as pool:
         pending = [pool.submit(dataset.read, indices) for indices in chosen[:ahead]]
         for number, indices in enumerate(chosen):
             results = pending.pop(0).result()

@@ -10,7 +10,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from fastp2p.data.images import EXTENSIONS
-from fastp2p.errors import InputError
+from fastp2p.errors import InputError, printable
 
 MISSING = "there is no such file or folder"
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
@@ -25,19 +25,22 @@ class Contents:
     others: list[str] = field(default_factory=list)  # sub-folders with their number of images, then files
 
 
-def list_folder(folder: Traversable, name: str = "") -> Contents:
+def list_folder(folder: Traversable, name: str = "", *, beside: tuple[str, ...] = ()) -> Contents:
     """What is in a folder, its sub-folders not searched.
 
     Args:
         folder: where to look.
         name: what stands before the entries' names in `bad` and `others`, "train/".
+        beside: entries that are left out, too.
 
     Raises:
         OSError: when the folder cannot be listed.
     """
     contents, files = Contents(), []
-    entries = {entry.name: entry for entry in folder.iterdir() if not entry.name.startswith(".")}
+    entries = {entry.name: entry for entry in folder.iterdir()}
     for _, entry in sorted(entries.items()):
+        if entry.name.startswith(".") or entry.name in beside:
+            continue
         reason = why_unreadable(entry)
         if not reason and entry.is_dir():
             images = count_images(entry)
@@ -84,7 +87,7 @@ def is_folder(entry: Traversable) -> bool:
     """
     reason = why_unreadable(entry)
     if reason and reason != MISSING:
-        raise InputError(f"data: {entry} {reason}")
+        raise InputError(f"data: {printable(entry)} {printable(reason)}")
     return entry.is_dir()
 
 
@@ -99,7 +102,7 @@ def count_images(folder: Traversable) -> int:
 
 def name_some(names: Iterable[str], limit: int = 5) -> str:
     """The first names, and how many more there are."""
-    names = list(names)
+    names = [printable(name) for name in names]
     more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 

@@ -1,24 +1,35 @@
 """One image file -> an 8-bit RGB or grey PIL image, decoded whole, with a word on what was converted."""
 
-import lzma
+import contextlib
 import re
-import zipfile
-import zlib
+import struct
+import threading
+from collections.abc import Iterator
 from importlib.resources.abc import Traversable
 from io import BytesIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from fastp2p.errors import InputError
+from fastp2p.data.archive import read_bytes
+from fastp2p.device import memory_bytes
+from fastp2p.errors import InputError, printable
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")  # Pillow knows more: for PostScript it starts a program
+# Files of other suffixes are passed over in folders, and of other formats never opened: Pillow knows more, and for
+# PostScript it starts a program
+EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp")
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
+MAX_PIXELS = 2**29  # 23,170 px square
+BYTES_PER_PIXEL = 12  # while an image is decoded and converted
 LINES_OF_A_KIND = 10  # in an error that lists files
-# What zipfile and its decompressors raise on a damaged or encrypted member, by experiment
-_DAMAGED_MEMBER = (zipfile.BadZipFile, RuntimeError, EOFError, zlib.error, lzma.LZMAError)
+# What Pillow's decoders and conversions raise on damaged files, by experiment; OSError covers truncated ones
+_DAMAGED = (
+    *(OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, ZeroDivisionError, OverflowError),
+    *(struct.error, RuntimeError),
+)
+_TURNED = range(2, 9)  # values of the orientation tag that turn or mirror
 
 
 def read_image(file: Traversable, channels: int) -> tuple[Image.Image, str]:
@@ -31,33 +42,38 @@ def read_image(file: Traversable, channels: int) -> tuple[Image.Image, str]:
         The image, and what was converted ("palette", "transparency", ...; "" for nothing).
 
     Raises:
-        InputError: when the file is empty, damaged, truncated or of a kind that has no fixed range.
+        InputError: when the file is empty, damaged, truncated, too large or of a kind that has no fixed range.
     """
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror or error}") from error
-    except _DAMAGED_MEMBER as error:
-        raise InputError(f"cannot be read from its .zip: {error}") from error
+    content = read_bytes(file)
     if not content:
         raise InputError("the file is empty (zero bytes)")
     try:
-        with Image.open(BytesIO(content), formats=FORMATS) as image:
-            frames = getattr(image, "n_frames", 1)
-            deep = any(";16" in str(tile) for tile in image.tile)  # 16-bit colour, of which Pillow keeps the high bytes
-            image.load()
-            mode, tagged = image.mode, image.getexif().get(0x0112, 1) != 1
-            upright = ImageOps.exif_transpose(image)
-    except Image.DecompressionBombError as error:
-        raise InputError(f"the image is too large to be real: {error}") from error
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, ZeroDivisionError) as error:
-        # What Pillow's decoders raise on damaged files, by experiment; OSError covers unknown and truncated ones.
-        reason = (
-            str(error) if "BytesIO" not in str(error) else f"no {', '.join(FORMATS)} image, or damaged at its start"
-        )
-        raise InputError(f"cannot be decoded: {reason}") from error
+        with _without_pillows_limit():
+            try:
+                return _decode(content, channels)
+            except ValueError as error:
+                if "MAX_TEXT" not in str(error):
+                    raise
+                return _decode(_without_texts(content), channels)
+    except MemoryError as error:
+        raise InputError("cannot be decoded: there is not enough memory for it") from error
+    except UnidentifiedImageError as error:
+        raise InputError(f"cannot be decoded: {_what_it_is(content)}") from error
+    except _DAMAGED as error:
+        raise InputError(f"cannot be decoded: {str(error) or type(error).__name__}") from error
 
-    notes = [text for holds, text in ((frames > 1, "several frames"), (tagged, "orientation tag")) if holds]
+
+def _decode(content: bytes, channels: int) -> tuple[Image.Image, str]:
+    with Image.open(BytesIO(content), formats=FORMATS) as image:
+        _check_size(*image.size)
+        frames = getattr(image, "n_frames", 1)
+        deep = any(";16" in str(tile) for tile in image.tile)  # 16-bit colour, of which Pillow keeps the high bytes
+        tiff_tag = getattr(image, "tag_v2", {}).get(ExifTags.Base.Orientation)  # Pillow applies it as it loads
+        image.load()
+        mode = image.mode
+        upright, turned = (image, "orientation tag") if tiff_tag in _TURNED else _upright(image)
+
+    notes = [*(["several frames"] if frames > 1 else []), *([turned] if turned else [])]
     notes += ["16-bit colour"] if deep and not mode.startswith("I") else []
     if mode.startswith("I") or mode == "F":
         upright = _from_16_bit(upright)
@@ -71,6 +87,82 @@ def read_image(file: Traversable, channels: int) -> tuple[Image.Image, str]:
     elif mode != "RGB" and (mode, channels) not in (("L", 1), ("1", 1)):
         notes.append({"L": "grey", "1": "black and white", "P": "palette"}.get(mode, mode))
     return upright.convert("RGB" if channels == 3 else "L"), ", ".join(notes)
+
+
+def _upright(image: Image.Image) -> tuple[Image.Image, str]:
+    """The image turned as its orientation tag says, and a word on it."""
+    try:
+        tagged = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
+    except _DAMAGED:
+        return image, "damaged tags"  # the pixels are fine
+    return (ImageOps.exif_transpose(image), "orientation tag") if tagged else (image, "")
+
+
+def _check_size(width: int, height: int) -> None:
+    """Raise InputError for an image that takes more memory than there is, or that only a bomb can be."""
+    if width * height > MAX_PIXELS:
+        raise InputError(
+            f"the image is too large to be real: {width}x{height} px, expected at most {MAX_PIXELS:,} in all"
+        )
+    need, there = width * height * BYTES_PER_PIXEL, memory_bytes(torch.device("cpu"))
+    if need > there:
+        raise InputError(
+            f"{width}x{height} px take {need / 2**30:.1f} GiB, and this machine has {there / 2**30:.1f}; scale it down"
+        )
+
+
+_no_limit = threading.Lock()
+_readers, _limit = 0, Image.MAX_IMAGE_PIXELS
+
+
+@contextlib.contextmanager
+def _without_pillows_limit() -> Iterator[None]:
+    """In the `with` block, in any number of threads, Pillow neither warns of large images nor refuses them: we do."""
+    global _readers, _limit
+    with _no_limit:
+        if _readers == 0:
+            _limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        _readers += 1
+    try:
+        yield
+    finally:
+        with _no_limit:
+            _readers -= 1
+            if _readers == 0:
+                Image.MAX_IMAGE_PIXELS = _limit
+
+
+def _without_texts(png: bytes) -> bytes:
+    """A PNG without its texts and its profile, which can be a thousand times larger than they look; its pixels stay."""
+    kept, at = [png[:8]], 8
+    while at < len(png):
+        end = at + 12 + int.from_bytes(png[at : at + 4])
+        if png[at + 4 : at + 8] not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
+            kept.append(png[at:end])
+        at = end
+    return b"".join(kept)
+
+
+def _what_it_is(content: bytes) -> str:
+    """Words for a file that Pillow does not open."""
+    if content.startswith((b"II*\0", b"MM\0*")):
+        try:
+            tags = TiffImagePlugin.ImageFileDirectory_v2(content[:8])
+            stream = BytesIO(content)
+            stream.seek(tags.next)
+            tags.load(stream)
+            bands, bits = tags.get(277, 1), tags.get(258, (1,))[0]
+            return f"a TIFF of {bands} bands of {bits} bits is not read; expected 1 to 4 of 8 bits, or 1 or 3 of 16"
+        except _DAMAGED:
+            pass
+    return f"no {', '.join(FORMATS)} image, or damaged at its start"
+
+
+def halves(image: Image.Image) -> tuple[Image.Image, Image.Image]:
+    """The left and the right half; of an odd width the right one is wider, as upstream's."""
+    width, height = image.size
+    with _without_pillows_limit():
+        return image.crop((0, 0, width // 2, height)), image.crop((width // 2, 0, width, height))
 
 
 def _from_16_bit(image: Image.Image) -> Image.Image:
@@ -133,7 +225,7 @@ def bad_file_lines(bad: dict[str, str]) -> list[str]:
     kinds: dict[str, list[str]] = {}
     for name, reason in bad.items():
         kind = re.match(r"([a-z]+:? ?){0,3}", reason, re.IGNORECASE)  # its first words, before names and numbers
-        kinds.setdefault(kind.group() if kind else "", []).append(f"  {name}: {reason}")
+        kinds.setdefault(kind.group() if kind else "", []).append(f"  {printable(name)}: {printable(reason)}")
     shown = []
     for lines in kinds.values():
         more = len(lines) - LINES_OF_A_KIND

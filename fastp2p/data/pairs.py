@@ -1,6 +1,7 @@
 """Folders -> pairs of files, in either of the two layouts that people have."""
 
-import struct
+import os
+import unicodedata
 import zipfile
 from collections import defaultdict
 from dataclasses import dataclass
@@ -10,9 +11,10 @@ from io import BytesIO
 from pathlib import Path
 
 from fastp2p.config import BUILTIN
+from fastp2p.data.archive import open_archive
 from fastp2p.data.folders import Contents, is_folder, list_folder, name_some, why_unreadable
 from fastp2p.data.images import EXTENSIONS
-from fastp2p.errors import InputError
+from fastp2p.errors import InputError, printable
 
 SPLITS = ("train", "val", "test")
 LAYOUTS = """\
@@ -44,21 +46,18 @@ def open_root(data: str) -> Traversable:
     reason = why_unreadable(path)
     if reason:
         raise InputError(f"data: got {data!r}: {reason}; expected a folder or .zip with\n{LAYOUTS}")
-    if path.is_file():
-        if not zipfile.is_zipfile(path):
-            raise InputError(
-                f"data: got {data!r}, a file that is no readable .zip; expected a folder or .zip with\n{LAYOUTS}"
-            )
-        return _zip_root(path)
-    return path
+    if path.is_dir():
+        return path
+    if os.access(path, os.R_OK) and not zipfile.is_zipfile(path):
+        raise InputError(
+            f"data: got {data!r}, a file that is no readable .zip; expected a folder or .zip with\n{LAYOUTS}"
+        )
+    return _zip_root(path)
 
 
 def _zip_root(source: Path | BytesIO) -> Traversable:
     """The root of an archive, or of the one folder in it. Raises InputError when its directory is damaged."""
-    try:
-        root = zipfile.Path(zipfile.ZipFile(source))
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
-        raise InputError(f"data: {source}: is a damaged .zip ({error}); copy or make it again") from error
+    root = open_archive(source)
     folders = [child for child in root.iterdir() if child.is_dir() and not child.name.startswith((".", "__"))]
     return folders[0] if len(folders) == 1 and _is_wrapper(folders[0]) else root
 
@@ -99,7 +98,9 @@ def find_pairs(root: Traversable, split: str) -> tuple[list[Pair], dict[str, str
     try:
         return _find_pairs(root, split)
     except OSError as error:
-        raise InputError(f"data: {error.filename or root} cannot be read: {error.strerror or error}") from error
+        raise InputError(
+            f"data: {printable(error.filename or root)} cannot be read: {error.strerror or error}"
+        ) from error
 
 
 def _find_pairs(root: Traversable, split: str) -> tuple[list[Pair], dict[str, str], list[str]]:
@@ -115,19 +116,18 @@ def _find_pairs(root: Traversable, split: str) -> tuple[list[Pair], dict[str, st
             f"data: {folder} has only one of the folders A and B; {missing}/ is missing. Expected\n{LAYOUTS}"
         )
 
-    here = list_folder(folder, f"{split}/")
+    here = list_folder(folder, f"{split}/", beside=("A", "B") if has_A else ())
     if has_A:
         A, B = (list_folder(side, f"{split}/{side.name}/") for side in (side_A, side_B))
         pairs, bad = _match_by_stem(A, B, split)
-        beside = [name for name in here.others if not name.startswith((f"{split}/A/ ", f"{split}/B/ "))]
-        others = [*beside, *(f"{split}/{file.name}" for file in here.images), *here.bad, *A.others, *B.others]
+        others = [*here.others, *(f"{split}/{file.name}" for file in here.images), *here.bad, *A.others, *B.others]
     else:
         pairs, bad = [Pair(f"{split}/{file.name}", file) for file in here.images], here.bad
         others = here.others
     if not pairs and not bad:
         there = name_some((name.removeprefix(f"{split}/") for name in others), 8)
-        holds = f"holds no images but {there}; sub-folders are not searched" if there else "is empty"
-        raise InputError(f"data: {folder} {holds} ({', '.join(EXTENSIONS)}); expected\n{LAYOUTS}")
+        what = f"holds no images but {there} (images end in {' '.join(EXTENSIONS)}; sub-folders are not searched)"
+        raise InputError(f"data: {folder} {what if there else 'is empty'}; expected\n{LAYOUTS}")
     return pairs, bad, others
 
 
@@ -135,15 +135,15 @@ def _match_by_stem(A: Contents, B: Contents, split: str) -> tuple[list[Pair], di
     by_stem: dict[str, dict[str, list[Traversable]]] = defaultdict(lambda: {"A": [], "B": []})
     for side, contents in (("A", A), ("B", B)):
         for file in contents.images:
-            by_stem[file.name.rpartition(".")[0]][side].append(file)
+            by_stem[_stem(file.name)][side].append(file)
     bad = A.bad | B.bad
-    excused = {name.rpartition("/")[2].rpartition(".")[0] for name in bad}  # their partners are not to blame
+    excused = {_stem(name.rpartition("/")[2]) for name in bad}  # their partners are not to blame
 
     pairs = []
     for stem, sides in sorted(by_stem.items()):
         match sides["A"], sides["B"]:
             case [a], [b]:
-                pairs.append(Pair(f"{split}/{stem}", a, b))
+                pairs.append(Pair(f"{split}/{a.name.rpartition('.')[0]}", a, b))
             case ([], [_]) | ([_], []) if stem in excused:
                 pass
             case [], [b, *_]:
@@ -153,4 +153,9 @@ def _match_by_stem(A: Contents, B: Contents, split: str) -> tuple[list[Pair], di
             case _:
                 both = ", ".join(f"{side}/{file.name}" for side, found in sides.items() for file in found)
                 bad[f"{split}/{stem}"] = f"is ambiguous: {both}"
-    return pairs, bad
+    return sorted(pairs, key=lambda pair: pair.name), bad
+
+
+def _stem(name: str) -> str:
+    """What a file is matched by: its name without suffix. An e with an accent is one letter or, on a Mac, two."""
+    return unicodedata.normalize("NFC", name.rpartition(".")[0])

@@ -50,10 +50,27 @@ def test_streamed_equals_resident(aligned: Path):
 
 def test_what_does_not_fit_is_streamed(aligned: Path, monkeypatch: pytest.MonkeyPatch):
     size = 6 * 36 * 36 * 6
+    monkeypatch.setattr(dataset_module, "DECODING_BYTES_PER_PIXEL", 0)
     monkeypatch.setattr(dataset_module, "memory_bytes", lambda device: 2 * size)
     assert load_split(str(aligned), "train", FORMAT).resident is not None
     monkeypatch.setattr(dataset_module, "memory_bytes", lambda device: 2 * size - 2)
     assert load_split(str(aligned), "train", FORMAT).resident is None
+
+
+@pytest.mark.parametrize("stream", ["always", "never"])
+def test_sizes_beyond_the_memory_are_told(aligned: Path, stream: str, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(InputError, match=r"6 pairs at 1000000x1000000 px take .* GiB, .*; choose a smaller size"):
+        load_split(str(aligned), "train", replace(FORMAT, load_size=10**6), stream=stream)
+
+    def no_memory(*args: object) -> None:
+        raise MemoryError
+
+    dataset = load_split(str(aligned), "train", FORMAT, stream="always")
+    monkeypatch.setattr(Image.Image, "resize", no_memory)
+    with pytest.raises(InputError, match="data: there is not enough memory to resize pairs to 36x36 px"):
+        load_split(str(aligned), "train", FORMAT, stream=stream, skip_bad=True)
+    with pytest.raises(InputError, match="data: there is not enough memory to resize pairs to 36x36 px"):
+        batches(dataset)
 
 
 @pytest.mark.parametrize("stream", ["always", "never"])
@@ -147,7 +164,7 @@ def test_a_streamed_pair_that_vanishes_is_named(aligned: Path):
     dataset = load_split(str(aligned), "train", FORMAT, stream="always")
     (aligned / "train" / "3.png").unlink()
     for read in (lambda: batches(dataset), lambda: list(eval_batches(dataset))):
-        with pytest.raises(UnreadablePair, match=r"data: train/3\.png: cannot be read: No such file.*--skip-bad"):
+        with pytest.raises(UnreadablePair, match=r"data: train/3\.png: cannot be read: No such file.*Bring it back"):
             read()
 
 
@@ -193,6 +210,12 @@ def test_a_share_that_is_gone_ends_the_run_even_when_skipping(aligned: Path):
     for read in (lambda: batches(dataset), lambda: list(eval_batches(dataset))):
         with pytest.raises(UnreadablePair, match="none of the 6 pairs can be read any more"):
             read()
+
+
+def test_names_move_no_cursor_and_break_no_line(aligned: Path):
+    (aligned / "train" / "a\x1b[31m\nb.png").touch()
+    with pytest.raises(InputError, match=r"train/a\\x1b\[31m\\nb\.png: the file is empty"):
+        load_split(str(aligned), "train", FORMAT)
 
 
 def test_nothing_left_is_an_error_even_when_skipping(tmp_path: Path):

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_image
-from PIL import Image
+from PIL import Image, TiffImagePlugin, TiffTags
 
-from fastp2p.data.images import read_image, to_array, to_image, to_tensor
+from fastp2p.data import images
+from fastp2p.data.folders import has_image_name
+from fastp2p.data.images import halves, read_image, to_array, to_image, to_tensor
 from fastp2p.errors import InputError
 
 
@@ -207,3 +209,127 @@ def test_damage_anywhere_is_an_input_error_or_an_image(tmp_path: Path, format: s
         except InputError:
             continue
         assert image.mode == "RGB"
+
+
+def png_chunk(kind: bytes, body: bytes) -> bytes:
+    return len(body).to_bytes(4) + kind + body + zlib.crc32(kind + body).to_bytes(4)
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+@pytest.mark.parametrize("kind", ["iTXt", "zTXt", "iCCP"])
+def test_large_texts_do_not_keep_the_pixels_from_being_read(tmp_path: Path, kind: str, place: str):
+    """As 2 MB of XMP, or a bomb that is never unpacked."""
+    image = random_image(20, 10)
+    content = save(tmp_path, image).read_bytes()
+    text = zlib.compress(bytes(2_000_000))
+    head = {"iTXt": b"XML:com.adobe.xmp\0\1\0\0\0", "zTXt": b"Comment\0\0", "iCCP": b"profile\0\0"}[kind]
+    at = content.index(b"IDAT" if place == "before" or kind == "iCCP" else b"IEND") - 4
+    (tmp_path / "x.png").write_bytes(content[:at] + png_chunk(kind.encode(), head + text) + content[at:])
+    read, note = read_image(tmp_path / "x.png", 3)
+    assert note == ""
+    assert np.array_equal(np.asarray(read), np.asarray(image))
+
+
+@pytest.mark.filterwarnings("error")
+def test_large_images_are_read_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Smaller ones stand in for aerial pictures of 15000x15000 px."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    file = save(tmp_path, random_image(200, 100))
+    assert read_image(file, 3)[0].size == (200, 100)
+    assert halves(read_image(file, 3)[0])[0].size == (100, 100)
+    assert Image.MAX_IMAGE_PIXELS == 1000
+    monkeypatch.setattr(images, "memory_bytes", lambda device: 200_000)
+    with pytest.raises(InputError, match=r"200x100 px take 0\.0 GiB, and this machine has 0\.0; scale it down"):
+        read_image(file, 3)
+    assert Image.MAX_IMAGE_PIXELS == 1000
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("error")
+def test_an_aerial_picture(tmp_path: Path):
+    read, _ = read_image(save(tmp_path, Image.new("RGB", (15000, 15000), "red")), 3)
+    assert read.size == (15000, 15000)
+
+
+def tiff(bands: int, bits: int) -> bytes:
+    """A TIFF of 8x8 px written by hand, since Pillow writes none of so many bands."""
+    pixels = bytes(8 * 8 * bands * bits // 8)
+    tags = [(256, 3, 1, 8), (257, 3, 1, 8), (258, 3, bands, 300), (259, 3, 1, 1), (262, 3, 1, 1)]
+    tags += [(273, 4, 1, 400), (277, 3, 1, bands), (278, 3, 1, 8), (279, 4, 1, len(pixels))]
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
+    return head.ljust(300, b"\0") + struct.pack(f"<{bands}H", *[bits] * bands).ljust(100, b"\0") + pixels
+
+
+@pytest.mark.parametrize(("bands", "bits"), [(4, 16), (5, 8), (5, 16), (13, 16), (3, 32)])
+def test_tiffs_of_many_bands_are_told(tmp_path: Path, bands: int, bits: int):
+    (tmp_path / "x.tif").write_bytes(tiff(bands, bits))
+    with pytest.raises(InputError, match=f"a TIFF of {bands} bands of {bits} bits is not read; expected 1 to 4 of 8"):
+        read_image(tmp_path / "x.tif", 3)
+
+
+@pytest.mark.parametrize("value", [0, 1, 9, 99, "6", b"\6"])
+def test_an_orientation_tag_that_turns_nothing_is_not_said(tmp_path: Path, value: object):
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    kind = {int: TiffTags.SHORT, str: TiffTags.ASCII, bytes: TiffTags.BYTE}[type(value)]
+    tags.tagtype[0x0112] = kind
+    tags[0x0112] = value
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + tags.tobytes(8)
+    random_image(20, 10).save(tmp_path / "x.jpg", exif=exif)
+    image, note = read_image(tmp_path / "x.jpg", 3)
+    assert (image.size, note) == ((20, 10), "")
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("value", range(2, 9))
+def test_orientation_tags_are_applied(tmp_path: Path, suffix: str, value: int):
+    exif = Image.Exif()
+    exif[0x0112] = value
+    image = random_image(20, 10)
+    image.save(tmp_path / f"x.{suffix}", exif=exif)
+    read, note = read_image(tmp_path / f"x.{suffix}", 3)
+    assert note == "orientation tag"
+    assert read.size == ((10, 20) if value > 4 else (20, 10))
+    assert np.asarray(read).sum() == np.asarray(image).sum()
+
+
+def test_want_of_memory_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def no_memory(*args: object) -> None:
+        raise MemoryError
+
+    file = save(tmp_path, random_image(20, 10))
+    monkeypatch.setattr(Image.Image, "convert", no_memory)
+    with pytest.raises(InputError, match="there is not enough memory"):
+        read_image(file, 3)
+
+
+def test_a_jpeg_named_jfif(tmp_path: Path):
+    random_image(8, 8).save(tmp_path / "x.JFIF", "JPEG")
+    assert has_image_name("x.JFIF")
+    assert read_image(tmp_path / "x.JFIF", 3)[0].size == (8, 8)
+
+
+def test_a_conversion_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As Pillow's from La to L was."""
+
+    def refuse(image: Image.Image, mode: str) -> None:
+        raise ValueError(f"conversion from {image.mode} to {mode} not supported")
+
+    file = save(tmp_path, random_image(20, 10))
+    monkeypatch.setattr(Image.Image, "convert", refuse)
+    with pytest.raises(InputError, match="cannot be decoded: conversion from RGB to L not supported"):
+        read_image(file, 1)
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path: Path):
+    with open(tmp_path / "x.png", "wb") as stream:
+        stream.truncate(2**40)  # a hole, which takes no room on disk
+    with pytest.raises(InputError, match=r"is too large: 1024\.0 GiB, expected at most 1"):
+        read_image(tmp_path / "x.png", 3)
+
+
+def test_damaged_tags_do_not_keep_the_pixels_from_being_read(tmp_path: Path):
+    image = random_image(20, 10)
+    file = save(tmp_path, image, exif=b"Exif\0\0MM;*\0\0\0\x08")
+    read, note = read_image(file, 3)
+    assert note == "damaged tags"
+    assert np.array_equal(np.asarray(read), np.asarray(image))

@@ -27,6 +27,13 @@ def test_two_folders_match_by_stem(two_folders: Path):
     assert not bad
 
 
+def test_two_spellings_of_an_accent_match(two_folders: Path):
+    (two_folders / "train" / "A" / "0.jpg").rename(two_folders / "train" / "A" / "caf\u00e9.jpg")
+    (two_folders / "train" / "B" / "0.png").rename(two_folders / "train" / "B" / "cafe\u0301.png")
+    pairs, bad, _ = find_pairs(two_folders, "train")
+    assert (len(pairs), bad) == (4, {})
+
+
 def test_unmatched_and_ambiguous_are_listed(two_folders: Path):
     train = two_folders / "train"
     (train / "B" / "1.png").unlink()
@@ -183,7 +190,7 @@ def test_an_empty_split_is_none(aligned: Path, two_folders: Path, tmp_path: Path
         archive.writestr("val/", "")
     for root, split in ((aligned, "empty"), (aligned, "hidden"), (two_folders, "val"), (tmp_path / "x.zip", "val")):
         assert not has_split(open_root(str(root)), split)
-        with pytest.raises(InputError, match=f"{split}/? is empty .*expected"):
+        with pytest.raises(InputError, match=f"{split}/? is empty; expected"):
             find_pairs(open_root(str(root)), split)
     (aligned / "hidden" / "notes.txt").touch()
     assert has_split(aligned, "hidden")
