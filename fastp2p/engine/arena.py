@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastp2p.engine.plan import Plan
+from fastp2p.engine.supported import HINT
 from fastp2p.engine.watch import Watch
 from fastp2p.errors import InputError
 
@@ -65,7 +66,7 @@ class Arena:
         self.parameters = weights + self.biases_and_norms
         wide = torch.promote_types(dtype, torch.float32)
         device = _check_parameters(self.parameters, wide)
-        group = _only_group(optimizer, self.parameters)
+        group = _only_group(optimizer, self.parameters, wide)
         (self.beta1, self.beta2), self.eps = group["betas"], group["eps"]
         self.options = {name: group[name] for name in _OPTIONS}
         self.reduce, self.unscale = reduce, unscale
@@ -133,12 +134,14 @@ class Arena:
             InputError: when parameters or moments are no longer views of these buffers.
         """
         self.watch.check()
-        group = self.watch.optimizer.param_groups[0]
+        group = self.watch.group()
         for name, before in self.options.items():
             if group[name] != before:
                 raise InputError(
                     f"engine: the optimizer's {name} went from {before} to {group[name]}; make a new FusedStep"
                 )
+        if not _is_number(group["lr"], self.param.dtype):
+            raise InputError(f"engine: the optimizer's lr became {group['lr']!r}; expected a number")
         lr = float(group["lr"])
         if lr != self.lr_on_host:
             self.lr_on_host = lr
@@ -222,7 +225,7 @@ def _check_parameters(parameters: list[nn.Parameter], dtype: torch.dtype) -> tor
     fixed = sum(not p.requires_grad for p in parameters)
     if fixed:
         raise InputError(
-            f"engine: got {fixed} parameters with requires_grad False; this engine trains all of a network"
+            f"engine: got {fixed} parameters with requires_grad False; this engine trains all of a network{HINT}"
         )
     found = {str(p.dtype).removeprefix("torch.") for p in parameters}
     if found != {str(dtype).removeprefix("torch.")}:
@@ -257,12 +260,31 @@ def _view(flat: Tensor, start: int, like: Tensor) -> Tensor:
 _OPTIONS = ("betas", "eps", "weight_decay", "amsgrad", "maximize")  # that the buffers were made for
 
 
-def _only_group(optimizer: torch.optim.Adam, parameters: list[nn.Parameter]) -> dict[str, Any]:
+def _only_group(optimizer: torch.optim.Adam, parameters: list[nn.Parameter], wide: torch.dtype) -> dict[str, Any]:
     """The optimizer's settings. Raises InputError unless it is Adam as the recipe has it, over these parameters."""
     groups = optimizer.param_groups
-    if len(groups) != 1 or {id(p) for p in groups[0]["params"]} != {id(p) for p in parameters}:
-        raise InputError("engine: the optimizer must have exactly the network's parameters, in one group")
+    if len(groups) != 1 or sorted(map(id, groups[0]["params"])) != sorted(map(id, parameters)):
+        raise InputError(
+            f"engine: the optimizer must have exactly the network's parameters, each once, in one group{HINT}"
+        )
+    group = groups[0]
     for option in ("weight_decay", "amsgrad", "maximize"):
-        if groups[0].get(option):
-            raise InputError(f"engine: got Adam with {option}={groups[0][option]}, expected it off")
-    return groups[0]
+        if group.get(option):
+            raise InputError(f"engine: got Adam with {option}={group[option]}, expected it off{HINT}")
+    numbers = {"lr": _is_number(group["lr"], wide)} | {
+        name: all(isinstance(value, float | int) for value in values)
+        for name, values in (("betas", group["betas"]), ("eps", [group["eps"]]))
+    }
+    for option, is_number in numbers.items():
+        if not is_number:
+            raise InputError(f"engine: got Adam with {option}={group[option]}, expected plain numbers{HINT}")
+    if not group["eps"] > 0:  # what has no gradient would become NaN, and the engine leaves it out
+        raise InputError(f"engine: got Adam with eps={group['eps']}, expected more than 0{HINT}")
+    return group
+
+
+def _is_number(lr: object, wide: torch.dtype) -> bool:
+    """Whether a learning rate is read as Adam reads it: a tensor of a lower dtype rounds what is computed with it."""
+    if isinstance(lr, Tensor):
+        return lr.numel() == 1 and torch.promote_types(lr.dtype, wide) == lr.dtype
+    return isinstance(lr, float | int)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastp2p.engine.ceilings import H200, Ceilings
-from fastp2p.engine.supported import Supported, check_chain
+from fastp2p.engine.supported import Supported, check_chain, check_input
 from fastp2p.errors import InputError
 from fastp2p.networks import PatchDiscriminator, PixelDiscriminator, UnetBlock, UnetGenerator
 from fastp2p.ops._activation import ACTIVATIONS
@@ -120,21 +120,22 @@ def plan_network(net: nn.Module, size: Size, *, skip_dead_taps: bool = True) -> 
     Raises:
         InputError: on another network, or where a norm would see a single value per channel.
     """
-    Supported(net)
+    names = {module: name for name, module in Supported(net).names.items()}
     levels = 0
     if isinstance(net, UnetGenerator):
         levels, modules = net.levels, list(_flatten_unet(net.model))
-        names = [f"e{i}" for i in range(1, net.levels + 1)] + [f"d{i}" for i in range(net.levels, 0, -1)]
+        titles = [f"e{i}" for i in range(1, net.levels + 1)] + [f"d{i}" for i in range(net.levels, 0, -1)]
     else:
         assert isinstance(net, PatchDiscriminator | PixelDiscriminator)
         modules = list(net.model if isinstance(net, PatchDiscriminator) else net.net)
-        names = [f"c{i}" for i in range(1, sum(isinstance(m, Convolution) for m in modules) + 1)]
+        titles = [f"c{i}" for i in range(1, sum(isinstance(m, Convolution) for m in modules) + 1)]
 
     starts = [i for i, module in enumerate(modules) if isinstance(module, Convolution)]
+    check_input(modules[: starts[0]] if starts else modules, names)
     chains = [modules[i:j] for i, j in zip(starts, [*starts[1:], len(modules)], strict=True)]
     skips = [_skip_of(number, levels) for number in range(len(chains))]
     layers: list[Layer] = []
-    for number, (name, (conv, *rest)) in enumerate(zip(names, chains, strict=True)):
+    for number, (name, (conv, *rest)) in enumerate(zip(titles, chains, strict=True)):
         assert isinstance(conv, Convolution)
         in_size = layers[-1].out_size if layers else size
         norm = next((module for module in rest if isinstance(module, Normalisation)), None)
@@ -144,9 +145,9 @@ def plan_network(net: nn.Module, size: Size, *, skip_dead_taps: bool = True) -> 
         is_last = number + 1 == len(chains)
         read_beside_a_skip = not is_last and skips[number + 1] is not None
         if is_last:
-            check_chain(name, rest, (nn.Tanh,) if levels else ())
+            check_chain(name, rest, (nn.Tanh,) if levels else (), names)
         else:
-            check_chain(name, rest, (nn.ReLU,) if read_beside_a_skip else (nn.ReLU, nn.LeakyReLU))
+            check_chain(name, rest, (nn.ReLU,) if read_beside_a_skip else (nn.ReLU, nn.LeakyReLU), names)
         layer = Layer(
             name=name,
             conv=conv,

@@ -59,8 +59,11 @@ class FusedStep:
         skip_dead_taps: leave out the taps of a kernel that meet padding alone, which changes no result.
 
     Raises:
-        InputError: on networks that hold anything the engine does not compute (`supported.py` names the module), or
-            that are too deep for the size; on an optimizer that is not Adam itself, or has other options.
+        InputError: on networks in eval mode, on several devices or in another dtype; on networks that hold anything
+            the engine does not compute (the text names the module), share or freeze parameters, do not fit each other,
+            or are too deep for the size; on an optimizer that is not Adam itself over exactly one network's parameters
+            in one group, has a hook or other options than lr, betas and eps, or states of unequal steps; on another
+            dtype to compute in.
     """
 
     def __init__(
@@ -80,8 +83,8 @@ class FusedStep:
         reduce: Reduce | None = None,
         skip_dead_taps: bool = True,
     ):
-        self.nets = (netG, netD)
-        for optimizer in (optimizer_G, optimizer_D):
+        self.nets, self.optimizers = (netG, netD), (optimizer_G, optimizer_D)
+        for optimizer in self.optimizers:
             check_optimizer(optimizer)
         self._check_training()
         self.supported = [Supported(net) for net in self.nets]
@@ -155,8 +158,9 @@ class FusedStep:
             InputError: when the networks or optimizers are no longer what the step was made of.
         """
         self._check_training()
-        for supported in self.supported:
+        for supported, optimizer in zip(self.supported, self.optimizers, strict=True):
             supported.check_again()
+            check_optimizer(optimizer)
         for net in (self.netG, self.netD):
             net.arena.prepare()
 

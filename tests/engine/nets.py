@@ -1,7 +1,7 @@
 """Small networks, their optimizers, and the two ways to train them, for the engine's tests."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from on_device import generator
 from torch import Tensor, nn
 
 from fastp2p.engine import FusedStep
+from fastp2p.errors import InputError
 from fastp2p.losses import GANLoss, Losses
 from fastp2p.networks import PatchDiscriminator, UnetGenerator, init_weights
 from fastp2p.ops._philox import keep_mask
@@ -104,3 +105,22 @@ def inject_dropout(netG: UnetGenerator, seed: int) -> int:
             below = module if isinstance(module, type(netG.model)) else below
         block, depth = below, depth + 1
     return count
+
+
+def outcome(
+    change: Callable[[Trained], object], optimizers: Callable[[Any], torch.optim.Optimizer] | None = None
+) -> str:
+    """Whether the engine refuses the small networks after a change, or three steps in float64 are equal."""
+    trained, twin = small_nets(), small_nets()
+    for one in (trained, twin):
+        change(one)
+        make = optimizers or (lambda parameters: torch.optim.Adam(parameters, LR, betas=(0.5, 0.999)))
+        one.optimizers = [make(net.double().parameters()) for net in (one.netG, one.netD)]
+    try:
+        step = trained.fused((32, 32), torch.float64)
+    except InputError:
+        return "refused"
+    for A, B in batches(2, (32, 32), torch.float64):
+        expected, found = twin.reference(A, B), step(A, B)
+        torch.testing.assert_close(torch.stack(tuple(found)), torch.stack(tuple(expected)), rtol=1e-10, atol=1e-10)
+    return "equal"
