@@ -11,7 +11,7 @@ from fastp2p import nn
 from fastp2p.config import TrainConfig
 from fastp2p.losses import GANLoss
 from fastp2p.networks import PatchDiscriminator, PixelDiscriminator, UnetGenerator, generate, init_weights
-from fastp2p.nn import fuse
+from fastp2p.nn import fuse, unfuse
 
 __all__ = [
     "GANLoss",
@@ -24,4 +24,5 @@ __all__ = [
     "generate",
     "init_weights",
     "nn",
+    "unfuse",
 ]

@@ -1,22 +1,22 @@
 """fuse(model): find chains of convolution, normalisation, activation and dropout in any model, and fuse them."""
 
+import itertools
 import operator
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import fx, nn
-from torch.nn.utils import parametrize
 
 from fastp2p.errors import InputError
 from fastp2p.nn.block import Convolution
-from fastp2p.nn.fused import ACTIVATION_NAMES, Chain, is_fused, join, name_of
+from fastp2p.nn.fused import Chain, is_fused, join, name_of, part, plain_class
+from fastp2p.nn.scope import Scope, scope_of, unwatch
+from fastp2p.nn.settings import has_hooks, refusal
 from fastp2p.nn.tracing import LAYERS, STAGES, Region, trace
 
 _IN_PLACE_OPERATORS = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Fused(NamedTuple):
@@ -63,26 +63,33 @@ def fuse(model: nn.Module, *, channels_last: bool = True) -> FuseReport:
     modules pass on what they get. Outputs, gradients and running statistics are as before, up to rounding; dropout
     draws another mask.
 
-    All modules stay the objects they were, with their parameters, buffers, names, modes and settings, which are read
-    at every call: optimizers go on, state_dicts load both ways, train(), eval(), requires_grad_(), .to(), deepcopy,
-    pickle, DistributedDataParallel and torch.compile work. Calling it again does nothing.
+    All modules stay the objects they were, with their parameters, buffers, names, modes and settings: optimizers go on,
+    state_dicts load both ways, train(), eval(), requires_grad_(), .to(), deepcopy, pickle, AveragedModel,
+    DistributedDataParallel, torch.compile, torch.export and torch.jit.trace work. Calling it again does nothing;
+    `unfuse` takes it back.
 
-    What it cannot see:
+    What changes afterwards is followed, or refused with an InputError that names the module:
 
-    - Where a forward cannot be followed (it branches on values), the parts that it calls are followed instead, each as
-      a whole. If that forward also takes such a part to pieces, for instance collects what each layer of a Sequential
-      gives, it gets a convolution's result with norm and activation done. So do forward hooks added later. A module
-      called outside of its chain raises.
-    - A path chosen at random, or by attributes that change afterwards, is followed as it is taken now, in training and
-      in eval mode.
-    - Results are channels_last, as after model.to(memory_format=torch.channels_last): where a forward calls view() on
-      one, PyTorch asks for reshape().
-    - In eval mode folded weights are kept from call to call. Edits in place, load_state_dict and optimizers are seen;
-      an edit through `.data` only after the next eval() or train().
-    - There is no second derivative (gradient penalties, torch.func's transforms) and no nn.DataParallel.
+    - Weights and settings are read at every call, edits through `.data` included. With a setting that no fused operator
+      serves (groups, dilation, padding_mode, momentum None, a hook on a member, a parametrization), and for an empty
+      batch, each module of the chain does its own part, as if never fused.
+    - So it does wherever the forward in which `fuse` saw the chain is not running: in a slice of a Sequential, in
+      `Sequential(*list(net.children())[:-1])`, in model.forward(x) called without model(x).
+    - Where that forward runs and takes another path than in training or eval mode today, or a module of the chain was
+      replaced or removed, the call raises InputError. Call `unfuse`, then `fuse`.
+
+    What does not work on a fused model:
+
+    - torch.jit.script, ONNX export, torch.func.grad and its relatives, nn.DataParallel: call `unfuse` first.
+    - A second derivative, as of a gradient penalty: it raises.
+    - view() on results, which are channels_last as after model.to(memory_format=torch.channels_last): PyTorch asks for
+      reshape().
+    - view(-1) on weights, as in LBFGS, parameters_to_vector and prune.l1_unstructured: PyTorch raises, since fused
+      convolutions hold them in channels_last. fuse(model, channels_last=False) leaves them as they are.
+    - Edits in place of a LeakyReLU's result that the forward does not show, before its backward: PyTorch raises.
 
     Fuse last, but before DistributedDataParallel: after convert_sync_batchnorm, spectral_norm and all else that
-    replaces modules, since what is put in the place of a module that was taken in works on top of it.
+    replaces modules.
 
     Args:
         model: any module, in training or eval mode.
@@ -101,6 +108,7 @@ def fuse(model: nn.Module, *, channels_last: bool = True) -> FuseReport:
     modules = dict(model.named_modules(remove_duplicate=False))
     names = Counter(map(id, modules.values()))
     fused: dict[nn.Module, Fused] = {}
+    chains: dict[nn.Module, Chain] = {}
     reasons: dict[nn.Module, str] = {}
     for region in traced.regions:
         for path, calls in region.calls.items():
@@ -109,16 +117,42 @@ def fuse(model: nn.Module, *, channels_last: bool = True) -> FuseReport:
                 note = _refusal(conv, names) or _convolution_call_refusal(calls) or _box_around(path, region)
                 paths, note = ([path], note) if note else _follow(path, region, modules, names)
                 if any(STAGES[type(modules[p])] < 3 for p in paths[1:]):
+                    chains[conv] = _chain(paths, region, modules)
                     fused[conv] = Fused(tuple(paths), " + ".join(name_of(modules[p]) for p in paths), note)
                 else:
                     reasons[conv] = note or "nothing to fuse follows it"
     left = [Left(path, name_of(modules[path]), reason) for path, reason in traced.untraced.items()]
     left += _left_convolutions(model, fused, reasons)
-    for chain in fused.values():
-        members = [modules[path] for path in chain.modules]
-        join(members[0], _chain_of(members[1:]), channels_last=channels_last)
+    for conv, chain in chains.items():
+        join(conv, chain, channels_last=channels_last)
     in_order = [fused[module] for module in model.modules() if module in fused]
     return FuseReport(tuple(in_order), tuple(left))
+
+
+def unfuse(model: nn.Module) -> None:
+    """Take `fuse` back, in place: for torch.jit.script, ONNX export, or to change the model and fuse it anew.
+
+    The modules are again of the classes they were, with the same parameters, buffers and names. Weights that `fuse`
+    laid out as channels_last are contiguous again, so results are those of a model that never was fused, bit for bit.
+    A model that is not fused stays as it is.
+
+    Raises:
+        InputError: on what is no nn.Module, or where a fused module has another class since, as by a parametrization;
+            the model is unchanged then.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"unfuse: got a {type(model).__name__}, expected an nn.Module")
+    fused = {path: module for path, module in model.named_modules() if is_fused(module)}
+    for path, module in fused.items():
+        if plain_class(module) is None:
+            raise InputError(
+                f"unfuse: {path} has become a {type(module).__name__} since; remove that first, as by "
+                "torch.nn.utils.parametrize.remove_parametrizations"
+            )
+    for module in fused.values():
+        part(module)
+    for module in model.modules():
+        unwatch(module)
 
 
 def _follow(start: str, region: Region, modules: dict[str, nn.Module], names: Counter[int]) -> tuple[list[str], str]:
@@ -181,45 +215,10 @@ def _box_around(path: str, region: Region) -> str:
 
 def _refusal(module: nn.Module, names: Counter[int]) -> str:
     """Why a module cannot be fused, whatever is around it; "" if it can."""
-    if parametrize.is_parametrized(module):
-        return "has a parametrization"
-    if isinstance(module, Convolution) and module._parameters.get("weight") is None:
-        return "has a weight that is computed, as by spectral_norm or weight_norm"
-    if type(module) not in (*STAGES, nn.Conv2d, nn.ConvTranspose2d):
+    reason = refusal(module)
+    if not reason and type(module) not in (*STAGES, nn.Conv2d, nn.ConvTranspose2d):
         return "is of a class that is not fused"
-    if _has_hooks(module):
-        return "has hooks"
-    if "forward" in module.__dict__:
-        return "has a forward that was replaced"
-    if names[id(module)] > 1:
-        return f"is registered under {names[id(module)]} names"
-    match module:
-        case nn.Conv2d() | nn.ConvTranspose2d():
-            return _conv_refusal(module)
-        case nn.BatchNorm2d() if module.momentum is None:
-            return "has momentum None, a cumulative average"
-        case nn.InstanceNorm2d() if module.track_running_stats or module.running_mean is not None:
-            return "has running statistics"
-        case nn.LeakyReLU() if not module.negative_slope >= 0:
-            return "has a slope below 0"
-        case nn.Dropout() if not 0 <= module.p < 1:
-            return f"drops with probability {module.p}"
-    return ""
-
-
-def _conv_refusal(conv: Convolution) -> str:
-    output_padding = set(conv.output_padding)
-    refusals: list[tuple[Any, str]] = [
-        (conv.groups != 1, f"has {conv.groups} groups"),
-        (any(d != 1 for d in conv.dilation), f"has dilation {conv.dilation}"),
-        (conv.padding_mode != "zeros", f"pads by {conv.padding_mode!r}"),
-        (isinstance(conv.padding, str), f"has padding {conv.padding!r}"),
-        (len(set(conv.padding)) > 1, f"has padding {conv.padding}, not alike in both dimensions"),
-        (len(set(conv.stride)) > 1, f"has stride {conv.stride}, not alike in both dimensions"),
-        (len(output_padding) > 1, f"has output_padding {conv.output_padding}, not alike in both dimensions"),
-        (conv.weight.dtype not in _DTYPES, f"is of {conv.weight.dtype}"),
-    ]
-    return next((reason for refused, reason in refusals if refused), "")
+    return reason or (f"is registered under {names[id(module)]} names" if names[id(module)] > 1 else "")
 
 
 def _convolution_call_refusal(calls: Iterable[fx.Node]) -> str:
@@ -240,7 +239,7 @@ def _crossing(start: str, path: str, region: Region, modules: dict[str, nn.Modul
     if len(modes) > 1:
         return "runs in another grad or autocast mode"
     for ancestor in _ancestors(start) ^ _ancestors(path):
-        if _has_hooks(modules[ancestor]):
+        if has_hooks(modules[ancestor]):
             return f"is on the other side of {ancestor}, which has hooks"
     return ""
 
@@ -267,17 +266,18 @@ def _left_convolutions(model: nn.Module, fused: dict[nn.Module, Fused], reasons:
     return left
 
 
-def _chain_of(modules: list[nn.Module]) -> Chain:
-    chain: dict[str, Any] = {}
-    for module in modules:
-        stage = STAGES[type(module)]
-        chain["dropout" if stage == 3 else "activation" if type(module) in ACTIVATION_NAMES else "norm"] = module
-    return Chain(**chain)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, name, None) for name in hooks)
+def _chain(paths: list[str], region: Region, modules: dict[str, nn.Module]) -> Chain:
+    """The chain of these modules, the convolution's path first, and the scope in which it may run as one."""
+    stacks = region.callers(paths)
+    levels = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*stacks, strict=False))
+    shared = [level[0] for level in levels]
+    around = modules[shared[-1]]
+    between = {path: modules[path] for stack in stacks for path in stack[len(shared) :]}
+    names = tuple(f"{path} ({name_of(modules[path])})" for path in paths)
+    chain = Chain(names, scope_of(around) or Scope().watch(around), tuple(between.values()))
+    for module in (modules[path] for path in paths[1:]):
+        setattr(chain, ("norm", "activation", "dropout")[STAGES[type(module)] - 1], module)
+    return chain
 
 
 def _ancestors(path: str) -> set[str]:

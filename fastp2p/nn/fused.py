@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fastp2p.errors import InputError
-from fastp2p.nn.block import Convolution, FoldCache, FoldingModule, Normalisation, run_block
+from fastp2p.nn.block import Convolution, Normalisation, run_block
+from fastp2p.nn.scope import Parcel, Scope
+from fastp2p.nn.settings import has_global_hooks, has_hooks, refusal
 from fastp2p.ops._activation import Activation
 
 ACTIVATION_NAMES: dict[type[nn.Module], Activation] = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Tanh: "tanh"}
@@ -20,27 +22,24 @@ ACTIVATION_NAMES: dict[type[nn.Module], Activation] = {nn.ReLU: "relu", nn.Leaky
 class Chain:
     """The modules that a convolution took in. Settings, mode and statistics are read from them at every call."""
 
+    names: tuple[str, ...]  # of the convolution and of these modules, for errors
+    scope: Scope  # of the module whose forward calls them all
+    between: tuple[nn.Module, ...] = ()  # modules whose forwards begin or end within the chain
     norm: Normalisation | None = None
     activation: nn.Module | None = None
     dropout: nn.Dropout | None = None
-    compiled: bool = False  # it has run under torch.compile, where results cannot be marked
-
-    def mark(self, out: Tensor) -> None:
-        """Note on the result whose it is, so that the modules taken in know their own."""
-        if not torch.compiler.is_compiling():
-            out._fastp2p_chain = self  # type: ignore[attr-defined]
-        elif torch.compiler.is_dynamo_compiling():
-            # An export must not set it, since this model then runs on uncompiled: a strict one drops what is set here.
-            # PyTorch 2.11's compiler answers is_exporting with True, always.
-            self.compiled = True
-
-    def made(self, out: Tensor) -> bool:
-        """Whether this is a result of the chain, as far as can be told."""
-        return self.compiled or getattr(out, "_fastp2p_chain", None) is self
 
     @property
     def modules(self) -> list[nn.Module]:
         return [module for module in (self.norm, self.activation, self.dropout) if module is not None]
+
+    def serves(self, conv: Convolution, x: Tensor) -> bool:
+        """Whether the operators may do this call; where not, each module does its own part, as if never fused."""
+        if not self.scope.running or x.ndim != 4 or x.numel() == 0:
+            return False
+        if has_global_hooks() or any(has_hooks(module) for module in self.between):
+            return False
+        return not any(refusal(module) for module in (conv, *self.modules))
 
     def settings(self) -> dict[str, Any]:
         """activation, slope and dropout for `run_block`."""
@@ -50,55 +49,49 @@ class Chain:
         return {"activation": names[0] if names else "none", "slope": slope, "dropout": dropout}
 
 
-class _FusedConvolution(FoldingModule):
-    """Mixin: forward is the whole chain's."""
+class _FusedConvolution(nn.Module):
+    """Mixin: forward is the whole chain's where its operators serve, and the convolution's alone elsewhere."""
 
     _chain: Chain
 
-    def _run(self, conv: Convolution, x: Tensor) -> Tensor:
+    def _run_chain(self, conv: Convolution, x: Tensor) -> Parcel:
         chain = self._chain
-        if x.ndim == 3 and not isinstance(chain.norm, nn.BatchNorm2d):  # one image without a batch, as PyTorch allows
-            out = run_block(x[None], None, conv, chain.norm, self._cache, **chain.settings())[0]
-        else:
-            out = run_block(x, None, conv, chain.norm, self._cache, **chain.settings())
-        chain.mark(out)
-        return out
+        result = run_block(x, None, conv, chain.norm, **chain.settings())
+        return Parcel(result, chain.scope, chain.modules, chain.names)
 
     def extra_repr(self) -> str:
         return ", ".join([super().extra_repr(), *(f"+ {name_of(module)}" for module in self._chain.modules)])
 
     def _replicate_for_data_parallel(self) -> NoReturn:
-        raise InputError("nn.DataParallel: got a fused model; expected an unfused one, or DistributedDataParallel")
+        advice = "call fastp2p.unfuse(model) first, or use DistributedDataParallel"
+        raise InputError(f"nn.DataParallel: got a fused model; {advice}")
+
+    def __prepare_scriptable__(self) -> NoReturn:  # asked by torch.jit.script
+        raise InputError("torch.jit.script: got a fused model; call fastp2p.unfuse(model) first")
 
 
 class FusedConv2d(_FusedConvolution, nn.Conv2d):
     """nn.Conv2d that also does what follows it."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return self._run(self, input)
+    def forward(self, input: Tensor) -> Any:
+        return self._run_chain(self, input) if self._chain.serves(self, input) else super().forward(input)
 
 
 class FusedConvTranspose2d(_FusedConvolution, nn.ConvTranspose2d):
     """nn.ConvTranspose2d that also does what follows it."""
 
-    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        if output_size is not None:
-            raise InputError("FusedConvTranspose2d: got an output_size in the call, expected none; set output_padding")
-        return self._run(self, input)
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Any:
+        serves = output_size is None and self._chain.serves(self, input)
+        return self._run_chain(self, input) if serves else super().forward(input, output_size)
 
 
 class _Absorbed(nn.Module):
-    """Mixin: forward is the identity, since the convolution before has done the work."""
+    """Mixin: forward passes on what the convolution before has done, and does its own part of anything else."""
 
     _chain: Chain
 
-    def forward(self, input: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling() and not self._chain.made(input):
-            raise InputError(
-                f"{type(self).__name__}: got a tensor that does not come straight from the convolution which took this "
-                f"{name_of(self)} in; expected the calls that fastp2p.fuse saw. Leave this part of the model unfused"
-            )
-        return input
+    def forward(self, input: Any) -> Any:
+        return input.through(self) if isinstance(input, Parcel) else super().forward(input)
 
     def extra_repr(self) -> str:
         return ", ".join(filter(None, [super().extra_repr(), "done by the convolution before"]))
@@ -142,8 +135,7 @@ _CLASSES: dict[type[nn.Module], type[nn.Module]] = {
 
 def name_of(module: nn.Module) -> str:
     """The name of a module's class, before fusion if it was fused."""
-    before = [cls for cls, fused in _CLASSES.items() if type(module) is fused]
-    return (before[0] if before else type(module)).__name__
+    return (plain_class(module) or type(module)).__name__
 
 
 def is_fused(module: nn.Module) -> bool:
@@ -152,11 +144,27 @@ def is_fused(module: nn.Module) -> bool:
 
 
 def join(conv: nn.Module, chain: Chain, *, channels_last: bool) -> None:
-    """Make conv do all of chain, in place."""
+    """Let conv do all of chain, in place."""
     for module in (conv, *chain.modules):
         module.__class__ = _CLASSES[type(module)]
         module.__dict__["_chain"] = chain
-    conv.__dict__["_cache"] = FoldCache()
     if channels_last:
         assert isinstance(conv.weight, nn.Parameter)
+        conv.__dict__["_was_contiguous"] = conv.weight.is_contiguous()
         conv.weight.data = conv.weight.data.contiguous(memory_format=torch.channels_last)
+
+
+def plain_class(module: nn.Module) -> type[nn.Module] | None:
+    """The class that a fused module had before; None where something has replaced the fused one since."""
+    return next((before for before, fused in _CLASSES.items() if type(module) is fused), None)
+
+
+def part(module: nn.Module) -> None:
+    """Make a fused module what it was before, in place; the others of its chain do their own parts from now on."""
+    before = plain_class(module)
+    assert before is not None
+    module.__class__ = before
+    module.__dict__.pop("_chain").scope = Scope()  # which never runs
+    if module.__dict__.pop("_was_contiguous", False):
+        assert isinstance(module.weight, nn.Parameter)
+        module.weight.data = module.weight.data.contiguous()

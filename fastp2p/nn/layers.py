@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from fastp2p import ops
 from fastp2p.config import GanMode, Norm
 from fastp2p.errors import InputError
-from fastp2p.nn.block import Convolution, FoldCache, FoldingModule, Normalisation, run_block
+from fastp2p.nn.block import Convolution, Normalisation, run_block
 from fastp2p.ops._activation import Activation, activation_index
 from fastp2p.ops.patch_loss import Kind
 
 
-class _Block(FoldingModule):
+class _Block(nn.Module):
     """What both layers share: the owners of the parameters and the settings of what comes after."""
 
     def __init__(
@@ -46,12 +46,11 @@ class _Block(FoldingModule):
         self.activation: Activation = activation
         self.slope = slope
         self.dropout = dropout
-        self._cache = FoldCache()
 
     def _run(self, x: Tensor, skip: Tensor | None) -> Tensor:
         settings: dict[str, Any] = {"activation": self.activation, "slope": self.slope}
         dropout = self.dropout if self.training else 0.0
-        return run_block(x, skip, self.conv, self.norm, self._cache, dropout=dropout, **settings)
+        return run_block(x, skip, self.conv, self.norm, dropout=dropout, **settings)
 
     def extra_repr(self) -> str:
         slope = f", slope={self.slope}" if self.activation == "leaky_relu" else ""
@@ -67,8 +66,7 @@ class ConvNormAct(_Block):
     names are those of nn.Conv2d in `conv` and nn.BatchNorm2d or nn.InstanceNorm2d in `norm`; those modules are not
     called themselves, so a hook on them does not fire. The result is channels_last, of x's dtype or autocast's.
 
-    The gradient can be taken once: a gradient penalty, which differentiates it again, raises. In eval mode the folded
-    weight is kept between calls; an edit through `.data` is seen after the next train() or eval().
+    The gradient can be taken once: a gradient penalty, which differentiates it again, raises.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding: as for nn.Conv2d, strides and padding alike in both

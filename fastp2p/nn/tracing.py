@@ -5,7 +5,7 @@ import inspect
 import operator
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,10 @@ class Region:
     calls: dict[str, list[fx.Node]]  # path in the model -> the calls of that module, in all graphs together
     n_graphs: int
     boxes: frozenset[str]  # paths in the model of modules that are called here, but were not looked into
+
+    def callers(self, paths: Iterable[str]) -> list[tuple[str, ...]]:
+        """For each call of these modules, the modules whose forwards are running then, from the outermost on."""
+        return [node.meta["stack"] for path in paths for node in self.calls[path]]
 
     def full_path(self, node: fx.Node) -> str:
         """Where in the model the module is that a node calls."""
@@ -156,6 +160,7 @@ class _Tracer(fx.Tracer):
             self.stack.pop()
         if isinstance(result, fx.Proxy) and result.node.op == "call_module":
             result.node.meta.setdefault("modes", _modes())
+            result.node.meta.setdefault("stack", tuple(self.stack))
             result.node.meta.setdefault("inplace", getattr(m, "inplace", False))
         return result
 

@@ -2,14 +2,32 @@
 
 import copy
 import os
+from typing import Any
 
 import torch
 from on_device import generator
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastp2p.nn import FuseReport, fuse
 
 DOUBLE = torch.float64
+
+
+class OperatorCalls(TorchDispatchMode):
+    """The names of the operators that are called, and of fastp2p's among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.all_names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.all_names.append(name)
+        if func.namespace == "fastp2p":
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
 
 
 def total(output: Tensor | list[Tensor]) -> Tensor:

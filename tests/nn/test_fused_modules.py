@@ -18,26 +18,12 @@ from nn.comparing import (
     total,
 )
 from nn.plain_models import DCGANGenerator
-from torch import Tensor, nn
+from torch import nn
 
 from fastp2p.errors import InputError
-from fastp2p.nn import block, fuse
+from fastp2p.nn import fuse
 
 DOUBLE = torch.float64
-
-
-@pytest.fixture
-def folds(monkeypatch: pytest.MonkeyPatch) -> list[None]:
-    """One entry for each time that a norm is folded into a weight."""
-    counted: list[None] = []
-    fold = block.fold
-
-    def counting(*args: object) -> tuple[Tensor, Tensor]:
-        counted.append(None)
-        return fold(*args)
-
-    monkeypatch.setattr(block, "fold", counting)
-    return counted
 
 
 def test_settings_are_read_at_every_call():
@@ -71,17 +57,16 @@ def test_frozen_norms():
     torch.testing.assert_close(dict(fused.named_buffers()), dict(model.named_buffers()), rtol=0, atol=0)
 
 
-def test_gradient_through_frozen_model_to_its_input(folds: list[None]):
+def test_gradient_through_frozen_model_to_its_input():
     model = small().requires_grad_(False).eval()
     fused, _ = fused_copy(model)
     x = images()
-    with torch.inference_mode():  # what was kept then must serve autograd afterwards
+    with torch.inference_mode():
         fused(x)
     inputs = [x.clone().requires_grad_() for _ in range(2)]
     for m, i in zip((model, fused), inputs, strict=True):
         total(m(i)).backward()
     torch.testing.assert_close(inputs[1].grad, inputs[0].grad)
-    assert len(folds) == 2
 
 
 @pytest.mark.parametrize(
@@ -94,7 +79,7 @@ def test_gradient_through_frozen_model_to_its_input(folds: list[None]):
         lambda m: m[1].to(torch.float16).to(DOUBLE),
         lambda m: m[1].running_mean.add_(1),
         lambda m: m[1].running_var.mul_(2),
-        lambda m: (m[5].bias.data.add_(1), m.eval()),
+        lambda m: m[5].bias.data.add_(1),
         lambda m: setattr(m[1].bias, "data", m[1].bias.data + 1),
         lambda m: setattr(m[0].weight, "data", m[0].weight.data.transpose(2, 3)),
         lambda m: setattr(m[1], "eps", 1.0),
@@ -103,7 +88,7 @@ def test_gradient_through_frozen_model_to_its_input(folds: list[None]):
         lambda m: nn.init.normal_(m[4].bias),
     ],
 )
-def test_what_was_folded_is_never_stale(edit: Callable[[nn.Module], object], folds: list[None]):
+def test_no_result_is_stale(edit: Callable[[nn.Module], object]):
     model = small()
     fused, _ = fused_copy(model)
     x = images()
@@ -111,9 +96,6 @@ def test_what_was_folded_is_never_stale(edit: Callable[[nn.Module], object], fol
         total(m(x)).backward()  # gradients for the optimizer step
         m.eval()
     with torch.no_grad():
-        fused(x)
-        fused(x)
-        assert len(folds) == 2  # one per batch norm, and kept
         before = fused(x)
         for m in (model, fused):
             torch.manual_seed(3)
@@ -123,7 +105,7 @@ def test_what_was_folded_is_never_stale(edit: Callable[[nn.Module], object], fol
         assert not torch.equal(fused(x), before)
 
 
-def test_folding_where_there_is_no_version_or_address(folds: list[None]):
+def test_tensors_of_inference_mode_and_of_a_functional_call():
     with torch.inference_mode():
         model = small().eval()
         fused, _ = fused_copy(model)
@@ -131,7 +113,6 @@ def test_folding_where_there_is_no_version_or_address(folds: list[None]):
         fused[1].weight.mul_(2)
         model[1].weight.mul_(2)
         torch.testing.assert_close(fused(images()), model(images()))
-    assert len(folds) == 4
     model = small().eval()
     fused, _ = fused_copy(model)
     for scale in (1, 2, 3):  # each time other tensors, perhaps at the same addresses
@@ -161,7 +142,6 @@ def test_copies_are_independent():
     for twin in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
         assert twin[0]._chain.norm is twin[1] is not fused[1]
         assert twin[2]._chain is twin[0]._chain
-        assert twin[0]._cache._kept is None
         before = {key: value.clone() for key, value in fused.state_dict().items()}
         assert_same_training(copy.deepcopy(model), twin.train(), images())
         assert all(torch.equal(value, before[key]) for key, value in fused.state_dict().items())
@@ -241,17 +221,6 @@ def check_dropout_is_torchs(norm: Callable[[], nn.Module]) -> None:
     torch.testing.assert_close(*outputs)
 
 
-def test_absorbed_module_called_elsewhere_raises():
-    fused = fuse_it(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()))
-    with pytest.raises(InputError, match="AbsorbedReLU: got a tensor that does not come straight from"):
-        fused[2](torch.randn(1, 4, 3, 3))
-    handle = fused[0].register_forward_hook(lambda module, args, output: output * 2)
-    with pytest.raises(InputError, match="AbsorbedBatchNorm2d"):
-        fused(images(dtype=torch.float32))
-    handle.remove()
-    fused(images(dtype=torch.float32))
-
-
 def test_one_value_per_channel_raises():
     generator = fuse_it(DCGANGenerator())
     with pytest.raises(InputError, match=r"InstanceNorm2d: got one value per channel, \(2, 4, 1, 1\)"):
@@ -265,15 +234,8 @@ def test_one_value_per_channel_raises():
 
 def test_what_is_not_supported_raises():
     fused = fuse_it(nn.Sequential(nn.ConvTranspose2d(3, 4, 4, 2, 1), nn.Tanh()))
-    x = images(dtype=torch.float32)
-    with pytest.raises(InputError, match="got an output_size in the call"):
-        fused[0](x, [17, 17])
     with pytest.raises(InputError, match=r"nn.DataParallel: got a fused model"):
         fused[0]._replicate_for_data_parallel()
-    norm = fuse_it(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
-    norm[1].momentum = None
-    with pytest.raises(InputError, match="momentum None"):
-        norm(x)
 
 
 def test_gradient_penalty_raises():
