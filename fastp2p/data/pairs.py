@@ -1,6 +1,5 @@
 """Folders -> pairs of files, in either of the two layouts that people have."""
 
-import os
 import unicodedata
 import zipfile
 from collections import defaultdict
@@ -48,7 +47,12 @@ def open_root(data: str) -> Traversable:
         raise InputError(f"data: got {data!r}: {reason}; expected a folder or .zip with\n{LAYOUTS}")
     if path.is_dir():
         return path
-    if os.access(path, os.R_OK) and not zipfile.is_zipfile(path):
+    try:
+        with open(path, "rb") as stream:
+            is_zip = zipfile.is_zipfile(stream)
+    except OSError as error:
+        raise InputError(f"data: {path} cannot be read: {error.strerror}") from error
+    if not is_zip:
         raise InputError(
             f"data: got {data!r}, a file that is no readable .zip; expected a folder or .zip with\n{LAYOUTS}"
         )
