@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fastp2p.config import BUILTIN
 from fastp2p.data.archive import open_archive
-from fastp2p.data.folders import Contents, is_folder, list_folder, name_some, why_unreadable
+from fastp2p.data.folders import MISSING, Contents, is_folder, list_folder, name_some, why_unreadable
 from fastp2p.data.images import EXTENSIONS
 from fastp2p.errors import InputError, printable
 
@@ -44,7 +44,8 @@ def open_root(data: str) -> Traversable:
     path = Path(data)
     reason = why_unreadable(path)
     if reason:
-        raise InputError(f"data: got {data!r}: {reason}; expected a folder or .zip with\n{LAYOUTS}")
+        what = "is no folder" if reason == MISSING else reason
+        raise InputError(f"data: got {data!r}, which {what}; expected a folder or .zip with\n{LAYOUTS}")
     if path.is_dir():
         return path
     try:
