@@ -199,7 +199,7 @@ def test_an_image_that_vanishes_ends_a_run_saved(aligned: Path, tmp_path: Path, 
 
     batches = Run.batches
     monkeypatch.setattr(Run, "batches", vanish)
-    with pytest.raises(InputError, match=r"data: train/3\.png: .*--skip-bad to go on without it\.\nSaved at") as told:
+    with pytest.raises(InputError, match=r"data: train/3\.png: .*--skip-bad goes on without it\.\nSaved at") as told:
         train(config(aligned, folder, "--stream", "always"))
     assert shlex.split(str(told.value).rpartition("with: ")[2]) == ["fastp2p", "train", "--resume", str(folder)]
     away.rename(image)

@@ -76,7 +76,7 @@ def why_unreadable(entry: Traversable) -> str:
         return MISSING
     if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
         return ""
-    return "is a named pipe, a socket or a device; expected a file"
+    return "is a named pipe, a socket or a device, and no file"
 
 
 def is_folder(entry: Traversable) -> bool:

@@ -10,7 +10,7 @@ from io import BytesIO
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from fastp2p.data.archive import read_bytes
@@ -23,6 +23,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp"
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
 MAX_PIXELS = 2**29  # 23,170 px square
 BYTES_PER_PIXEL = 12  # while an image is decoded and converted
+LARGE = 2**26  # px: of such images the threads decode one at a time, lest they fill the memory
 LINES_OF_A_KIND = 10  # in an error that lists files
 # What Pillow's decoders and conversions raise on damaged files, by experiment; OSError covers truncated ones
 _DAMAGED = (
@@ -60,18 +61,26 @@ def read_image(file: Traversable, channels: int) -> tuple[Image.Image, str]:
     except UnidentifiedImageError as error:
         raise InputError(f"cannot be decoded: {_what_it_is(content)}") from error
     except _DAMAGED as error:
-        raise InputError(f"cannot be decoded: {str(error) or type(error).__name__}") from error
+        in_words = isinstance(error, OSError | SyntaxError | ValueError | RuntimeError) and str(error)
+        raise InputError(f"cannot be decoded: {in_words or f'damaged ({type(error).__name__} {error})'}") from error
 
 
 def _decode(content: bytes, channels: int) -> tuple[Image.Image, str]:
     with Image.open(BytesIO(content), formats=FORMATS) as image:
         _check_size(*image.size)
-        frames = getattr(image, "n_frames", 1)
-        deep = any(";16" in str(tile) for tile in image.tile)  # 16-bit colour, of which Pillow keeps the high bytes
-        tiff_tag = getattr(image, "tag_v2", {}).get(ExifTags.Base.Orientation)  # Pillow applies it as it loads
-        image.load()
-        mode = image.mode
-        upright, turned = (image, "orientation tag") if tiff_tag in _TURNED else _upright(image)
+        large = image.width * image.height > LARGE
+        with _large_one if large else contextlib.nullcontext():
+            return _convert(image, channels)
+
+
+def _convert(image: ImageFile.ImageFile, channels: int) -> tuple[Image.Image, str]:
+    """Decode an opened image, and bring it to the 3 or 1 channels."""
+    frames = getattr(image, "n_frames", 1)
+    deep = any(";16" in str(tile) for tile in image.tile)  # 16-bit colour, of which Pillow keeps the high bytes
+    tiff_tag = getattr(image, "tag_v2", {}).get(ExifTags.Base.Orientation)  # Pillow applies it as it loads
+    image.load()
+    mode = image.mode
+    upright, turned = (image, "orientation tag") if tiff_tag in _TURNED else _upright(image)
 
     notes = [*(["several frames"] if frames > 1 else []), *([turned] if turned else [])]
     notes += ["16-bit colour"] if deep and not mode.startswith("I") else []
@@ -111,6 +120,7 @@ def _check_size(width: int, height: int) -> None:
         )
 
 
+_large_one = threading.Lock()
 _no_limit = threading.Lock()
 _readers, _limit = 0, Image.MAX_IMAGE_PIXELS
 

@@ -1,6 +1,5 @@
 """Folders -> pairs of files, in either of the two layouts that people have."""
 
-import os
 import unicodedata
 import zipfile
 from collections import defaultdict
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from fastp2p.config import BUILTIN
 from fastp2p.data.archive import open_archive
-from fastp2p.data.folders import Contents, is_folder, list_folder, name_some, why_unreadable
+from fastp2p.data.folders import MISSING, Contents, is_folder, list_folder, name_some, why_unreadable
 from fastp2p.data.images import EXTENSIONS
 from fastp2p.errors import InputError, printable
 
@@ -45,10 +44,16 @@ def open_root(data: str) -> Traversable:
     path = Path(data)
     reason = why_unreadable(path)
     if reason:
-        raise InputError(f"data: got {data!r}: {reason}; expected a folder or .zip with\n{LAYOUTS}")
+        what = "is no folder" if reason == MISSING else reason
+        raise InputError(f"data: got {data!r}, which {what}; expected a folder or .zip with\n{LAYOUTS}")
     if path.is_dir():
         return path
-    if os.access(path, os.R_OK) and not zipfile.is_zipfile(path):
+    try:
+        with open(path, "rb") as stream:
+            is_zip = zipfile.is_zipfile(stream)
+    except OSError as error:
+        raise InputError(f"data: {path} cannot be read: {error.strerror}") from error
+    if not is_zip:
         raise InputError(
             f"data: got {data!r}, a file that is no readable .zip; expected a folder or .zip with\n{LAYOUTS}"
         )

@@ -1,8 +1,11 @@
 import io
 import os
 import struct
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -242,6 +245,26 @@ def test_large_images_are_read_in_words(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(InputError, match=r"200x100 px take 0\.0 GiB, and this machine has 0\.0; scale it down"):
         read_image(file, 3)
     assert Image.MAX_IMAGE_PIXELS == 1000
+
+
+def test_large_images_are_decoded_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    at_work, most = [0], [0]
+    convert = images._convert
+
+    def watched(*args: Any) -> Any:
+        at_work[0] += 1
+        most[0] = max(most[0], at_work[0])
+        time.sleep(0.01)
+        at_work[0] -= 1
+        return convert(*args)
+
+    monkeypatch.setattr(images, "LARGE", 100)
+    monkeypatch.setattr(images, "_convert", watched)
+    file = save(tmp_path, random_image(20, 10))
+    with ThreadPoolExecutor(4) as pool:
+        assert len(list(pool.map(lambda _: read_image(file, 3), range(8)))) == 8
+    assert most == [1]
+    assert Image.MAX_IMAGE_PIXELS is not None
 
 
 @pytest.mark.slow

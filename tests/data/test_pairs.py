@@ -218,6 +218,16 @@ def test_wrong_folders_are_told_with_the_layouts(tmp_path: Path, make: list[str]
     assert "DIR/train/A/NAME.jpg" in str(error.value)
 
 
+def test_a_zip_that_may_not_be_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(path: Path, *args: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    (tmp_path / "x.zip").touch()
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(InputError, match=r"x\.zip cannot be read: Permission denied"):
+        open_root(str(tmp_path / "x.zip"))
+
+
 @pytest.mark.parametrize("data", ["nowhere", "builtin:cats", __file__])
 def test_no_such_data(data: str):
     with pytest.raises(InputError, match="data: got"):
