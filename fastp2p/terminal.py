@@ -35,6 +35,9 @@ class Lasting(ObjectWrapper):
     __hash__ = None  # type: ignore[assignment]
 
     def write(self, text: str) -> int:
+        encoding = getattr(self._wrapped, "encoding", None) or "utf-8"
+        if getattr(self._wrapped, "errors", "strict") == "strict":
+            text = text.encode(encoding, "backslashreplace").decode(encoding)
         self._attempt(lambda: self._wrapped.write(text))
         return len(text)
 
@@ -44,6 +47,8 @@ class Lasting(ObjectWrapper):
     def _attempt(self, act: Callable[[], object]) -> None:
         try:
             act()
+        except RuntimeError:  # the line of a signal's handler came in the middle of another one
+            pass
         except (OSError, ValueError) as error:  # ValueError: closed by the program itself
             self.wrapper_setattr("lost", error)
             with contextlib.suppress(OSError, ValueError):  # what is still buffered would fail again at exit

@@ -1,13 +1,14 @@
 """Images in, translated images out, with nothing but a netG.safetensors."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from os.path import lexists, realpath
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from fastp2p import terminal
 from fastp2p.checkpoint import load_image_generator
 from fastp2p.config import Device, NormStats
 from fastp2p.data.folders import Contents, list_folder, passed_over, why_unreadable
@@ -17,6 +18,7 @@ from fastp2p.errors import InputError, WriteError, printable
 from fastp2p.files import write_atomically
 from fastp2p.networks import generate
 from fastp2p.run_folder import make_folder
+from fastp2p.terminal import Say
 
 
 def translate(
@@ -30,7 +32,7 @@ def translate(
     overwrite: bool = False,
     seed: int = 0,
     device: Device = "auto",
-    say: Callable[[str], None] = print,
+    say: Say = terminal.say,
 ) -> list[Path]:
     """Translate images of any size, and write OUT/NAME.png for each, of the size of its input.
 

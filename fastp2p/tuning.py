@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from fastp2p import terminal
 from fastp2p.config import NAMED_KERNELS, TrainConfig
 from fastp2p.device import best_precision, choose_device, describe_device
 from fastp2p.engine import FusedStep, ahead
@@ -180,7 +181,7 @@ def too_busy(device_type: str) -> float | None:
     return load if device_type == "cpu" and load > (os.cpu_count() or 1) else None
 
 
-def tune_networks(config: TrainConfig, *, again: bool, say: Say = print) -> str:
+def tune_networks(config: TrainConfig, *, again: bool, say: Say = terminal.say) -> str:
     """Measure what a training run with this configuration takes.
 
     Returns:

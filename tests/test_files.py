@@ -78,3 +78,10 @@ write_atomically(Path({str(path)!r}), b"new")
     assert path.read_bytes() == survives
     remove_leftovers(tmp_path)
     assert os.listdir(tmp_path) == ["c.pt"]
+
+
+def test_the_longest_name_can_be_written(tmp_path: Path):
+    for name in ("x" * 255, "é" * 127):
+        write_atomically(tmp_path / name, b"content")
+        assert (tmp_path / name).read_bytes() == b"content"
+    assert len(list(tmp_path.iterdir())) == 2

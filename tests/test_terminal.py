@@ -23,6 +23,28 @@ def test_names_keep_their_bytes_and_other_letters_are_escaped(
     assert content.getvalue() == written + b"\n"
 
 
+def test_a_narrow_stream_of_the_program_s_own(monkeypatch: pytest.MonkeyPatch):
+    """train() called from a program: its stdout stays as it is set."""
+    content = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(content, encoding="ascii", errors="strict"))
+    for _ in range(2):
+        say("日 caf\udce9")
+    sys.stdout.flush()
+    assert content.getvalue() == 2 * b"\\u65e5 caf\\udce9\n"
+
+
+def test_a_line_in_the_middle_of_another_ends_nothing():
+    """As a signal's handler may print one; Python refuses it."""
+
+    class Busy(io.StringIO):
+        def write(self, text: str) -> int:
+            raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stdout>'>")
+
+    stream = Lasting(Busy())
+    stream.write("text")
+    assert stream.lost is None
+
+
 def test_a_stream_that_fails_is_left_and_remembered():
     class Full(io.StringIO):
         def write(self, text: str) -> int:
