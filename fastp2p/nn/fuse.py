@@ -71,8 +71,8 @@ def fuse(model: nn.Module, *, channels_last: bool = True) -> FuseReport:
     What changes afterwards is followed, or refused with an InputError that names the module:
 
     - Weights and settings are read at every call, edits through `.data` included. With a setting that no fused operator
-      serves (groups, dilation, padding_mode, momentum None, a hook on a member, a parametrization), and for an empty
-      batch, each module of the chain does its own part, as if never fused.
+      serves (groups, dilation, padding_mode, momentum None, a hook on a member, a parametrization), for an empty batch
+      and while torch.jit.trace looks, each module of the chain does its own part, as if never fused.
     - So it does wherever the forward in which `fuse` saw the chain is not running: in a slice of a Sequential, in
       `Sequential(*list(net.children())[:-1])`, in model.forward(x) called without model(x).
     - Where that forward runs and takes another path than in training or eval mode today, or a module of the chain was

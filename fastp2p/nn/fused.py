@@ -37,6 +37,8 @@ class Chain:
         """Whether the operators may do this call; where not, each module does its own part, as if never fused."""
         if not self.scope.running or x.ndim != 4 or x.numel() == 0:
             return False
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]  # a trace would keep today's sizes for good
+            return False
         if has_global_hooks() or any(has_hooks(module) for module in self.between):
             return False
         return not any(refusal(module) for module in (conv, *self.modules))
