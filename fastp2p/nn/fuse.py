@@ -80,7 +80,8 @@ def fuse(model: nn.Module, *, channels_last: bool = True) -> FuseReport:
 
     What does not work on a fused model:
 
-    - torch.jit.script, ONNX export, torch.func.grad and its relatives, nn.DataParallel: call `unfuse` first.
+    - torch.jit.script, torch.fx.symbolic_trace, ONNX export, torch.func.grad and jvp, forward-mode derivatives and
+      nn.DataParallel: they raise; call `unfuse` first.
     - A second derivative, as of a gradient penalty: it raises.
     - view() on results, which are channels_last as after model.to(memory_format=torch.channels_last): PyTorch asks for
       reshape().

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fastp2p.errors import InputError
 from fastp2p.nn.block import Convolution, Normalisation, run_block
@@ -35,7 +35,9 @@ class Chain:
 
     def serves(self, conv: Convolution, x: Tensor) -> bool:
         """Whether the operators may do this call; where not, each module does its own part, as if never fused."""
-        if not self.scope.running or x.ndim != 4 or x.numel() == 0:
+        if isinstance(x, fx.Proxy):
+            raise InputError("torch.fx: got a fused model; call fastp2p.unfuse(model) first")
+        if not self.scope.running or not isinstance(x, Tensor) or x.ndim != 4 or x.numel() == 0:
             return False
         if torch.jit.is_tracing():  # type: ignore[attr-defined]  # a trace would keep today's sizes for good
             return False

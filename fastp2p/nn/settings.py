@@ -30,6 +30,8 @@ def refusal(module: nn.Module) -> str:
         return "has momentum None, a cumulative average"
     if isinstance(module, nn.InstanceNorm2d) and (module.track_running_stats or module.running_mean is not None):
         return "has running statistics"
+    if isinstance(module, nn.BatchNorm2d | nn.InstanceNorm2d) and not module.eps > 0:
+        return f"has eps {module.eps}"
     if isinstance(module, nn.LeakyReLU) and not module.negative_slope >= 0:
         return "has a slope below 0"
     if isinstance(module, nn.Dropout) and not 0 <= module.p < 1:

@@ -4,6 +4,7 @@ import copy
 import threading
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -232,6 +233,19 @@ def test_groups():
     torch.testing.assert_close(*(outcome(model, plainly) for model in models))
 
 
+@pytest.mark.parametrize("change", [
+    lambda m: setattr(m[1], "eps", 0.0),
+    lambda m: setattr(m[3], "p", 1.5),
+    lambda m: setattr(m[0], "groups", 2),
+    lambda m: setattr(m[5], "running_var", torch.ones(7).double()),
+])  # fmt: skip
+def test_where_pytorch_raises(change: Callable[[nn.Module], object]):
+    for model in (small(), fuse_it(small())):
+        change(model)
+        with pytest.raises((ValueError, RuntimeError, InputError)):
+            model(images())
+
+
 class Chooser(nn.Module):
     """An attribute chooses the path."""
 
@@ -265,10 +279,23 @@ class Chooser(nn.Module):
                 return self.conv(self.bn(y)[:, :3])
             case 10:
                 return {"a": self.bn(y)}
+            case 11:
+                with torch.no_grad():
+                    return self.relu(self.bn(y))
+            case 12:
+                return self.relu(self.bn(copy.deepcopy(y)))
+            case 13:
+                return self.relu(self.bn(y)) * y.shape[0]
+            case 14:
+                return torch.from_numpy(np.asarray(y))
+            case 15:
+                return nn.functional.interpolate(y, scale_factor=2)
+            case 16:
+                return self.relu(self.bn(y if y else x))
         return self.relu(self.bn(y))
 
 
-@pytest.mark.parametrize("way", range(1, 11))
+@pytest.mark.parametrize("way", range(1, 17))
 def test_a_path_chosen_by_an_attribute_afterwards(way: int):
     fused = fuse_it(Chooser())
     torch.testing.assert_close(fused(images()), Chooser()(images()))
@@ -322,6 +349,12 @@ def test_feature_extractor_of_a_resnet():
     for n in range(1, 8):
         outputs = [nn.Sequential(*list(m.children())[:n])(x) for m in (model, fused)]
         torch.testing.assert_close(outputs[1], outputs[0])
+
+
+def test_tracing_by_others_is_refused():
+    """Their graphs would hold the path of a call in which nothing is fused, or fail within it."""
+    with pytest.raises(InputError, match=r"torch.fx: got a fused model; call fastp2p.unfuse\(model\) first"):
+        torch.fx.symbolic_trace(fuse_it(small()))
 
 
 def test_threads_do_not_see_each_other():
