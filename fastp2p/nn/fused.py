@@ -43,7 +43,7 @@ class Chain:
             return False
         if has_global_hooks() or any(has_hooks(module) for module in self.between):
             return False
-        return not any(refusal(module) for module in (conv, *self.modules))
+        return _fits(self.norm, conv) and not any(refusal(module) for module in (conv, *self.modules))
 
     def settings(self) -> dict[str, Any]:
         """activation, slope and dropout for `run_block`."""
@@ -51,6 +51,15 @@ class Chain:
         slope = self.activation.negative_slope if isinstance(self.activation, nn.LeakyReLU) else 0.0
         dropout = self.dropout.p if self.dropout is not None and self.dropout.training else 0.0
         return {"activation": names[0] if names else "none", "slope": slope, "dropout": dropout}
+
+
+def _fits(norm: Normalisation | None, conv: Convolution) -> bool:
+    """Whether a norm is for this convolution's channels and dtype; float32 goes with half precision, too."""
+    if norm is None:
+        return True
+    tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    dtypes = {conv.weight.dtype} | ({torch.float32} if conv.weight.dtype.itemsize < 4 else set())
+    return norm.num_features == conv.out_channels and all(t is None or t.dtype in dtypes for t in tensors)
 
 
 class _FusedConvolution(nn.Module):

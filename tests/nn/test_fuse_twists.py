@@ -134,6 +134,8 @@ EQUAL = {
     ),
     "slope": setting(2, negative_slope=0.01),
     "negative slope": setting(2, negative_slope=-0.5),
+    "slope without end": setting(2, negative_slope=float("inf")),
+    "number of features": setting(1, num_features=7),
     "slope in place": setting(2, inplace=True),
     "everything dropped": setting(3, p=1.0),
     "norm in eval mode": (lambda m: m[1].eval(), plainly),
@@ -199,7 +201,7 @@ def test_equal_or_refused(name: str, training: bool):
         assert isinstance(outcomes[1], str)
         assert "call fastp2p.unfuse(model)" in outcomes[1]
     else:
-        torch.testing.assert_close(outcomes[1], outcomes[0], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(outcomes[1], outcomes[0], rtol=1e-9, atol=1e-9, equal_nan=True)
 
 
 def outcome(model: nn.Module, piece: Run) -> object:
@@ -236,6 +238,10 @@ def test_groups():
 @pytest.mark.parametrize("change", [
     lambda m: setattr(m[1], "eps", 0.0),
     lambda m: setattr(m[3], "p", 1.5),
+    lambda m: setattr(m[0], "stride", (0, 0)),
+    lambda m: setattr(m[4], "output_padding", (2, 2)),
+    lambda m: setattr(m[8], "num_features", 3),
+    lambda m: m[1].float(),
     lambda m: setattr(m[0], "groups", 2),
     lambda m: setattr(m[5], "running_var", torch.ones(7).double()),
 ])  # fmt: skip
