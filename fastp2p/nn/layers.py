@@ -68,10 +68,11 @@ class _Block(nn.Module):
 class ConvNormAct(_Block):
     """drop(act(norm(conv(x)))): (N, in_channels, H, W) -> (N, out_channels, H', W').
 
-    In training the convolution gathers the statistics while it writes, and one more pass does the rest; without a norm,
-    or in eval mode with running statistics, it is one operator. Parameters, buffers, their initialisation and their
-    names are those of nn.Conv2d in `conv` and nn.BatchNorm2d or nn.InstanceNorm2d in `norm`; those modules are not
-    called themselves, so a hook on them does not fire. The result is channels_last, of x's dtype or autocast's.
+    In training the convolution gathers the statistics while it writes, and one more pass does the rest. Without a norm
+    it is one operator; so it is in eval mode with running statistics, unless the weight is larger than the result.
+    Parameters, buffers, their initialisation and their names are those of nn.Conv2d in `conv` and nn.BatchNorm2d or
+    nn.InstanceNorm2d in `norm`; those modules are not called themselves, so a hook on them does not fire (but for an
+    empty batch and under torch.jit.trace). The result is channels_last, of x's dtype or autocast's.
 
     The gradient can be taken once: a gradient penalty, which differentiates it again, raises.
 

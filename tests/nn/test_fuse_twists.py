@@ -50,10 +50,8 @@ def nothing(model: nn.Module) -> None: ...
 
 @torch.no_grad()
 def average(model: nn.Module) -> None:
-    """An exponential moving average as it is mostly written; the first result in eval mode must not stay."""
-    training = model.training
-    model.eval()(images())
-    model.train(training)
+    """An exponential moving average as it is mostly written; the result before it must not stay."""
+    model(images())
     for p in [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]:
         p.data.mul_(0.9).add_(torch.full_like(p, 0.05), alpha=0.1)
 

@@ -19,6 +19,7 @@ from nn.comparing import (
 )
 from nn.plain_models import DCGANGenerator
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 from fastp2p.errors import InputError
@@ -179,6 +180,31 @@ def test_weights_are_channels_last_unless_told_otherwise():
     assert layouts(model) == {False}
     assert layouts(fuse_it(small())) == {True}
     assert layouts(fuse_it(small()).float()) == {True}
+
+
+def test_what_flattens_weights_works_on_the_layout_that_they_had():
+    for channels_last in (True, False):
+        model = small()
+        fuse(model, channels_last=channels_last)
+        optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
+
+        def closure(model: nn.Module = model, optimizer: torch.optim.Optimizer = optimizer) -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = model(images()).square().mean()
+            loss.backward()
+            return loss
+
+        steps = (
+            lambda model=model: prune.l1_unstructured(model[0], "weight", amount=2),
+            lambda model=model: nn.utils.parameters_to_vector(model.parameters()),
+            lambda optimizer=optimizer, closure=closure: optimizer.step(closure),
+        )
+        for step in steps:
+            if channels_last:
+                with pytest.raises(RuntimeError, match="view size is not compatible"):
+                    step()
+            else:
+                step()
 
 
 def test_dropout_is_seeded_and_scaled():
