@@ -71,8 +71,8 @@ def fuse(model: nn.Module, *, channels_last: bool = True) -> FuseReport:
     What changes afterwards is followed, or refused with an InputError that names the module:
 
     - Weights and settings are read at every call, edits through `.data` included. With a setting that no fused operator
-      serves (groups, dilation, padding_mode, momentum None, a hook on a member, a parametrization), and for an empty
-      batch, each module of the chain does its own part, as if never fused.
+      serves (groups, dilation, padding_mode, momentum None, a hook on a member, a parametrization), for an empty batch
+      and while torch.jit.trace looks, each module of the chain does its own part, as if never fused.
     - So it does wherever the forward in which `fuse` saw the chain is not running: in a slice of a Sequential, in
       `Sequential(*list(net.children())[:-1])`, in model.forward(x) called without model(x).
     - Where that forward runs and takes another path than in training or eval mode today, or a module of the chain was
@@ -80,7 +80,8 @@ def fuse(model: nn.Module, *, channels_last: bool = True) -> FuseReport:
 
     What does not work on a fused model:
 
-    - torch.jit.script, ONNX export, torch.func.grad and its relatives, nn.DataParallel: call `unfuse` first.
+    - torch.jit.script, torch.fx.symbolic_trace, ONNX export, torch.func.grad and jvp, forward-mode derivatives and
+      nn.DataParallel: they raise; call `unfuse` first.
     - A second derivative, as of a gradient penalty: it raises.
     - view() on results, which are channels_last as after model.to(memory_format=torch.channels_last): PyTorch asks for
       reshape().

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fastp2p.errors import InputError
 from fastp2p.nn.block import Convolution, Normalisation, run_block
@@ -35,11 +35,15 @@ class Chain:
 
     def serves(self, conv: Convolution, x: Tensor) -> bool:
         """Whether the operators may do this call; where not, each module does its own part, as if never fused."""
-        if not self.scope.running or x.ndim != 4 or x.numel() == 0:
+        if isinstance(x, fx.Proxy):
+            raise InputError("torch.fx: got a fused model; call fastp2p.unfuse(model) first")
+        if not self.scope.running or not isinstance(x, Tensor) or x.ndim != 4 or x.numel() == 0:
+            return False
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]  # a trace would keep today's sizes for good
             return False
         if has_global_hooks() or any(has_hooks(module) for module in self.between):
             return False
-        return not any(refusal(module) for module in (conv, *self.modules))
+        return _fits(self.norm, conv) and not any(refusal(module) for module in (conv, *self.modules))
 
     def settings(self) -> dict[str, Any]:
         """activation, slope and dropout for `run_block`."""
@@ -47,6 +51,15 @@ class Chain:
         slope = self.activation.negative_slope if isinstance(self.activation, nn.LeakyReLU) else 0.0
         dropout = self.dropout.p if self.dropout is not None and self.dropout.training else 0.0
         return {"activation": names[0] if names else "none", "slope": slope, "dropout": dropout}
+
+
+def _fits(norm: Normalisation | None, conv: Convolution) -> bool:
+    """Whether a norm is for this convolution's channels and dtype; float32 goes with half precision, too."""
+    if norm is None:
+        return True
+    tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    dtypes = {conv.weight.dtype} | ({torch.float32} if conv.weight.dtype.itemsize < 4 else set())
+    return norm.num_features == conv.out_channels and all(t is None or t.dtype in dtypes for t in tensors)
 
 
 class _FusedConvolution(nn.Module):

@@ -3,13 +3,14 @@
 from typing import Any, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastp2p import ops
 from fastp2p.config import GanMode, Norm
 from fastp2p.errors import InputError
 from fastp2p.nn.block import Convolution, Normalisation, run_block
-from fastp2p.ops._activation import Activation, activation_index
+from fastp2p.ops._activation import ACTIVATIONS, Activation, activate, activation_index
 from fastp2p.ops.patch_loss import Kind
 
 
@@ -50,6 +51,12 @@ class _Block(nn.Module):
     def _run(self, x: Tensor, skip: Tensor | None) -> Tensor:
         settings: dict[str, Any] = {"activation": self.activation, "slope": self.slope}
         dropout = self.dropout if self.training else 0.0
+        if torch.jit.is_tracing() or (x.ndim == 4 and x.shape[0] == 0):  # type: ignore[attr-defined]
+            # A trace would keep the sizes that operators get as numbers, and no kernel takes an empty batch.
+            out = self.conv(x if skip is None else torch.cat([skip, x], 1))
+            out = out if self.norm is None else self.norm(out)
+            out = activate(out, ACTIVATIONS.index(self.activation), self.slope)
+            return F.dropout(out, dropout) if dropout else out
         return run_block(x, skip, self.conv, self.norm, dropout=dropout, **settings)
 
     def extra_repr(self) -> str:
@@ -61,10 +68,11 @@ class _Block(nn.Module):
 class ConvNormAct(_Block):
     """drop(act(norm(conv(x)))): (N, in_channels, H, W) -> (N, out_channels, H', W').
 
-    In training the convolution gathers the statistics while it writes, and one more pass does the rest; without a norm,
-    or in eval mode with running statistics, it is one operator. Parameters, buffers, their initialisation and their
-    names are those of nn.Conv2d in `conv` and nn.BatchNorm2d or nn.InstanceNorm2d in `norm`; those modules are not
-    called themselves, so a hook on them does not fire. The result is channels_last, of x's dtype or autocast's.
+    In training the convolution gathers the statistics while it writes, and one more pass does the rest. Without a norm
+    it is one operator; so it is in eval mode with running statistics, unless the weight is larger than the result.
+    Parameters, buffers, their initialisation and their names are those of nn.Conv2d in `conv` and nn.BatchNorm2d or
+    nn.InstanceNorm2d in `norm`; those modules are not called themselves, so a hook on them does not fire (but for an
+    empty batch and under torch.jit.trace). The result is channels_last, of x's dtype or autocast's.
 
     The gradient can be taken once: a gradient penalty, which differentiates it again, raises.
 

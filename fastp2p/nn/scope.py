@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -59,6 +60,12 @@ def unwatch(module: nn.Module) -> None:
             module._forward_hooks_always_called.pop(key, None)
 
 
+def modes() -> tuple[bool, ...]:
+    """What a `with` around a call may have changed, and a graph does not show."""
+    autocast = (torch.is_autocast_enabled(device_type) for device_type in ("cpu", "cuda"))
+    return torch.is_grad_enabled(), *autocast
+
+
 class Parcel:
     """A whole chain's result on its way through the modules that the convolution took in; the last one opens it.
 
@@ -67,16 +74,17 @@ class Parcel:
 
     def __init__(self, result: Tensor, scope: Scope, members: list[nn.Module], names: tuple[str, ...]):
         self.result, self.scope, self.members, self.names = result, scope, members, names
-        self.passed = 0
+        self.passed, self.modes = 0, modes()
 
     def through(self, module: nn.Module) -> "Parcel | Tensor":
         """The next module has been called: the parcel, or after the last module the result."""
-        if self.passed == len(self.members) or module is not self.members[self.passed]:
+        if self.passed == len(self.members) or module is not self.members[self.passed] or modes() != self.modes:
             self.refuse()
         self.passed += 1
         return self.result if self.passed == len(self.members) else self
 
     def refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        self.scope.running = False  # as it is after Ctrl-C, which no hook sees
         got, expected = self.names[self.passed], " -> ".join(self.names)
         raise InputError(
             f"{got}: its result went elsewhere than when fastp2p.fuse saw {expected}; call fastp2p.unfuse(model), then "
@@ -94,6 +102,8 @@ class Parcel:
 
 
 _BINARY = ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
-_OTHERS = "neg pos abs invert eq ne lt le gt ge bool int float index len iter getitem setitem contains array call"
+_OTHERS = (
+    "neg pos abs invert eq ne lt le gt ge bool int float index len iter getitem setitem contains array call reduce_ex"
+)
 for _name in (*_OTHERS.split(), *(prefix + name for name in _BINARY for prefix in ("", "r", "i"))):
     setattr(Parcel, f"__{_name}__", Parcel.refuse)

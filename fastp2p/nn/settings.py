@@ -1,5 +1,6 @@
 """Which settings of a module the fused operators serve: asked by `fuse`, and again at every call."""
 
+import math
 from typing import Any
 
 import torch
@@ -30,8 +31,10 @@ def refusal(module: nn.Module) -> str:
         return "has momentum None, a cumulative average"
     if isinstance(module, nn.InstanceNorm2d) and (module.track_running_stats or module.running_mean is not None):
         return "has running statistics"
-    if isinstance(module, nn.LeakyReLU) and not module.negative_slope >= 0:
-        return "has a slope below 0"
+    if isinstance(module, nn.BatchNorm2d | nn.InstanceNorm2d) and not module.eps > 0:
+        return f"has eps {module.eps}"
+    if isinstance(module, nn.LeakyReLU) and not 0 <= module.negative_slope < math.inf:
+        return "has a slope below 0" if module.negative_slope < 0 else f"has the slope {module.negative_slope}"
     if isinstance(module, nn.Dropout) and not 0 <= module.p < 1:
         return f"drops with probability {module.p}"
     return ""
@@ -50,6 +53,8 @@ def _conv_refusal(conv: nn.Conv2d | nn.ConvTranspose2d) -> str:
             return f"has {name} {value!r}"
         if not isinstance(value, tuple) or len(value) != 2 or value[0] != value[1]:
             return f"has {name} {value}, not alike in both dimensions"
+    if conv.stride[0] < 1:
+        return f"has stride {conv.stride}"
     return "" if conv.weight.dtype in _DTYPES else f"is of {conv.weight.dtype}"
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 
 from fastp2p.nn.layers import ConvNormAct, PatchGANLoss, UpConvNormAct
+from fastp2p.nn.scope import modes
 
 LAYERS = (ConvNormAct, UpConvNormAct, PatchGANLoss)
 STAGES: dict[type[nn.Module], int] = {  # what may follow a convolution, in this order
@@ -159,16 +160,10 @@ class _Tracer(fx.Tracer):
         finally:
             self.stack.pop()
         if isinstance(result, fx.Proxy) and result.node.op == "call_module":
-            result.node.meta.setdefault("modes", _modes())
+            result.node.meta.setdefault("modes", modes())
             result.node.meta.setdefault("stack", tuple(self.stack))
             result.node.meta.setdefault("inplace", getattr(m, "inplace", False))
         return result
-
-
-def _modes() -> tuple[bool, ...]:
-    """What a `with` around a call may have changed, and a graph does not show."""
-    autocast = (torch.is_autocast_enabled(device_type) for device_type in ("cpu", "cuda"))
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
 
 
 def _ways(module: nn.Module) -> list[dict[str, Any] | None]:

@@ -158,19 +158,34 @@ def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
     """For a backward that autograd cannot differentiate: asking for its derivative raises.
 
     PyTorch's once_differentiable does so only where the incoming gradient itself requires one. That of a sum does not,
-    and a gradient penalty on it would silently count as a constant.
+    and a gradient penalty on it would silently count as a constant. It also leaves no way from the results to what they
+    were computed from, so that torch.autograd.grad, which follows the ways to its inputs alone, would miss the error.
     """
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *grads: Tensor | None) -> Any:
-        with torch.no_grad():
-            outputs = backward(ctx, *grads)
         if not torch.is_grad_enabled():  # nobody can ask
-            return outputs
-        refuse: Any = torch._C._functions.DelayedError(b"fastp2p: there is no second derivative", len(outputs))
-        return refuse(*(None if output is None else output.detach().requires_grad_() for output in outputs))
+            return backward(ctx, *grads)
+        once = _Unpacked(ctx)
+        with torch.no_grad():
+            outputs = backward(once, *grads)
+        sources = [t for t in (*grads, *once.saved_tensors) if t is not None and t.requires_grad]
+        results = [None if output is None else output.detach().requires_grad_() for output in outputs]
+        n = len(results) + len(sources)
+        refuse: Any = torch._C._functions.DelayedError(b"fastp2p: there is no second derivative", n)
+        return refuse(*results, *sources)[: len(results)]
 
     return wrapper
+
+
+class _Unpacked:
+    """An autograd context whose saved tensors are unpacked once, as gradient checkpointing demands."""
+
+    def __init__(self, ctx: Any):
+        self.ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.ctx, name)
 
 
 def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:

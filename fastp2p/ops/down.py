@@ -83,7 +83,7 @@ def _backward(ctx: Any, dout: Tensor, _mean: Tensor, _var: Tensor) -> tuple[Tens
 _library.define(
     "down",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? gate, int stride, int padding, int activation, float slope, "
-    "int stat_groups) -> (Tensor, Tensor, Tensor)",
+    "SymInt stat_groups) -> (Tensor, Tensor, Tensor)",
     reference=down_ref,
     fake=_fake,
     backward=_backward,
@@ -143,7 +143,7 @@ def down(
         raise InputError(f"down: got x {tuple(x.shape)}, weight {tuple(weight.shape)}: nothing is left of the image")
     check_extras("down", x, shape, bias, gate)
     check_devices("down", x, weight, bias, gate)
-    check_stat_groups("down", stat_groups, len(x))
+    check_stat_groups("down", stat_groups, x.shape[0])
     out, mean, var = torch.ops.fastp2p.down(x, weight, bias, gate, stride, padding, index, slope, stat_groups)
     return out, mean, var
 

@@ -208,8 +208,8 @@ def check_norm_act(
     """Raise InputError unless the statistics and parameters fit x."""
     wide = torch.promote_types(x.dtype, torch.float32)
     fits = x.is_floating_point() and x.ndim == 4 and x.numel() > 0
-    fits = fits and mean.ndim == 2 and mean.shape == var.shape == (len(mean), x.shape[1])
-    fits = fits and len(mean) > 0 and len(x) % len(mean) == 0
+    fits = fits and mean.ndim == 2 and mean.shape == var.shape == (mean.shape[0], x.shape[1])
+    fits = fits and mean.shape[0] > 0 and x.shape[0] % mean.shape[0] == 0
     tensors = [tensor for tensor in (mean, var, weight, bias) if tensor is not None]
     fits = fits and all(tensor.dtype == wide for tensor in tensors)
     if not fits or any(tensor.shape != x.shape[1:2] for tensor in tensors[2:]):

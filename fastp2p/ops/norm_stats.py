@@ -25,7 +25,7 @@ def fake_stats(x: Tensor, stat_groups: int) -> tuple[Tensor, Tensor]:
 
 _library.define(
     "norm_stats",
-    "(Tensor x, int stat_groups) -> (Tensor, Tensor)",
+    "(Tensor x, SymInt stat_groups) -> (Tensor, Tensor)",
     reference=norm_stats_ref,
     fake=fake_stats,
 )
@@ -51,7 +51,7 @@ def norm_stats(x: Tensor, *, stat_groups: int) -> tuple[Tensor, Tensor]:
     """
     if x.ndim != 4 or x.numel() == 0 or not x.is_floating_point():
         raise InputError(f"norm_stats: got x {describe(x)}, expected (N, C, H, W) floating, with elements")
-    check_stat_groups("norm_stats", stat_groups, len(x))
+    check_stat_groups("norm_stats", stat_groups, x.shape[0])
     mean, var = torch.ops.fastp2p.norm_stats(x.detach(), stat_groups)
     return mean, var
 

@@ -23,7 +23,7 @@ def _fake(running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, 
 
 _library.define(
     "running_stats",
-    "(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, int n_values, float momentum) -> ()",
+    "(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, SymInt n_values, float momentum) -> ()",
     reference=running_stats_ref,
     fake=_fake,
 )
@@ -45,7 +45,9 @@ def running_stats(
         InputError: on shapes or dtypes that do not fit, or fewer than 2 values.
     """
     channels = running_mean.shape
-    fits = len(channels) == 1 and running_var.shape == channels and mean.shape == var.shape == (len(mean), *channels)
+    fits = (
+        len(channels) == 1 and running_var.shape == channels and mean.shape == var.shape == (mean.shape[0], *channels)
+    )
     dtypes = {tensor.dtype for tensor in (running_mean, running_var, mean, var)}
     if not fits or len(dtypes) > 1 or not (running_mean.is_contiguous() and running_var.is_contiguous()):
         got = ", ".join(describe(tensor) for tensor in (running_mean, running_var, mean, var))

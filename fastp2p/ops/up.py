@@ -96,7 +96,7 @@ def _backward(ctx: Any, dout: Tensor, _mean: Tensor, _var: Tensor) -> tuple[Tens
 _library.define(
     "up",
     "(Tensor x, Tensor? x2, Tensor weight, Tensor? bias, Tensor? gate, int stride, int padding, SymInt height, "
-    "SymInt width, int activation, float slope, int stat_groups) -> (Tensor, Tensor, Tensor)",
+    "SymInt width, int activation, float slope, SymInt stat_groups) -> (Tensor, Tensor, Tensor)",
     reference=up_ref,
     fake=_fake,
     backward=_backward,
@@ -164,7 +164,7 @@ def up(
         raise InputError(f"up: got x {tuple(x.shape)}, weight {tuple(weight.shape)}: nothing is left of the image")
     check_extras("up", x, shape, bias, gate)
     check_devices("up", x, x2, weight, bias, gate)
-    check_stat_groups("up", stat_groups, len(x))
+    check_stat_groups("up", stat_groups, x.shape[0])
     out, mean, var = torch.ops.fastp2p.up(
         x, x2, weight, bias, gate, stride, padding, height, width, index, slope, stat_groups
     )

@@ -103,7 +103,7 @@ def check_outer_inner(
     check_window(operator, stride, padding)
     tensors = [tensor for tensor in (outer, outer2, inner) if tensor is not None]
     fits = all(t.ndim == 4 and t.numel() and t.is_floating_point() and t.dtype == inner.dtype for t in tensors)
-    fits = fits and len(outer) == len(inner) and min(kernel_size) >= 1
+    fits = fits and outer.shape[0] == inner.shape[0] and min(kernel_size) >= 1
     fits = fits and (outer2 is None or (outer2.shape[::2], outer2.shape[3]) == (outer.shape[::2], outer.shape[3]))
     fits = fits and all(
         down_size(inner.shape[d], kernel_size[d - 2], stride, padding) == outer.shape[d] for d in (2, 3)

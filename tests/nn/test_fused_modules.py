@@ -19,6 +19,8 @@ from nn.comparing import (
 )
 from nn.plain_models import DCGANGenerator
 from torch import nn
+from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint
 
 from fastp2p.errors import InputError
 from fastp2p.nn import fuse
@@ -180,6 +182,31 @@ def test_weights_are_channels_last_unless_told_otherwise():
     assert layouts(fuse_it(small()).float()) == {True}
 
 
+def test_what_flattens_weights_works_on_the_layout_that_they_had():
+    for channels_last in (True, False):
+        model = small()
+        fuse(model, channels_last=channels_last)
+        optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
+
+        def closure(model: nn.Module = model, optimizer: torch.optim.Optimizer = optimizer) -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = model(images()).square().mean()
+            loss.backward()
+            return loss
+
+        steps = (
+            lambda model=model: prune.l1_unstructured(model[0], "weight", amount=2),
+            lambda model=model: nn.utils.parameters_to_vector(model.parameters()),
+            lambda optimizer=optimizer, closure=closure: optimizer.step(closure),
+        )
+        for step in steps:
+            if channels_last:
+                with pytest.raises(RuntimeError, match="view size is not compatible"):
+                    step()
+            else:
+                step()
+
+
 def test_dropout_is_seeded_and_scaled():
     fused = fuse_it(nn.Sequential(nn.Conv2d(3, 64, 1), nn.InstanceNorm2d(64), nn.Dropout(0.25)))
     x = torch.randn(4, 3, 16, 16)
@@ -238,13 +265,32 @@ def test_what_is_not_supported_raises():
         fused[0]._replicate_for_data_parallel()
 
 
-def test_gradient_penalty_raises():
-    fused = fuse_it(nn.Sequential(nn.Conv2d(3, 4, 4, 2, 1), nn.LeakyReLU(0.2)))
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.InstanceNorm2d, nn.Identity])
+def test_second_derivative_raises(norm: Callable[[int], nn.Module]):
+    """Whatever it is asked of: all leaves, the input, the weights, or an operation before the model."""
+    fused = fuse_it(nn.Sequential(nn.Conv2d(3, 4, 4, 2, 1), norm(4), nn.ConvTranspose2d(4, 3, 4, 2, 1), nn.Tanh()))
     x = images(dtype=torch.float32).requires_grad_()
-    score = fused(x).sum()
-    (grad,) = torch.autograd.grad(score, x, create_graph=True)
-    with pytest.raises((RuntimeError, InputError), match=r"twice|second derivative"):
-        (score + grad.square().sum()).backward()
+    for score in (lambda y: y.sum(), lambda y: y.square().sum()):
+        for source in (x, fused[0].weight, fused[2].weight):
+            (grad,) = torch.autograd.grad(score(fused(x * 2)), x, create_graph=True)
+            with pytest.raises(RuntimeError, match="second derivative"):
+                torch.autograd.grad(grad.square().sum(), source)
+        (grad,) = torch.autograd.grad(score(fused(x)), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="second derivative"):
+            grad.square().sum().backward()
+        with pytest.raises(RuntimeError, match="second derivative"):
+            torch.autograd.functional.hvp(lambda x, score=score: score(fused(x)), x, x)
+
+
+def test_create_graph_alone_is_a_first_derivative():
+    model = small()
+    fused, _ = fused_copy(model)
+    x = images().requires_grad_()
+    for call in (lambda m: m(x), lambda m: checkpoint(m, x, use_reentrant=False)):
+        gradients = [
+            torch.autograd.grad(total(call(m)), [x, *m.parameters()], create_graph=True) for m in (model, fused)
+        ]
+        torch.testing.assert_close(gradients[1], gradients[0])
 
 
 def test_one_image_without_a_batch():
