@@ -52,7 +52,7 @@ def _patch_loss_kernel(
         slope = tl.where(margin <= 0.0, 0.0, -t)
     elif KIND == LINEAR:
         loss = -t * x
-        slope = 0.0 * x - t
+        slope = tl.zeros_like(x) - t
     else:
         loss = tl.abs(x - t)
         slope = tl.where(x > t, 1.0, tl.where(x < t, -1.0, 0.0))

@@ -25,6 +25,7 @@ from fastp2p.ops.patch_loss import KINDS
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 POISON = [torch.nan, torch.inf, -torch.inf]
 Function = Callable[..., Any]
+pytestmark = [pytest.mark.slow] * INTERPRETED  # two minutes there
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -136,8 +137,7 @@ def test_adam(dtype: torch.dtype, size: int):
 
 CONVOLUTIONS = [  # N, inner, height, width, outer, kernel, stride, padding
     (2, 5, 6, 6, 7, 4, 2, 1),
-    (1, 3, 9, 9, 8, 3, 1, 1),
-    *([] if INTERPRETED else [(2, 16, 16, 16, 40, 4, 2, 1), (1, 64, 4, 4, 80, 4, 2, 1), (1, 6, 31, 31, 1, 4, 1, 1)]),
+    (1, 3, 9, 9, 8, 3, 1, 1) if INTERPRETED else (2, 16, 16, 16, 40, 4, 2, 1),
 ]
 
 
@@ -156,16 +156,25 @@ def choose(choice: str, operator: str, args: list[Any]) -> None:
         _choices.install(place, {_choices.problem_of(operator, tuple(args)): Measured(choice)})
 
 
-def check_convolution(operator: str, reference: Function, args: list[Any], operands: dict[int, Function]) -> None:
-    """As `check`, for the first result. An operand's function tells from ones where what is poisoned meets a pixel."""
+def check_convolution(
+    operator: str, reference: Function, args: list[Any], operands: dict[int, Function], weight: int | None = None
+) -> None:
+    """As `check`, for the first result. An operand's function tells from ones where what is poisoned meets a pixel; a
+    poisoned `weight` may spoil all of the channels that it reaches.
+    """
     for number, meets in operands.items():
         for case in poisoned(args, number):
             found = results(getattr(torch.ops.fastp2p, operator), case, ())[0]
             expected = results(reference, as_double(case), ())[0]
             reached = meets((~case[number].isfinite()).double()) > 0
+            spoiled = (
+                reached.flatten(2).any(2).any(0)[None, :, None, None].expand_as(reached)
+                if number == weight
+                else reached
+            )
             told = f"{operator}, operand {number}: got {found}, expected {expected}"
             assert not (found.isfinite() & ~expected.isfinite() & reached).any(), told
-            assert found.isfinite()[expected.isfinite() & ~reached].all(), told
+            assert found.isfinite()[expected.isfinite() & ~spoiled].all(), told
 
 
 @pytest.mark.parametrize("shape", CONVOLUTIONS, ids=str)
@@ -216,6 +225,7 @@ def test_up(dtype: torch.dtype, choice: str, shape: tuple[int, ...], activation:
             2: lambda mask: meets(zeros + 1, zeros + 1, mask),
             3: lambda mask: mask.view(1, -1, 1, 1) + torch.zeros(n, inner, height, width, dtype=torch.float64),
         },
+        weight=2,
     )
 
 
