@@ -86,7 +86,7 @@ def test_help_gives_every_option_with_its_text(fastp2p):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["train", "--data", "nowhere"], "data: got 'nowhere': there is no such file or folder"),
+        (["train", "--data", "nowhere"], "data: got 'nowhere', which is no folder"),
         (["train", "--resume", "nowhere"], "resume: nowhere is no run folder"),
         (["train", "--crop-size", "16"], "crop_size: got 16, expected at least 24 px"),
         (["train", "--lr", "-1"], "lr: got -1.0, expected more than 0"),

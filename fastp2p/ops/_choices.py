@@ -217,9 +217,11 @@ def from_json(content: bytes, place: Place) -> Table:
     except (TypeError, AttributeError) as error:
         raise ValueError(f"it is damaged: {error!r}") from error
     for problem, measured in found.items():
+        if not _is_choice(measured.choice, place):
+            raise ValueError(f"it is damaged: {problem.key} has the choice {measured.choice!r:.60}")
         times = isinstance(measured.ms, dict) and all(type(ms) in (int, float) for ms in measured.ms.values())
-        if not _is_choice(measured.choice, place) or not isinstance(measured.rule, str) or not times:
-            raise ValueError(f"it is damaged: {problem.key} has {tuple(measured)!r:.80}")
+        if not isinstance(measured.rule, str) or not times:
+            raise ValueError(f"it is damaged: {problem.key} was measured as {tuple(measured)!r:.60}")
     return found
 
 

@@ -1,8 +1,8 @@
 """What is done to a model after fuse(model): the value is the unfused model's, or an InputError. Nothing else."""
 
 import copy
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -366,11 +366,11 @@ def test_threads_do_not_see_each_other():
     model = small().eval()
     fused = fuse_it(small().eval())
     results: list[Tensor] = []
+    default = torch.get_default_device()
 
     def elsewhere(module: nn.Module, args: object) -> None:
-        thread = threading.Thread(target=lambda: results.append(fused[:2](images())))
-        thread.start()
-        thread.join()
+        with ThreadPoolExecutor(1, initializer=torch.set_default_device, initargs=(default,)) as thread:
+            results.append(thread.submit(lambda: fused[:2](images())).result())
 
     handle = fused[4].register_forward_pre_hook(elsewhere)
     torch.testing.assert_close(fused(images()), model(images()))
