@@ -117,7 +117,7 @@ def check_checksum(path: Path, found: Any, content: Any, say: Say) -> None:
 # What torch.load raises on files that are truncated, overwritten, or hold more than tensors; by experiment.
 _DAMAGED = (
     *(OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError),
-    *(struct.error, pickle.UnpicklingError),
+    struct.error,
 )
 
 
@@ -128,6 +128,11 @@ def _load_pickled_tensors(path: Path, expected: str) -> Any:
         if zipfile.is_zipfile(path):
             _check_stored(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # PyTorch's text advises to load it all the same
+        raise InputError(
+            f"{path}: is damaged, or holds more than tensors; a pickle of other objects could run any code, so it is "
+            "not loaded. A bare state_dict is what fastp2p reads"
+        ) from error
     except (*_DAMAGED, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: is damaged, or holds more than torch.save's tensors: {error!r:.200}") from error
     _check_tensors(path, loaded)

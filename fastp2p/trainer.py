@@ -270,7 +270,7 @@ class Run:
         if state.loss_scale[0] < 1:
             self.diverged("gradients overflow float16 whatever the loss scale", remedy="--precision fp32")
 
-        img_per_sec = self.images / (time.monotonic() - self.logged)
+        img_per_sec = self.images / max(time.monotonic() - self.logged, 1e-6)  # some clocks tick seldom
         self.images, self.logged = 0, time.monotonic()
         epoch, lr = -(-state.step // self.steps_per_epoch), state.optimizer_G.param_groups[0]["lr"]
         self.recorder.scalars(state.step, {"epoch": epoch, **losses._asdict(), "lr": lr, "img_per_sec": img_per_sec})
@@ -293,7 +293,8 @@ class Run:
             return
         self.validated_at = state.step
         if self.data.val is None:
-            self.say(f"step {state.step}: {self.reading}")
+            if self.reading:  # an epoch may be shorter than --log-steps
+                self.say(f"step {state.step}: {self.reading}")
             return
         values = evaluate_generator(state.netG, eval_batches(self.data.val, device=state.device))
         means = {name: sum(values[name]) / len(values[name]) for name in METRICS}

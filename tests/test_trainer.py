@@ -259,6 +259,14 @@ def test_bad_data_leaves_no_folder(aligned: Path, tmp_path: Path):
     assert "train: skipped train/0.png: the file is empty (zero bytes)" in said
 
 
+def test_without_val_short_epochs_say_nothing(two_folders: Path, tmp_path: Path):
+    """Until there is a line of losses to tell."""
+    said: list[str] = []
+    train(config(two_folders, tmp_path / "run", "--log-steps", "5"), say=said.append)
+    assert "step 2:" not in "\n".join(said)
+    assert not any(line.rstrip().endswith(":") for line in said if line.startswith("step "))
+
+
 def test_without_val_the_panel_shows_training_pairs(two_folders: Path, tmp_path: Path):
     said: list[str] = []
     folder = train(config(two_folders, tmp_path / "run", "--max-steps", "2"), say=said.append)
