@@ -72,6 +72,7 @@ def train(config: TrainConfig, *, resume: bool = False, say: Say = terminal.say)
             if warning := state.restore(saved, folder / "checkpoint.pt"):
                 say(f"warning: {warning}")
             say(f"resuming {folder} at step {state.step}")
+        del saved  # as large as all networks and moments
         steps_per_epoch = batches_per_epoch(data.train, resolved.batch_size)
         images = min(resolved.batch_size, len(data.train))  # of a batch
         scheduled = (resolved.n_epochs + resolved.n_epochs_decay) * steps_per_epoch
@@ -125,7 +126,7 @@ def load_saved(folder: Path, say: Say) -> dict[str, Any] | None:
     """
     path = folder / "checkpoint.pt"
     if path.exists():
-        return load_checkpoint(path)
+        return load_checkpoint(path, say)
     if (folder / "netG.safetensors").exists():  # it is written after checkpoint.pt
         raise InputError(f"resume: {path} is missing, but the run had one; bring it back, or start a new run")
     say(f"{folder} had no checkpoint yet: beginning again at step 0")
