@@ -29,8 +29,8 @@ CONFIGS = [  # 8 elements a thread, 16 bytes of bfloat16; with 16 elements some 
     {"BLOCK_M": 8, "BLOCK_C": 64, "num_warps": 2},  # small maps: more programs
     {"BLOCK_M": 64, "BLOCK_C": 16, "num_warps": 4},  # few channels
 ]
-MERGE_CONFIG = {"BLOCK_T": 64, "BLOCK_C": 16, "num_warps": 4}
-SUM_PROGRAMS = 2048  # about so many at most leave partial sums: enough to fill a large GPU, few enough to merge
+MERGE_CONFIG = {"BLOCK_T": 256, "BLOCK_C": 8, "num_warps": 8}  # few steps, one after the other
+SUM_PROGRAMS = 1024  # about so many at most leave partial sums: enough to fill a large GPU, few enough to merge
 
 
 @triton.jit(do_not_specialize=["layer"])
@@ -156,7 +156,7 @@ def _backward_kernel(
         tl.store(at + n_channels, tl.sum(sum_dz_centred, axis=0)[None, :] * rstd, mask=channel < n_channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs"])
 def _merge_kernel(
     partial_ptr,  # (G * programs, 2, C) float32
     sums_ptr,  # (G, 2, C) float32

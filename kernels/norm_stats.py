@@ -3,7 +3,8 @@
 Reads x once: 2 bytes an element in bfloat16. The GEMMs make the same tile statistics in their epilogues, from values
 that are still in registers, and share the merge: then x is not read at all. One program takes a tile of pixels by
 channels of one statistics group; the merge (Chan, Golub and LeVeque 1979) takes the tiles in a fixed order, so the same
-input gives the same bits. Everything is float32 around means: no sum of squares of raw values, which would cancel.
+input gives the same bits. Many tiles are merged in levels, since one program takes them one after the other.
+Everything is float32 around means: no sum of squares of raw values, which would cancel.
 Divisions are correctly rounded, where a GPU's plain ones are off by 2 ulp: a sum that is exact has an exact mean, and
 equal values have no variance.
 """
@@ -22,8 +23,11 @@ CONFIGS = [
     {"BLOCK_M": 64, "BLOCK_C": 64, "num_warps": 8},
     {"BLOCK_M": 256, "BLOCK_C": 16, "num_warps": 4},
     {"BLOCK_M": 32, "BLOCK_C": 128, "num_warps": 4},
+    {"BLOCK_M": 1024, "BLOCK_C": 4, "num_warps": 4},
 ]
-MERGE_CONFIG = {"BLOCK_T": 32, "BLOCK_C": 32, "num_warps": 4, "maxnreg": 128}  # unbounded, ptxas spills on sm_100
+MERGE_CONFIG = {"BLOCK_T": 64, "BLOCK_C": 16, "num_warps": 4, "maxnreg": 128}  # unbounded, ptxas spills on sm_100
+MOST_TILES = 512  # of a group, to be merged by one program for each block of channels
+SHARE = 256  # of more tiles, merged by one program of the first level
 
 
 @triton.jit
@@ -72,48 +76,57 @@ def _norm_stats_kernel(
     store_partial(partial_ptr + tile.to(tl.int64) * 3 * n_channels, x, row_inside, channel, n_channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "share"])
 def _merge_kernel(
     partial_ptr,  # (G, tiles, 3, C) float32
-    mean_ptr,  # (G, C) float32
-    var_ptr,  # (G, C) float32, biased
+    mean_ptr,  # (G, C) float32; of a level before the last (G, shares, 3, C), as partial_ptr
+    var_ptr,  # (G, C) float32, biased; mean_ptr again before the last level
     tiles,
+    share,  # tiles for one program
     n_channels,
+    LAST: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     channel_blocks = tl.cdiv(n_channels, BLOCK_C)
-    group = tl.program_id(0) // channel_blocks
+    shares = tl.cdiv(tiles, share)
+    place = (tl.program_id(0) // channel_blocks).to(tl.int64)  # over all groups
     channel = tl.program_id(0) % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = channel < n_channels
-    count = tl.zeros((BLOCK_C,), tl.float32)
-    mean = tl.zeros((BLOCK_C,), tl.float32)
-    m2 = tl.zeros((BLOCK_C,), tl.float32)
-    for first in range(0, tiles, BLOCK_T):
-        tile = first + tl.arange(0, BLOCK_T)
-        at = partial_ptr + (group.to(tl.int64) * tiles + tile)[:, None] * 3 * n_channels + channel[None, :]
-        mask = (tile < tiles)[:, None] & inside[None, :]
+    first = (place % shares * share).to(tl.int32)
+    end = tl.minimum(first + share, tiles)
+    partial_ptr += place // shares * tiles * 3 * n_channels
+    count = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+    mean = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+    m2 = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+    for block in range(first, end, BLOCK_T):  # each place of the block for itself: no step waits for a sum over it
+        tile = block + tl.arange(0, BLOCK_T)
+        at = partial_ptr + tile.to(tl.int64)[:, None] * 3 * n_channels + channel[None, :]
+        mask = (tile < end)[:, None] & inside[None, :]
         tile_mean = tl.load(at, mask=mask, other=0.0)
         tile_m2 = tl.load(at + n_channels, mask=mask, other=0.0)
         tile_count = tl.load(at + 2 * n_channels, mask=mask, other=0.0)
+        weight = tl.div_rn(tile_count, tl.maximum(count + tile_count, 1.0))
+        delta = tile_mean - mean
+        mean += delta * weight
+        m2 += tile_m2 + delta * delta * (count * weight)
+        count += tile_count
 
-        block_count = tl.sum(tile_count, axis=0)
-        at_least_one = tl.maximum(block_count, 1.0)
-        block_mean = tl.div_rn(tl.sum(tile_count * tile_mean, axis=0), at_least_one)
-        spread = tile_mean - block_mean[None, :]
-        left_over = tl.div_rn(tl.sum(tile_count * spread, axis=0), at_least_one)
-        block_m2 = tl.sum(tile_m2 + tile_count * spread * spread, axis=0) - left_over * left_over * block_count
-        block_m2 = tl.where(block_m2 < 0.0, 0.0, block_m2)  # by rounding
-        block_mean += left_over
-
-        share = tl.div_rn(block_count, tl.maximum(count + block_count, 1.0))
-        delta = block_mean - mean
-        mean += delta * share
-        m2 += block_m2 + delta * delta * (count * share)
-        count += block_count
-    tl.store(mean_ptr + group * n_channels + channel, mean, mask=inside)
-    var = tl.div_rn(m2, tl.maximum(count, 1.0))
-    tl.store(var_ptr + group * n_channels + channel, var, mask=inside)
+    total = tl.sum(count, axis=0)
+    at_least_one = tl.maximum(total, 1.0)
+    merged = tl.div_rn(tl.sum(count * mean, axis=0), at_least_one)
+    spread = mean - merged[None, :]
+    left_over = tl.div_rn(tl.sum(count * spread, axis=0), at_least_one)  # what rounding kept from the mean
+    m2_merged = tl.sum(m2 + count * spread * spread, axis=0) - left_over * left_over * total
+    m2_merged = tl.where(m2_merged < 0.0, 0.0, m2_merged)  # by rounding
+    if LAST:
+        tl.store(mean_ptr + place * n_channels + channel, merged + left_over, mask=inside)
+        tl.store(var_ptr + place * n_channels + channel, tl.div_rn(m2_merged, at_least_one), mask=inside)
+    else:
+        mean_ptr += place * 3 * n_channels + channel
+        tl.store(mean_ptr, merged + left_over, mask=inside)
+        tl.store(mean_ptr + n_channels, m2_merged, mask=inside)
+        tl.store(mean_ptr + 2 * n_channels, total, mask=inside)
 
 
 def compile_cases() -> Iterator[Case]:
@@ -123,14 +136,21 @@ def compile_cases() -> Iterator[Case]:
         types |= dict.fromkeys(("rows", "tiles", "n_channels", "pixel_stride"), "i32")
         yield Case(f"norm_stats {dtype}", _norm_stats_kernel, types, {}, CONFIGS)
     types = dict.fromkeys(("partial_ptr", "mean_ptr", "var_ptr"), "*fp32")
-    types |= dict.fromkeys(("tiles", "n_channels"), "i32")
-    yield Case("norm_stats merge", _merge_kernel, types, {}, [MERGE_CONFIG])
+    types |= dict.fromkeys(("tiles", "share", "n_channels"), "i32")
+    for last in (0, 1):
+        yield Case(f"norm_stats merge{', last level' * last}", _merge_kernel, types, {"LAST": last}, [MERGE_CONFIG])
 
 
-def norm_stats(x: Tensor, stat_groups: int, config: dict[str, Any] = CONFIGS[0]) -> tuple[Tensor, Tensor]:
+def choose_config(channels: int) -> dict[str, Any]:
+    """The first, unless that many channels would leave most of its columns empty."""
+    return CONFIGS[3] if channels <= 4 else CONFIGS[1] if channels <= 16 else CONFIGS[0]
+
+
+def norm_stats(x: Tensor, stat_groups: int, config: dict[str, Any] | None = None) -> tuple[Tensor, Tensor]:
     """Launch; see `fastp2p.ops.norm_stats`."""
     x, pixel_stride = pixel_rows(x)
     channels = x.shape[1]
+    config = config or choose_config(channels)
     rows = x.numel() // channels // max(1, stat_groups)  # of a group
     tiles = triton.cdiv(rows, config["BLOCK_M"])
     partial = torch.empty(stat_groups, tiles, 3, channels, dtype=torch.float32, device=x.device)
@@ -145,6 +165,13 @@ def merge_partials(partial: Tensor) -> tuple[Tensor, Tensor]:
     stat_groups, tiles, _, channels = partial.shape
     mean, var = (torch.empty(stat_groups, channels, dtype=torch.float32, device=partial.device) for _ in range(2))
     if stat_groups:
-        grid = (stat_groups * triton.cdiv(channels, MERGE_CONFIG["BLOCK_C"]),)
-        _merge_kernel[grid](partial, mean, var, tiles, channels, **MERGE_CONFIG)
+        programs = stat_groups * triton.cdiv(channels, MERGE_CONFIG["BLOCK_C"])
+        while tiles > MOST_TILES:
+            shares = triton.cdiv(tiles, SHARE)
+            merged = torch.empty(stat_groups, shares, 3, channels, dtype=torch.float32, device=partial.device)
+            _merge_kernel[(programs * shares,)](
+                partial, merged, merged, tiles, SHARE, channels, LAST=False, **MERGE_CONFIG
+            )
+            partial, tiles = merged, shares
+        _merge_kernel[(programs,)](partial, mean, var, tiles, tiles, channels, LAST=True, **MERGE_CONFIG)
     return mean, var

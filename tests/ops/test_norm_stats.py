@@ -158,6 +158,21 @@ def test_more_tiles_than_one_step_of_the_merge_takes(monkeypatch: pytest.MonkeyP
         assert_close(kernel.norm_stats(x, stat_groups, config=config), x, stat_groups)
 
 
+@pytest.mark.kernels
+@pytest.mark.parametrize("tiles", [8, 9, 33, 70])
+def test_a_merge_in_levels(tiles: int, monkeypatch: pytest.MonkeyPatch):
+    """A last share that is not full, and three levels. A constant channel keeps its variance of 0."""
+    from fastp2p.kernels import norm_stats as kernel
+
+    monkeypatch.setitem(kernel.MERGE_CONFIG, "BLOCK_T", 2)
+    monkeypatch.setattr(kernel, "MOST_TILES", 8)
+    monkeypatch.setattr(kernel, "SHARE", 4)
+    config = kernel.CONFIGS[1]
+    x = values(4, 19, config["BLOCK_M"], tiles // 2)
+    for stat_groups in (1, 2):
+        assert_close(kernel.norm_stats(x, stat_groups, config=config), x, stat_groups)
+
+
 def test_bad_input_is_told():
     x = torch.zeros(4, 3, 2, 2)
     for bad in (x[0], x[:0], x.int()):
