@@ -28,6 +28,7 @@ class Product:
     products: int = 1
     largest: int = 128 * 128  # tile, in elements
     may_split: bool = True  # over several programs
+    param: Tensor | None = None  # of wgrad_adam
 
 
 def product_of(operator: str, args: tuple[Any, ...]) -> Product:
@@ -51,22 +52,16 @@ def product_of(operator: str, args: tuple[Any, ...]) -> Product:
         return Product(rows, rest[0] * rest[1] * n_inner, pixels, inner, gemm.is_whole(n_inner))
     param = rest[0]
     columns = param[0].numel()
-    largest = wgrad_adam.largest_tile(param)
-    return Product(rows, columns, pixels, inner, gemm.is_whole(n_inner), largest=largest, may_split=False)
+    largest, may_split = wgrad_adam.largest_tile(param), not wgrad_adam.is_sliced(param)
+    return Product(rows, columns, pixels, inner, gemm.is_whole(n_inner), 1, largest, may_split, param)
 
 
 def by_rule(product: Product) -> Config:
     """What a launch takes that is given no configuration."""
-    config: Config = gemm.choose_config(
-        product.m,
-        product.n,
-        product.k,
-        product.like,
-        whole=product.whole,
-        products=product.products,
-        largest=product.largest,
-    )
-    return config if product.may_split else config | {"SPLIT": 1}
+    m, n, k, like = product.m, product.n, product.k, product.like
+    if product.param is not None:
+        return wgrad_adam.choose_config(m, n, k, product.param, like)
+    return gemm.choose_config(m, n, k, like, whole=product.whole, products=product.products)
 
 
 def candidates(product: Product) -> list[Config]:

@@ -47,7 +47,11 @@ GATHERED_CONFIGS = [
     _tile(16, 16, 32, 2, 3),
 ]
 FLOAT32_CONFIGS = [_tile(64, 64, 16, 8, 3), _tile(64, 16, 16, 4, 3), _tile(16, 64, 16, 4, 3), _tile(16, 16, 32, 2, 3)]
-REDUCE_CONFIG = {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4} | MAY_USE_ALL_REGISTERS
+REDUCE_CONFIGS = [
+    {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4} | MAY_USE_ALL_REGISTERS,
+    {"BLOCK_M": 8, "BLOCK_N": 32, "num_warps": 2} | MAY_USE_ALL_REGISTERS,  # small maps: more programs
+]
+FEW_PROGRAMS = 64  # by the first of them
 
 
 @triton.jit
@@ -127,8 +131,10 @@ def _reduce_kernel(
     offset = pixel[:, None] * n_out + channel[None, :]
     inside = row_inside[:, None] & (channel < n_out)[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for split in range(splits):  # of few tiles, so that int32 holds every offset
-        acc += tl.load(workspace_ptr + split * pixels * n_out + offset, mask=inside, other=0.0)
+    for first in range(0, splits, 4):
+        for split in tl.static_range(4):  # four loads under way at once; of few tiles, so that int32 holds every offset
+            at = workspace_ptr + (first + split) * pixels * n_out + offset
+            acc += tl.load(at, mask=inside & (first + split < splits), other=0.0)
     partial_ptr += tile.to(tl.int64) * 3 * n_out
     epilogue(
         acc, pixel, row_inside, channel, n_out, out_ptr, bias_ptr, gate_ptr, partial_ptr, slope,
@@ -157,10 +163,18 @@ def reduce_splits(
     Of one split, workspace may be out itself, in its dtype: each element is read before the same program writes it.
     """
     splits, pixels, n_out = workspace.shape
-    rows = pixels // max(1, stat_groups)
-    tiles = triton.cdiv(rows, REDUCE_CONFIG["BLOCK_M"])
+    groups = max(1, stat_groups)
+    rows = pixels // groups
+
+    def tiling(config: dict[str, int]) -> tuple[int, int]:
+        """Tiles of a group, and programs."""
+        tiles = triton.cdiv(rows, config["BLOCK_M"])
+        return tiles, groups * tiles * triton.cdiv(n_out, config["BLOCK_N"])
+
+    config = REDUCE_CONFIGS[tiling(REDUCE_CONFIGS[0])[1] < FEW_PROGRAMS]
+    tiles, programs = tiling(config)
     partial = torch.empty(stat_groups, tiles, 3, n_out, dtype=torch.float32, device=out.device)
-    _reduce_kernel[(max(1, stat_groups) * tiles * triton.cdiv(n_out, REDUCE_CONFIG["BLOCK_N"]),)](
+    _reduce_kernel[(programs,)](
         workspace,
         out,
         out if bias is None else bias,
@@ -173,7 +187,7 @@ def reduce_splits(
         splits,
         slope,
         **epilogue_flags(activation, bias, gate, stat_groups),
-        **REDUCE_CONFIG,
+        **config,
     )
     return partial
 
@@ -198,25 +212,36 @@ def candidates(
 
 
 def choose_config(
-    m: int, n: int, k: int, like: Tensor, *, whole: bool, products: int = 1, largest: int = 128 * 128
+    m: int,
+    n: int,
+    k: int,
+    like: Tensor,
+    *,
+    whole: bool,
+    products: int = 1,
+    largest: int = 128 * 128,
+    always_splits: bool = False,
 ) -> dict[str, int]:
     """A tile for so many (m, k) x (k, n) products of like's dtype, and SPLIT, over how many programs a sum is split.
 
     By rule, not timed: the least work first, padding included, unless more than LEAST_USE processors to a program would
     be idle; then the largest tile. The sums of small tiles are split until every processor has a program, into no fewer
-    than LEAST_BLOCKS blocks each.
+    than LEAST_BLOCKS blocks each. With `always_splits` a sum is so long that it may be split for any tile: the largest
+    is taken that pads no more than MOST_PADDING, and its sum is split until every processor has two programs.
     """
     device = like.device.index if like.is_cuda else None
-    return {**_choose_config(m, n, k, like.dtype.itemsize, device, whole, products, largest)}
+    return {**_choose_config(m, n, k, like.dtype.itemsize, device, whole, products, largest, always_splits)}
 
 
 LEAST_USE = 4  # one processor in four must have a program before a larger tile is preferred
 LEAST_BLOCKS = 4  # of a split sum, to be worth its partial sums
+MOST_PADDING = 1.5  # of what the least padded tile computes
+MOST_SPLITS = 64  # of a long sum: each is read again
 
 
 @functools.cache
 def _choose_config(
-    m: int, n: int, k: int, itemsize: int, device: int | None, whole: bool, products: int, largest: int
+    m: int, n: int, k: int, itemsize: int, device: int | None, whole: bool, products: int, largest: int, long: bool
 ) -> dict[str, int]:
     shared_limit, processors = SHARED_BYTES_WHEN_INTERPRETED, PROCESSORS_WHEN_INTERPRETED
     if device is not None:
@@ -233,7 +258,13 @@ def _choose_config(
         waves = -(-n_programs // processors)
         return max(n_programs * tile, waves * processors * tile // LEAST_USE), -tile
 
-    config = min(candidates(m, n, itemsize, whole=whole, largest=largest, shared_limit=shared_limit), key=cost)
+    tiles = candidates(m, n, itemsize, whole=whole, largest=largest, shared_limit=shared_limit)
+    if long:
+        area = {i: programs(c) * c["BLOCK_M"] * c["BLOCK_N"] for i, c in enumerate(tiles)}
+        config = tiles[next(i for i in area if area[i] <= MOST_PADDING * min(area.values()))]
+        split = min(triton.cdiv(2 * processors, programs(config)), MOST_SPLITS)
+        return config | {"SPLIT": max(1, min(split, k // config["BLOCK_K"] // LEAST_BLOCKS))}
+    config = min(tiles, key=cost)
     split = 1
     if may_split(config):
         split = min(-(-processors // programs(config)), max(1, k // config["BLOCK_K"] // LEAST_BLOCKS))
@@ -253,7 +284,7 @@ def compile_cases() -> Iterator[Case]:
         types |= dict.fromkeys(("out_ptr", "gate_ptr"), f"*{dtype}") | {"bias_ptr": "*fp32"}
         types |= dict.fromkeys(("pixels", "rows", "tiles", "n_out", "splits"), "i32")
         for name, flags in EPILOGUES.items():
-            yield Case(f"reduce {name} {dtype}", _reduce_kernel, types, flags, [REDUCE_CONFIG])
+            yield Case(f"reduce {name} {dtype}", _reduce_kernel, types, flags, REDUCE_CONFIGS)
             if dtype != "fp32":
                 types_in_place = types | {"workspace_ptr": f"*{dtype}"}
-                yield Case(f"reduce {name} {dtype} in place", _reduce_kernel, types_in_place, flags, [REDUCE_CONFIG])
+                yield Case(f"reduce {name} {dtype} in place", _reduce_kernel, types_in_place, flags, REDUCE_CONFIGS)

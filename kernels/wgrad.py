@@ -186,6 +186,37 @@ def tiles(n_outer: int, n_outer2: int, columns: int, config: dict[str, int]) -> 
     return row_blocks * column_blocks
 
 
+def partial_sums(
+    tensors: list[Any],
+    sizes: list[int],
+    kernel_size: tuple[int, int],
+    stride: int,
+    padding: int,
+    config: dict[str, int],
+    out: Tensor | None = None,
+) -> Tensor:
+    """Launch the product of `launch_arguments` into out where SPLIT is 1, else into (SPLIT, rows, columns) float32."""
+    n_outer, n_outer2, n_inner = sizes[5:8]
+    columns = kernel_size[0] * kernel_size[1] * n_inner
+    if out is None:
+        shape = (config["SPLIT"], n_outer + n_outer2, columns)
+        out = torch.empty(shape, dtype=torch.float32, device=tensors[0].device)
+    _wgrad_kernel[(tiles(n_outer, n_outer2, columns, config) * config["SPLIT"],)](
+        *tensors,
+        out,
+        *sizes,
+        KH=kernel_size[0],
+        KW=kernel_size[1],
+        STRIDE=stride,
+        PADDING=padding,
+        TWO_INPUTS=n_outer2 > 0,
+        WHOLE_BLOCKS=whole_blocks(n_inner, config),
+        PRECISION=gemm.precision(tensors[2].dtype),
+        **config,
+    )
+    return out
+
+
 def wgrad(
     outer: Tensor,
     outer2: Tensor | None,
@@ -198,26 +229,14 @@ def wgrad(
     config: dict[str, Any] | None = None,
 ) -> Tensor:
     """Launch; see `fastp2p.ops.wgrad`."""
-    tensors, sizes, (m, n, k) = launch_arguments(outer, outer2, inner, (kernel_height, kernel_width))
-    n_outer2, n_inner = sizes[6:8]
+    kernel_size = (kernel_height, kernel_width)
+    tensors, sizes, (m, n, k) = launch_arguments(outer, outer2, inner, kernel_size)
+    n_inner = sizes[7]
     config = config or gemm.choose_config(m, n, k, inner, whole=gemm.is_whole(n_inner))
-    split = config["SPLIT"]
     shape = (m, n_inner, kernel_height, kernel_width)
     dweight = torch.empty(shape, dtype=dtype, device=inner.device, memory_format=torch.channels_last)
-    workspace = torch.empty((split, m, n), dtype=torch.float32, device=inner.device) if split > 1 else None
-    _wgrad_kernel[(tiles(m - n_outer2, n_outer2, n, config) * split,)](
-        *tensors,
-        dweight if workspace is None else workspace,
-        *sizes,
-        KH=kernel_height,
-        KW=kernel_width,
-        STRIDE=stride,
-        PADDING=padding,
-        TWO_INPUTS=n_outer2 > 0,
-        WHOLE_BLOCKS=whole_blocks(n_inner, config),
-        PRECISION=gemm.precision(inner.dtype),
-        **config,
-    )
-    if workspace is not None:
-        gemm.reduce_splits(workspace, dweight)
+    if config["SPLIT"] > 1:
+        gemm.reduce_splits(partial_sums(tensors, sizes, kernel_size, stride, padding, config), dweight)
+    else:
+        partial_sums(tensors, sizes, kernel_size, stride, padding, config, dweight)
     return dweight

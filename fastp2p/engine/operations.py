@@ -36,6 +36,8 @@ class Operation:
     bias: bool = False
     gate: bool = False
     stat_groups: int = 0
+    first_tap: int = 0  # of the weight's taps, where the problem's are a slice of more: so Adam finds them
+    kernel: int = 0  # taps of that weight in each direction; 0 where they are the problem's
 
     @property
     def wide(self) -> torch.dtype:
@@ -74,9 +76,12 @@ class Operation:
         if p.operator == "wgrad":
             return small, small2, large, *kernel, *window, self.wide
         if p.operator == "wgrad_adam":
-            param = noise.images(*weight_shape, dtype=self.wide)
-            moments = torch.zeros_like(param), torch.zeros_like(param)
-            low = param.to(p.dtype) if p.dtype != self.wide else None
+            whole = noise.images(*weight_shape[:2], *((self.kernel,) * 2 if self.kernel else kernel), dtype=self.wide)
+            taps = [slice(self.first_tap, self.first_tap + n) for n in kernel]
+            param, *moments = (t[:, :, *taps] for t in (whole, torch.zeros_like(whole), torch.zeros_like(whole)))
+            low = None
+            if p.dtype != self.wide:
+                low = param.to(p.dtype).contiguous(memory_format=torch.channels_last)
             lr = torch.tensor(LR, dtype=self.wide, device=param.device)
             powers = torch.tensor([BETA1, BETA2], dtype=torch.float64, device=param.device)  # of the first step
             return small, small2, large, param, *moments, lr, powers, BETA1, BETA2, EPS, *window, low
@@ -220,4 +225,6 @@ def operation_of(call: Call, dtype: torch.dtype) -> Operation:
     window = (layer.taps.count, layer.taps.count, layer.stride)
     problem = Problem(call.operator, dtype, call.images * small[0] * small[1], *channels, *window)
     epilogue = (call.activation, call.slope, call.bias, call.gate, call.stat_groups)
-    return Operation(call.name, problem, call.images, small, large, layer.taps.padding, *epilogue)
+    taps = layer.taps
+    part = (0, 0) if taps.are_all(layer.weight) else (taps.first, layer.weight.shape[2])
+    return Operation(call.name, problem, call.images, small, large, taps.padding, *epilogue, *part)

@@ -298,7 +298,8 @@ def test_the_tuner_knows_the_rule(operator: str, monkeypatch: pytest.MonkeyPatch
     assert asked[0] == asked[1]
     found = candidates.candidates(product)
     rule = choose(product.m, product.n, product.k, product.like, **asked[0][3])
-    assert found[0] == (rule if operator != "wgrad_adam" else rule | {"SPLIT": 1})
+    few_pixels = operator == "wgrad_adam"  # each program has its weights to itself
+    assert found[0] == (rule | {"SPLIT": 1} if few_pixels else rule)
     assert 1 < len(found) <= candidates.MOST
     assert not any(config in found[:i] for i, config in enumerate(found))
 

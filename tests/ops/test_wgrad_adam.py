@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from gemm_shapes import CONFIG_SHAPES, SHAPES, Shape, configurations, convolution_on_the_cpu, random
@@ -215,6 +217,20 @@ def test_opcheck():
 
 
 @pytest.mark.kernels
+@pytest.mark.parametrize("low_precision", [None, torch.bfloat16])
+def test_sums_over_many_pixels_are_split(low_precision: torch.dtype | None):
+    from fastp2p.kernels import wgrad_adam as kernel
+
+    shape = Shape(2, 6, 48, 48, 20, 4, 2, 1)
+    fused, apart = (State(shape, torch.bfloat16, low_precision) for _ in range(2))
+    m, n, k = shape.o, 16 * shape.c, fused.outer.numel() // shape.o
+    assert kernel.choose_config(m, n, k, fused.param, fused.inner)["SPLIT"] > 1
+    fused.fused()
+    apart.apart()
+    assert_same_step(fused, apart)
+
+
+@pytest.mark.kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [CONFIG_SHAPES[1], Shape(1, 64, 3, 2, 20, 2, 1, 0)], ids=str)
 def test_every_configuration(shape: Shape, dtype: torch.dtype):
@@ -222,7 +238,7 @@ def test_every_configuration(shape: Shape, dtype: torch.dtype):
 
     apart = State(shape, dtype)
     apart.apart()
-    for config in configurations(dtype):
+    for config, split in itertools.product(configurations(dtype), (1, 3)):
         state = State(shape, dtype)
         buffers = (state.param, state.exp_avg, state.exp_avg_sq, *state.scalars.values())
         args = (
@@ -237,7 +253,7 @@ def test_every_configuration(shape: Shape, dtype: torch.dtype):
             shape.padding,
             state.low_precision,
         )
-        kernel.wgrad_adam(*args, config=config)
+        kernel.wgrad_adam(*args, config=config | {"SPLIT": split})
         assert_same_step(state, apart)
 
 
