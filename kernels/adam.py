@@ -12,7 +12,6 @@ from typing import Any
 import triton
 import triton.language as tl
 from fastp2p.kernels.compile_check import Case
-from fastp2p.kernels.launch import launch_options, wait_for_operands
 from torch import Tensor
 
 CONFIGS = [
@@ -42,7 +41,6 @@ def _adam_kernel(
     HAS_UNSCALE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    wait_for_operands()
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     if HAS_UNSCALE:
         unscale = tl.load(unscale_ptr)
@@ -131,5 +129,4 @@ def adam(
         WRITE_LOW_PRECISION=low_precision is not None,
         HAS_UNSCALE=unscale is not None,
         **config,
-        **launch_options(),
     )

@@ -13,7 +13,6 @@ import torch
 import triton
 import triton.language as tl
 from fastp2p.kernels.compile_check import Case
-from fastp2p.kernels.launch import launch_options, wait_for_operands
 from torch import Tensor
 
 CONFIGS = [{"BLOCK": 256, "num_warps": 4}, {"BLOCK": 128, "num_warps": 2}, {"BLOCK": 512, "num_warps": 4}]
@@ -35,7 +34,6 @@ def _augment_kernel(
     C_PADDED: tl.constexpr,  # the next power of two
     BLOCK: tl.constexpr,  # pixels
 ):
-    wait_for_operands()
     blocks = tl.cdiv(crop_size * crop_size, BLOCK)  # of a sample
     sample = tl.program_id(0) // blocks
     pixel = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)[:, None]
@@ -104,6 +102,5 @@ def augment(
         C_B=channels - input_nc,
         C_PADDED=triton.next_power_of_2(channels),
         **config,
-        **launch_options(),
     )
     return real_A, real_B

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from fastp2p.kernels.launch import OLDEST
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -55,7 +54,7 @@ def fix_keys() -> None:
     """
     if triton.knobs.runtime.interpret:  # nothing is compiled
         return
-    modules = [importlib.import_module(f"fastp2p.kernels.{name}") for name in ("activation", "launch", *KERNEL_FILES)]
+    modules = [importlib.import_module(f"fastp2p.kernels.{name}") for name in ("activation", *KERNEL_FILES)]
     functions = [f for module in modules for f in vars(module).values() if isinstance(f, triton.JITFunction)]
     for function in functions:  # forget the hashes of another order
         function.hash, function.used_global_vals = None, {}
@@ -152,7 +151,7 @@ def compile_case(case: Case, config: dict[str, Any], capability: int, aligned: b
         fn=case.kernel, signature=signature, constexprs=constants, attrs={(i,): whole for i in multiples_of_16}
     )
     target = GPUTarget("cuda", capability, 32)
-    options = {name: config[name] for name in OPTIONS if name in config} | {"launch_pdl": capability >= OLDEST}
+    options = {name: config[name] for name in OPTIONS if name in config}
     compiled = triton.compile(source, target=target, options=options)
     if "ptx" not in compiled.asm:  # from a cache that keeps binaries alone, such as one that was carried here
         with triton.knobs.compilation.scope():

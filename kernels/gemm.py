@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 from fastp2p.kernels.activation import activate, derivative
 from fastp2p.kernels.compile_check import Case, shared_bytes
-from fastp2p.kernels.launch import launch_options, wait_for_operands
 from fastp2p.kernels.layer_shapes import EPILOGUES, GEOMETRY, may_split
 from fastp2p.kernels.norm_stats import store_partial
 from torch import Tensor
@@ -123,7 +122,6 @@ def _reduce_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """The sums of a split GEMM in a fixed order, then its epilogue. Reads 4 bytes a partial sum, once."""
-    wait_for_operands()
     channel_blocks = tl.cdiv(n_out, BLOCK_N)
     tile = tl.program_id(0) // channel_blocks  # over all groups
     channel = tl.program_id(0) % channel_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -190,7 +188,6 @@ def reduce_splits(
         slope,
         **epilogue_flags(activation, bias, gate, stat_groups),
         **config,
-        **launch_options(),
     )
     return partial
 

@@ -19,7 +19,6 @@ import triton
 import triton.language as tl
 from fastp2p.kernels.activation import activate, derivative
 from fastp2p.kernels.compile_check import Case
-from fastp2p.kernels.launch import launch_options, wait_for_operands
 from fastp2p.kernels.layout import pixel_rows
 from torch import Tensor
 
@@ -59,7 +58,6 @@ def _norm_act_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    wait_for_operands()
     channel_blocks = tl.cdiv(n_channels, BLOCK_C)
     tiles = tl.cdiv(rows, BLOCK_M)  # of a group
     tile = tl.program_id(0) // channel_blocks  # over all groups
@@ -114,7 +112,6 @@ def _backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    wait_for_operands()
     channel_blocks = tl.cdiv(n_channels, BLOCK_C)
     program = tl.program_id(0)
     if not WRITE_SUMS:
@@ -171,7 +168,6 @@ def _merge_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    wait_for_operands()
     channel_blocks = tl.cdiv(n_channels, BLOCK_C)
     group = groups - tl.program_id(0) // channel_blocks  # first, the longest way: `groups` stands for all together
     channel = tl.program_id(0) % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -299,7 +295,6 @@ def norm_act(
         SECOND=second,
         **_flags(weight, bias, rng, activation, dropout),
         **config,
-        **launch_options(),
     )
     return y, y2
 
@@ -336,7 +331,7 @@ def norm_act_backward(
     vectors = _vectors(mean, var, weight, bias, rng)
     flags = _flags(weight, bias, rng, activation, dropout) | {"SECOND": -1 if dy2 is None else second} | config
 
-    def one_pass(programs: int, write_sums: bool, write_dx: bool) -> None:
+    def launch(programs: int, write_sums: bool, write_dx: bool) -> None:
         _backward_kernel[(groups * programs * channel_blocks,)](
             dy,
             dy_other,
@@ -359,16 +354,13 @@ def norm_act_backward(
             WRITE_SUMS=write_sums,
             WRITE_DX=write_dx,
             **flags,
-            **launch_options(),
         )
 
-    one_pass(sharing, write_sums=True, write_dx=fixed_stats)
+    launch(sharing, write_sums=True, write_dx=fixed_stats)
     merges = (1 if fixed_stats else 1 + groups) * triton.cdiv(n_channels, MERGE_CONFIG["BLOCK_C"])
-    _merge_kernel[(merges,)](
-        partial, sums, dweight, dbias, groups, sharing, n_channels, **MERGE_CONFIG, **launch_options()
-    )
+    _merge_kernel[(merges,)](partial, sums, dweight, dbias, groups, sharing, n_channels, **MERGE_CONFIG)
     if not fixed_stats:
-        one_pass(tiles, write_sums=False, write_dx=True)
+        launch(tiles, write_sums=False, write_dx=True)
     return dx, dweight, dbias
 
 

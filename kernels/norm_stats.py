@@ -16,7 +16,6 @@ import torch
 import triton
 import triton.language as tl
 from fastp2p.kernels.compile_check import Case
-from fastp2p.kernels.launch import launch_options, wait_for_operands
 from fastp2p.kernels.layout import pixel_rows
 from torch import Tensor
 
@@ -66,7 +65,6 @@ def _norm_stats_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    wait_for_operands()
     channel_blocks = tl.cdiv(n_channels, BLOCK_C)
     tile = tl.program_id(0) // channel_blocks  # over all groups
     channel = tl.program_id(0) % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -90,7 +88,6 @@ def _merge_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    wait_for_operands()
     channel_blocks = tl.cdiv(n_channels, BLOCK_C)
     shares = tl.cdiv(tiles, share)
     place = (tl.program_id(0) // channel_blocks).to(tl.int64)  # over all groups
@@ -159,7 +156,7 @@ def norm_stats(x: Tensor, stat_groups: int, config: dict[str, Any] | None = None
     partial = torch.empty(stat_groups, tiles, 3, channels, dtype=torch.float32, device=x.device)
     if stat_groups:
         grid = (stat_groups * tiles * triton.cdiv(channels, config["BLOCK_C"]),)
-        _norm_stats_kernel[grid](x, partial, rows, tiles, channels, pixel_stride, **config, **launch_options())
+        _norm_stats_kernel[grid](x, partial, rows, tiles, channels, pixel_stride, **config)
     return merge_partials(partial)
 
 
@@ -173,10 +170,8 @@ def merge_partials(partial: Tensor) -> tuple[Tensor, Tensor]:
             shares = triton.cdiv(tiles, SHARE)
             merged = torch.empty(stat_groups, shares, 3, channels, dtype=torch.float32, device=partial.device)
             _merge_kernel[(programs * shares,)](
-                partial, merged, merged, tiles, SHARE, channels, LAST=False, **MERGE_CONFIG, **launch_options()
+                partial, merged, merged, tiles, SHARE, channels, LAST=False, **MERGE_CONFIG
             )
             partial, tiles = merged, shares
-        _merge_kernel[(programs,)](
-            partial, mean, var, tiles, tiles, channels, LAST=True, **MERGE_CONFIG, **launch_options()
-        )
+        _merge_kernel[(programs,)](partial, mean, var, tiles, tiles, channels, LAST=True, **MERGE_CONFIG)
     return mean, var

@@ -13,7 +13,6 @@ import torch
 import triton
 import triton.language as tl
 from fastp2p.kernels.compile_check import Case
-from fastp2p.kernels.launch import launch_options, wait_for_operands
 from torch import Tensor
 
 CONFIGS = [{"BLOCK": 1024, "num_warps": 4}, {"BLOCK": 256, "num_warps": 2}, {"BLOCK": 4096, "num_warps": 8}]
@@ -34,7 +33,6 @@ def _patch_loss_kernel(
     THROUGH_TANH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    wait_for_operands()
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n_elements
     x = tl.load(x_ptr + i, mask=inside, other=0.0).to(tl.float32)
@@ -120,6 +118,5 @@ def patch_loss(
         HAS_TARGET=target is not None,
         THROUGH_TANH=through_tanh,
         **config,
-        **launch_options(),
     )
     return partial.sum(), dx

@@ -11,7 +11,6 @@ from typing import Any
 import triton
 import triton.language as tl
 from fastp2p.kernels.compile_check import Case
-from fastp2p.kernels.launch import launch_options, wait_for_operands
 from torch import Tensor
 
 CONFIGS = [{"BLOCK": 128, "num_warps": 4}, {"BLOCK": 32, "num_warps": 1}, {"BLOCK": 512, "num_warps": 4}]
@@ -30,7 +29,6 @@ def _running_stats_kernel(
     momentum_unbiased,  # momentum * n / (n - 1)
     BLOCK: tl.constexpr,
 ):
-    wait_for_operands()
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = channel < n_channels
     running_mean = tl.load(running_mean_ptr + channel, mask=inside)
@@ -76,5 +74,4 @@ def running_stats(
         momentum,
         momentum * n_values / (n_values - 1),
         **config,
-        **launch_options(),
     )

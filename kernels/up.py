@@ -21,7 +21,6 @@ import triton.language as tl
 from fastp2p.kernels import gemm
 from fastp2p.kernels.compile_check import Case
 from fastp2p.kernels.gemm import dot, epilogue, within
-from fastp2p.kernels.launch import launch_options, wait_for_operands
 from fastp2p.kernels.layer_shapes import EPILOGUES, LAYERS, gemm_cases
 from fastp2p.kernels.layout import pixel_rows
 from fastp2p.kernels.norm_stats import merge_partials
@@ -67,7 +66,6 @@ def _up_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    wait_for_operands()
     split = tl.program_id(0) % SPLIT
     phase = tl.program_id(0) // SPLIT % (STRIDE * STRIDE)
     channel_blocks = tl.cdiv(n_out, BLOCK_N)
@@ -247,7 +245,6 @@ def up(
         **gemm.epilogue_flags(activation, bias, gate, stat_groups),
         PRECISION=gemm.precision(x.dtype),
         **config,
-        **launch_options(),
     )
     if workspace is not None:
         partials = gemm.reduce_splits(

@@ -20,7 +20,6 @@ import triton.language as tl
 from fastp2p.kernels import gemm
 from fastp2p.kernels.compile_check import Case
 from fastp2p.kernels.gemm import dot, within
-from fastp2p.kernels.launch import launch_options, wait_for_operands
 from fastp2p.kernels.layer_shapes import LAYERS, Layer, gemm_cases
 from fastp2p.kernels.layout import pixel_rows
 from torch import Tensor
@@ -55,7 +54,6 @@ def _wgrad_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    wait_for_operands()
     split = tl.program_id(0) % SPLIT
     acc, row, column, _, inside = outer_product(
         tl.program_id(0) // SPLIT, split, outer_ptr, outer2_ptr, inner_ptr, pixels, height, width, outer_height,
@@ -215,7 +213,6 @@ def partial_sums(
         WHOLE_BLOCKS=whole_blocks(n_inner, config),
         PRECISION=gemm.precision(tensors[2].dtype),
         **config,
-        **launch_options(),
     )
     return out
 

@@ -17,7 +17,6 @@ import triton.language as tl
 from fastp2p.kernels import gemm
 from fastp2p.kernels.adam import adam_update
 from fastp2p.kernels.compile_check import Case
-from fastp2p.kernels.launch import launch_options, wait_for_operands
 from fastp2p.kernels.layer_shapes import LAYERS, Layer
 from fastp2p.kernels.wgrad import launch_arguments, layer_cases, outer_product, partial_sums, tiles, whole_blocks
 from torch import Tensor
@@ -65,7 +64,6 @@ def _wgrad_adam_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    wait_for_operands()
     grad, row, column, kernel_row, inside = outer_product(
         tl.program_id(0), 0, outer_ptr, outer2_ptr, inner_ptr, pixels, height, width, outer_height,
         outer_width, n_outer, n_outer2, n_inner, outer_stride, outer2_stride, inner_stride,
@@ -102,7 +100,6 @@ def _reduce_adam_kernel(
     BLOCK: tl.constexpr,
 ):
     """The sums of a split weight gradient in a fixed order, and Adam on the spot."""
-    wait_for_operands()
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < weights
     sums = tl.zeros((BLOCK_S, BLOCK), tl.float32)
@@ -170,11 +167,9 @@ def largest_tile(param: Tensor) -> int:
 def choose_config(m: int, n: int, k: int, param: Tensor, like: Tensor) -> dict[str, int]:
     """As gemm.choose_config, for an (m, k) x (k, n) product; SPLIT is 1 where the weight has no dense rows."""
     whole = gemm.is_whole(param.shape[1])
-    long = k >= MANY_PIXELS and not is_sliced(param)
-    config: dict[str, int] = gemm.choose_config(
-        m, n, k, like, whole=whole, largest=largest_tile(param), always_splits=long
-    )
-    return config if long else config | {"SPLIT": 1}
+    if k < MANY_PIXELS or is_sliced(param):
+        return gemm.choose_config(m, n, k, like, whole=whole, largest=largest_tile(param)) | {"SPLIT": 1}
+    return gemm.choose_config(m, n, k, like, whole=whole, largest=LARGEST_TILE, always_splits=True)
 
 
 def wgrad_adam(
@@ -210,7 +205,6 @@ def wgrad_adam(
             *(workspace, *adam, low, lr, powers.contiguous(), m * n, config["SPLIT"], *numbers),
             WRITE_LOW_PRECISION=writes_low,
             **REDUCE_CONFIG,
-            **launch_options(),
         )
         return
     row_stride, gap = _gaps(param)
@@ -235,5 +229,4 @@ def wgrad_adam(
         WHOLE_BLOCKS=whole_blocks(n_inner, config),
         PRECISION=gemm.precision(inner.dtype),
         **{name: value for name, value in config.items() if name != "SPLIT"},
-        **launch_options(),
     )
