@@ -316,10 +316,18 @@ def _fill(netG: UnetGenerator, state_dict: StateDict, path: Path) -> None:
     for name, value in state_dict.items():
         if value.is_complex() or value.dtype == torch.bool:
             raise InputError(f"{path}: {name} is {value.dtype}, expected real numbers")
-    broken = [name for name, value in state_dict.items() if not value.isfinite().all()]
+    fitting = {name: state_dict[name].to(own.dtype) for name, own in netG.state_dict().items()}
+    # The cast makes infinity of what is too large, and a whole number of NaN
+    broken = [
+        name
+        for name, value in fitting.items()
+        if not (value if value.is_floating_point() else state_dict[name].double()).isfinite().all()
+    ]
     if broken:
-        raise InputError(f"{path}: {broken[0]} holds NaN or infinity ({len(broken)} tensors do); it cannot be used")
-    fitting = {name: state_dict[name].to(value.dtype) for name, value in netG.state_dict().items()}
+        raise InputError(
+            f"{path}: {broken[0]} holds NaN or infinity, or more than {fitting[broken[0]].dtype} can hold "
+            f"({len(broken)} tensors do); it cannot be used: take another copy, or train anew"
+        )
     netG.load_state_dict(fitting, strict=True, assign=True)
 
 

@@ -296,6 +296,41 @@ def test_a_generator_of_no_numbers_is_refused(tmp_path: Path):
         load_generator(tmp_path / "g.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("weight", "value"),
+    [
+        ("model.model.0.weight", torch.tensor(1e300, dtype=torch.float64)),
+        ("model.model.1.model.2.num_batches_tracked", torch.tensor(torch.nan)),
+    ],
+)
+def test_weights_that_the_cast_would_change_are_refused(tmp_path: Path, weight: str, value: torch.Tensor):
+    """A float64 beyond float32's range became infinity, and NaN a whole number."""
+    state_dict = UnetGenerator(levels=4, ngf=4).state_dict()
+    state_dict[weight] = value.expand(state_dict[weight].shape).clone()
+    with pytest.raises(InputError, match=rf"{weight} holds NaN or infinity, or more than torch\.\w+ can hold"):
+        read_as_pth(state_dict, tmp_path)
+    with pytest.raises(InputError, match=rf"{weight} holds NaN or infinity, or more than torch\.\w+ can hold"):
+        read_as_safetensors(state_dict, tmp_path)
+
+
+def read_as_pth(state_dict: dict[str, torch.Tensor], folder: Path) -> UnetGenerator:
+    """The network that `convert` makes from upstream's file with these weights."""
+    torch.save(state_dict, folder / "read.pth")
+    convert(folder / "read.pth", folder / "converted.safetensors")
+    return load_generator(folder / "converted.safetensors")[0]
+
+
+def read_as_safetensors(state_dict: dict[str, torch.Tensor], folder: Path) -> UnetGenerator:
+    """The network of a file with these weights and without a checksum."""
+    save_generator(
+        folder / "own.safetensors", UnetGenerator(levels=4, ngf=4).state_dict(), GeneratorSpec(levels=4, ngf=4)
+    )
+    with safetensors.safe_open(folder / "own.safetensors", "pt") as file:
+        described = file.metadata()["fastp2p"]
+    safetensors.torch.save_file(state_dict, folder / "read.safetensors", {"fastp2p": described})
+    return load_generator(folder / "read.safetensors", say=lambda line: None)[0]
+
+
 def test_a_checkpoint_in_the_generator_s_place(run: Path):
     with pytest.raises(InputError, match=r"is a run's checkpoint; its generator is .*run/netG\.safetensors"):
         load_generator(run / "checkpoint.pt")
