@@ -311,11 +311,15 @@ def check_fit(net: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]], path:
         raise InputError(f"{path}: the weights do not fit the network: {', '.join(misfits[:3])}{more}")
 
 
+_NOT_READ = {torch.bool, torch.float4_e2m1fn_x2}  # a byte of the latter packs two numbers, which no operator unpacks
+
+
 def _fill(netG: UnetGenerator, state_dict: StateDict, path: Path) -> None:
     """Give a generator without memory its weights. Raises InputError where they are no numbers to compute with."""
-    for name, value in state_dict.items():
-        if value.is_complex() or value.dtype == torch.bool:
-            raise InputError(f"{path}: {name} is {value.dtype}, expected real numbers")
+    for name, own in netG.state_dict().items():
+        got = state_dict[name].dtype  # a float may count batches: nobody reads that number
+        if got in _NOT_READ or got.is_complex or (own.dtype.is_floating_point and not got.is_floating_point):
+            raise InputError(f"{path}: {name} is {got}, expected {own.dtype}; convert it before it is saved")
     fitting = {name: state_dict[name].to(own.dtype) for name, own in netG.state_dict().items()}
     # The cast makes infinity of what is too large, and a whole number of NaN
     broken = [

@@ -313,15 +313,45 @@ def test_weights_that_the_cast_would_change_are_refused(tmp_path: Path, weight: 
         read_as_safetensors(state_dict, tmp_path)
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
+)
+def test_weights_of_other_floats_are_read(tmp_path: Path, dtype: torch.dtype):
+    """PyTorch has no isfinite for float8."""
+    weights = {
+        name: value.to(dtype) if value.is_floating_point() else value
+        for name, value in UnetGenerator(levels=4, ngf=4).state_dict().items()
+    }
+    for read in (read_as_pth, read_as_safetensors):
+        for name, value in read(weights, tmp_path / read.__name__).state_dict().items():
+            assert torch.equal(value, weights[name].to(value.dtype))
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.uint8, torch.int64, torch.bool, torch.complex64, torch.float4_e2m1fn_x2]
+)
+def test_weights_of_other_types_are_refused(tmp_path: Path, dtype: torch.dtype):
+    """Integers are quantised weights without their scale; of float4 safetensors counts numbers, and PyTorch bytes."""
+    weights = UnetGenerator(levels=4, ngf=4).state_dict()
+    name = "model.model.1.model.2.weight"
+    weights[name] = weights[name].to(torch.uint8).view(dtype) if dtype.itemsize == 1 else weights[name].to(dtype)
+    for read in (read_as_pth, read_as_safetensors):
+        with pytest.raises(InputError, match=rf"{name} is ({dtype}, expected torch\.float32|\(16,\), expected)"):
+            read(weights, tmp_path / read.__name__)
+
+
 def read_as_pth(state_dict: dict[str, torch.Tensor], folder: Path) -> UnetGenerator:
     """The network that `convert` makes from upstream's file with these weights."""
+    folder.mkdir(exist_ok=True)
     torch.save(state_dict, folder / "read.pth")
+    (folder / "converted.safetensors").unlink(missing_ok=True)
     convert(folder / "read.pth", folder / "converted.safetensors")
     return load_generator(folder / "converted.safetensors")[0]
 
 
 def read_as_safetensors(state_dict: dict[str, torch.Tensor], folder: Path) -> UnetGenerator:
     """The network of a file with these weights and without a checksum."""
+    folder.mkdir(exist_ok=True)
     save_generator(
         folder / "own.safetensors", UnetGenerator(levels=4, ngf=4).state_dict(), GeneratorSpec(levels=4, ngf=4)
     )
