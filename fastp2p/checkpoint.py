@@ -6,10 +6,7 @@ Nothing here is unpickled in full: safetensors, and torch.load(weights_only=True
 import hashlib
 import io
 import json
-import pickle
 import re
-import struct
-import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +21,7 @@ from fastp2p.config import MAX_LEVELS, MAX_SIDE, Direction, Dropout, Norm, NormS
 from fastp2p.errors import InputError
 from fastp2p.files import check_file, write_atomically
 from fastp2p.networks import UnetGenerator
+from fastp2p.pickled import load_pickled_tensors
 from fastp2p.terminal import Say, warn
 
 CHECKSUM = "sha256"  # of the content, beside it; files of earlier versions have none
@@ -96,7 +94,7 @@ def load_checkpoint(path: Path, say: Say = warn) -> dict[str, Any]:
     Raises:
         InputError: when there is none, or it is damaged, changed or of another version.
     """
-    state = _load_pickled_tensors(path, "a run's checkpoint.pt")
+    state = load_pickled_tensors(path, "a run's checkpoint.pt")
     if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
         raise InputError(f"{path}: is no checkpoint of this version of fastp2p (format {CHECKPOINT_FORMAT})")
     check_checksum(path, state.pop(CHECKSUM, None), state, say)
@@ -112,55 +110,6 @@ def check_checksum(path: Path, found: Any, content: Any, say: Say) -> None:
             f"{path}: its content does not match its checksum: it is damaged, or was changed after it was written; "
             "take another copy"
         )
-
-
-# What torch.load raises on files that are truncated, overwritten, or hold more than tensors; by experiment.
-_DAMAGED = (
-    *(OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError),
-    struct.error,
-)
-
-
-def _load_pickled_tensors(path: Path, expected: str) -> Any:
-    """torch.load, after the checksums that torch.save wrote. Old .pth files, which are no zips, have none."""
-    check_file(path, expected)
-    try:
-        if zipfile.is_zipfile(path):
-            _check_stored(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # PyTorch's text advises to load it all the same
-        raise InputError(
-            f"{path}: is damaged, or holds more than tensors; a pickle of other objects could run any code, so it is "
-            "not loaded. A bare state_dict is what fastp2p reads"
-        ) from error
-    except (*_DAMAGED, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: is damaged, or holds more than torch.save's tensors: {error!r:.200}") from error
-    _check_tensors(path, loaded)
-    return loaded
-
-
-def _check_tensors(path: Path, loaded: Any) -> None:
-    """Raise InputError on tensors that no network has: sparse ones, or one number that is told to fill gigabytes."""
-    if isinstance(loaded, dict | list | tuple):
-        for value in loaded.values() if isinstance(loaded, dict) else loaded:
-            _check_tensors(path, value)
-    elif isinstance(loaded, Tensor):
-        plain = type(loaded) in (Tensor, torch.nn.Parameter) and loaded.layout == torch.strided
-        if not plain or loaded.device.type != "cpu" or loaded.is_quantized:
-            raise InputError(f"{path}: holds a tensor that is no plain one ({loaded.layout}, {loaded.device})")
-        if loaded.numel() * loaded.element_size() > loaded.untyped_storage().nbytes():
-            raise InputError(f"{path}: holds a tensor of shape {tuple(loaded.shape)} without a number for each place")
-
-
-def _check_stored(path: Path) -> None:
-    """Raise BadZipFile where a member's bytes are not those that torch.save wrote: torch.load does not look."""
-    with zipfile.ZipFile(path) as archive:
-        packed = [info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]
-        if packed:  # torch.save packs nothing; a small file could unpack to more than there is memory
-            raise zipfile.BadZipFile(f"{packed[0]} is compressed, which torch.save never does")
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -346,7 +295,7 @@ def read_upstream_generator(
     Raises:
         InputError: when the file is no U-Net generator of upstream's, with what it looks like instead.
     """
-    loaded = _load_pickled_tensors(path, "upstream's latest_net_G.pth")
+    loaded = load_pickled_tensors(path, "upstream's latest_net_G.pth")
     tensors = isinstance(loaded, dict) and all(isinstance(value, Tensor) for value in loaded.values())
     if not tensors or not all(isinstance(name, str) for name in loaded):
         raise InputError(f"{path}: got {type(loaded).__name__}, expected a bare state_dict such as latest_net_G.pth")

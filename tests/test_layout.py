@@ -28,6 +28,7 @@ LAYERS = [
     "metrics",
     "engine",
     "memory",
+    "pickled",
     "checkpoint",
     "reference",
     "saved",
