@@ -95,7 +95,7 @@ def load_checkpoint(path: Path, say: Say = warn) -> dict[str, Any]:
         InputError: when there is none, or it is damaged, changed or of another version.
     """
     state = load_pickled_tensors(path, "a run's checkpoint.pt")
-    if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
+    if not isinstance(state, dict) or (type(state.get("format")), state.get("format")) != (int, CHECKPOINT_FORMAT):
         raise InputError(f"{path}: is no checkpoint of this version of fastp2p (format {CHECKPOINT_FORMAT})")
     check_checksum(path, state.pop(CHECKSUM, None), state, say)
     return state

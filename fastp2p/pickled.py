@@ -33,21 +33,45 @@ def load_pickled_tensors(path: Path, expected: str) -> Any:
         ) from error
     except (*_DAMAGED, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: is damaged, or holds more than torch.save's tensors: {error!r:.200}") from error
-    _check_tensors(path, loaded)
+    _check_content(path, loaded)
     return loaded
 
 
-def _check_tensors(path: Path, loaded: Any) -> None:
-    """Raise InputError on tensors that no network has: sparse ones, or one number that is told to fill gigabytes."""
-    if isinstance(loaded, dict | list | tuple):
-        for value in loaded.values() if isinstance(loaded, dict) else loaded:
-            _check_tensors(path, value)
-    elif isinstance(loaded, Tensor):
-        plain = type(loaded) in (Tensor, torch.nn.Parameter) and loaded.layout == torch.strided
-        if not plain or loaded.device.type != "cpu" or loaded.is_quantized:
-            raise InputError(f"{path}: holds a tensor that is no plain one ({loaded.layout}, {loaded.device})")
-        if loaded.numel() * loaded.element_size() > loaded.untyped_storage().nbytes():
-            raise InputError(f"{path}: holds a tensor of shape {tuple(loaded.shape)} without a number for each place")
+MAX_DEPTH = 32  # of containers in containers; a checkpoint has six
+MAX_ENTRIES = 1_000_000  # a checkpoint has some thousand; a container in two places counts twice
+
+
+def _check_content(path: Path, loaded: Any) -> None:
+    """Raise InputError on what no program should walk through, such as a list in itself, and on odd tensors."""
+    left, entries = [(loaded, 0)], 0
+    while left:
+        value, depth = left.pop()
+        entries += 1
+        if depth > MAX_DEPTH or entries > MAX_ENTRIES:
+            raise InputError(
+                f"{path}: holds containers in containers, more than {MAX_DEPTH} deep or of more than {MAX_ENTRIES:,} "
+                "entries in all, or one that contains itself; expected a dict of tensors: take another copy"
+            )
+        if isinstance(value, dict):
+            left += [(inner, depth + 1) for item in value.items() for inner in item]
+        elif isinstance(value, list | tuple | set):
+            left += [(inner, depth + 1) for inner in value]
+        elif isinstance(value, Tensor):
+            _check_tensor(path, value)
+
+
+def _check_tensor(path: Path, value: Tensor) -> None:
+    """Raise InputError on a tensor that no network has: a sparse one, or a number that is told to fill gigabytes."""
+    plain = type(value) in (Tensor, torch.nn.Parameter) and value.layout == torch.strided
+    if not plain or value.device.type != "cpu" or value.is_quantized:
+        raise InputError(f"{path}: holds a tensor that is no plain one ({value.layout}, {value.device})")
+    if value.is_conj() or value.is_neg():
+        raise InputError(
+            f"{path}: holds a {value.dtype} tensor whose conjugate or negative is yet to be computed, expected a plain "
+            "one; call resolve_conj and resolve_neg before it is saved"
+        )
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise InputError(f"{path}: holds a tensor of shape {tuple(value.shape)} without a number for each place")
 
 
 def _check_stored(path: Path) -> None:
