@@ -281,6 +281,12 @@ def _fill(netG: UnetGenerator, state_dict: StateDict, path: Path) -> None:
             f"{path}: {broken[0]} holds NaN or infinity, or more than {fitting[broken[0]].dtype} can hold "
             f"({len(broken)} tensors do); it cannot be used: take another copy, or train anew"
         )
+    for name, value in fitting.items():
+        if name.endswith("running_var") and value.min() < 0:
+            raise InputError(
+                f"{path}: {name} holds {float(value.min()):.3g}, expected variances of 0 or more; it is damaged: take "
+                "another copy"
+            )
     netG.load_state_dict(fitting, strict=True, assign=True)
 
 

@@ -35,7 +35,7 @@ def check_saved(saved: dict[str, Any], own: dict[str, Any], nets: Mapping[str, n
             check_fit(net, {name: tuple(value.shape) for name, value in weights.items()}, path)
     wrong = next(_wrong(saved, _expected(saved, own, nets)), None)
     if wrong is not None:
-        raise InputError(f"{path}: is damaged, or was changed after it was written: {wrong}")
+        raise InputError(f"{path}: is damaged, or was changed after it was written: {wrong}; take another copy")
 
 
 def _expected(saved: dict[str, Any], own: dict[str, Any], nets: Mapping[str, nn.Module]) -> dict[str, Any]:
@@ -49,7 +49,8 @@ def _expected(saved: dict[str, Any], own: dict[str, Any], nets: Mapping[str, nn.
         groups = [{option: group[option] for option in ADAM} for group in adam["param_groups"]]
         states = [{"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p} for p in net.parameters()]
         found = saved[f"optimizer_{player}"]
-        begun = saved["step"] != 0 or not isinstance(found, dict) or found.get("state") != {}
+        at_start = type(saved["step"]) is int and saved["step"] == 0
+        begun = not at_start or not isinstance(found, dict) or found.get("state") != {}
         expected[f"optimizer_{player}"] = {"state": dict(enumerate(states)) if begun else {}, "param_groups": groups}
     return expected
 
@@ -63,6 +64,12 @@ def _wrong(saved: dict[str, Any], expected: dict[str, Any]) -> Iterator[str]:
         yield f"step is {step}, loss_steps {saved['loss_steps']}"
     if not saved["best_val_L1"] >= 0:
         yield f"best_val_L1 is {saved['best_val_L1']}"
+    for name in ("netG", "netD"):
+        for weight, value in saved[name].items():
+            if not value.isfinite().all():
+                yield f"{name}/{weight} holds NaN or infinity"
+            if weight.endswith("running_var") and value.min() < 0:
+                yield f"{name}/{weight} holds {float(value.min()):.3g}, expected variances of 0 or more"
     for name in ("optimizer_G", "optimizer_D"):
         for number in expected[name]["state"]:
             state = saved[name]["state"][number]
@@ -70,6 +77,8 @@ def _wrong(saved: dict[str, Any], expected: dict[str, Any]) -> Iterator[str]:
                 yield f"{name}/state/{number}/step is {float(state['step'])} at step {step}"
             if not all(bool(state[moment].isfinite().all()) for moment in ("exp_avg", "exp_avg_sq")):
                 yield f"{name}/state/{number} holds NaN or infinity"
+            if state["exp_avg_sq"].min() < 0:
+                yield f"{name}/state/{number}/exp_avg_sq holds a negative mean of squares"
 
 
 def _differences(name: str, own: Any, saved: Any) -> Iterator[str]:
