@@ -15,7 +15,7 @@ from fastp2p.config import GanMode
 from fastp2p.data.images import to_image, to_png
 from fastp2p.errors import InputError, TrainingDiverged, WriteError
 from fastp2p.events import EventFile
-from fastp2p.files import append_line, write_atomically
+from fastp2p.files import append_line, check_file, write_atomically
 from fastp2p.losses import BALANCE
 from fastp2p.terminal import Say
 
@@ -135,12 +135,16 @@ def read_stats(path: Path) -> tuple[list[dict[str, Any]], int]:
     Raises:
         InputError: when the file cannot be read.
     """
+    advice = "move it away to go on without its lines"
     try:
-        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        if not path.exists():
+            return [], 0
+        check_file(path, "a run's lines of numbers")
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except InputError as error:
+        raise InputError(f"{error}; {advice}") from error
     except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read: {error.strerror}; move it away to go on without its lines"
-        ) from error
+        raise InputError(f"{path}: cannot be read: {error.strerror}; {advice}") from error
     parsed = [_parse(line) for line in lines]
     stats = [line for line in parsed if line is not None]
     return stats, len(parsed) - len(stats)

@@ -1,5 +1,6 @@
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -69,9 +70,18 @@ def test_damaged_lines_cost_themselves_alone(tmp_path: Path, damage: bytes):
     assert (tmp_path / "losses.png").exists()
 
 
-def test_stats_that_cannot_be_read_are_told(tmp_path: Path):
-    (tmp_path / "stats.jsonl").mkdir()
-    with pytest.raises(InputError, match=r"stats\.jsonl: cannot be read: Is a directory; move it away"):
+@pytest.mark.parametrize("kind", ["folder", "pipe", "device"])
+def test_stats_that_cannot_be_read_are_told(tmp_path: Path, kind: str):
+    """Opening a pipe waits for its writer, and a device may never end."""
+    path, said = tmp_path / "stats.jsonl", {"folder": "a folder"}.get(kind, "a named pipe, a socket or a device")
+    match kind:
+        case "folder":
+            path.mkdir()
+        case "pipe":
+            os.mkfifo(path)
+        case "device":
+            path.symlink_to("/dev/null")  # not /dev/zero, which would take all memory
+    with pytest.raises(InputError, match=rf"stats\.jsonl: is {said}; expected .*; move it away to go on without"):
         Recorder(tmp_path, 5, "vanilla", print)
 
 
