@@ -11,6 +11,7 @@ from fastp2p.checkpoint import (
 )
 from fastp2p.config import MAX_SIDE, Direction, Dropout
 from fastp2p.errors import InputError
+from fastp2p.files import is_there
 
 
 def convert(
@@ -39,7 +40,7 @@ def convert(
     """
     if crop_size is not None and not 11 <= crop_size <= MAX_SIDE:
         raise InputError(f"crop_size: got {crop_size}, expected 11 px, the window of SSIM, to {MAX_SIDE}")
-    if target.exists():
+    if is_there(target):
         raise InputError(f"convert: {target} exists; choose another name, or move it away")
     match source.suffix, target.suffix:
         case ".pth", ".safetensors":

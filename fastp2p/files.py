@@ -56,6 +56,17 @@ def remove_leftovers(folder: Path) -> None:
             raise WriteError(temporary, error) from error
 
 
+def is_there(path: Path) -> bool:
+    """Whether a name is in use: also by a link to nowhere, or where one may not look; reading it then says so."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
 def check_file(path: Path, expected: str = "a file") -> None:
     """Raise InputError unless this is a file that may be read: a pipe would be waited for, a device never ends."""
     try:

@@ -14,7 +14,7 @@ from fastp2p.engine.ceilings import Ceilings
 from fastp2p.engine.cost import Cost, Sum
 from fastp2p.engine.ranges import PARTS
 from fastp2p.errors import InputError
-from fastp2p.files import write_atomically
+from fastp2p.files import is_there, write_atomically
 from fastp2p.measure import (
     PREFIX,
     Kernels,
@@ -164,7 +164,7 @@ def profile_step(
 def _check_trace(trace: Path, overwrite: bool) -> None:
     if not trace.name.endswith(SUFFIXES):
         raise InputError(f"trace: got {trace}, expected a name that ends in {' or '.join(SUFFIXES)}")
-    if trace.is_dir() or (trace.exists() and not overwrite):
+    if trace.is_dir() or (is_there(trace) and not overwrite):
         raise InputError(f"trace: {trace} exists; choose another --trace, or add --overwrite")
     if not trace.parent.is_dir():
         raise InputError(f"trace: got {trace}, but there is no folder {trace.parent}; make it first")

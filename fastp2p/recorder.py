@@ -15,7 +15,7 @@ from fastp2p.config import GanMode
 from fastp2p.data.images import to_image, to_png
 from fastp2p.errors import InputError, TrainingDiverged, WriteError
 from fastp2p.events import EventFile
-from fastp2p.files import append_line, check_file, write_atomically
+from fastp2p.files import append_line, check_file, is_there, write_atomically
 from fastp2p.losses import BALANCE
 from fastp2p.terminal import Say
 
@@ -137,7 +137,7 @@ def read_stats(path: Path) -> tuple[list[dict[str, Any]], int]:
     """
     advice = "move it away to go on without its lines"
     try:
-        if not path.exists():
+        if not is_there(path):
             return [], 0
         check_file(path, "a run's lines of numbers")
         lines = path.read_bytes().split(b"\n")[:-1]

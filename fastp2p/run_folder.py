@@ -10,7 +10,7 @@ from shlex import quote
 
 from fastp2p.config import TrainConfig
 from fastp2p.errors import InputError, WriteError
-from fastp2p.files import read_small, remove_leftovers, write_atomically
+from fastp2p.files import is_there, read_small, remove_leftovers, write_atomically
 from fastp2p.terminal import Say
 
 # What may differ between a run and its continuation: limits, bookkeeping and places, but nothing that is learned from.
@@ -57,7 +57,7 @@ def check_unused(config: TrainConfig) -> None:
 def _check_empty(folder: Path) -> None:
     # A process that was killed as it wrote config.json left no run behind
     if any(not path.match(".config.json.*.tmp") for path in folder.iterdir()):
-        is_run = (folder / "config.json").exists()
+        is_run = is_there(folder / "config.json")
         hint = f"--resume {quote(str(folder))} continues the run in it" if is_run else "it holds files"
         raise InputError(f"out: {folder} is not empty ({hint}); choose another --out")
 
@@ -125,7 +125,7 @@ def read_config(folder: Path) -> TrainConfig:
         InputError: when config.json is missing, damaged, or of another version.
     """
     path = folder / "config.json"
-    if not path.exists() and not path.is_symlink():
+    if not is_there(path):
         raise InputError(f"resume: {folder} is no run folder (it has no config.json)")
     content = read_small(path)
     try:

@@ -19,7 +19,7 @@ from fastp2p.data import Crops, batches_per_epoch, eval_batches, train_crops
 from fastp2p.data.splits import TrainData, load_train_data
 from fastp2p.device import best_precision, choose_device
 from fastp2p.errors import InputError, TrainingDiverged
-from fastp2p.files import remove_leftovers
+from fastp2p.files import is_there, remove_leftovers
 from fastp2p.losses import Losses, read_losses
 from fastp2p.metrics import METRICS, evaluate_generator
 from fastp2p.networks import generate
@@ -125,9 +125,9 @@ def load_saved(folder: Path, say: Say) -> dict[str, Any] | None:
         InputError: when it cannot be read, or is gone.
     """
     path = folder / "checkpoint.pt"
-    if path.exists():
+    if is_there(path):
         return load_checkpoint(path, say)
-    if (folder / "netG.safetensors").exists():  # it is written after checkpoint.pt
+    if is_there(folder / "netG.safetensors"):  # it is written after checkpoint.pt
         raise InputError(f"resume: {path} is missing, but the run had one; bring it back, or start a new run")
     say(f"{folder} had no checkpoint yet: beginning again at step 0")
     return None

@@ -15,7 +15,7 @@ from fastp2p.engine import FusedStep, ahead
 from fastp2p.engine.operations import Operation, operations
 from fastp2p.engine.tune import tune, why_not
 from fastp2p.errors import InputError
-from fastp2p.files import read_small, write_atomically
+from fastp2p.files import is_there, read_small, write_atomically
 from fastp2p.ops import _choices
 from fastp2p.ops._choices import Measured, Place, Table, name_of
 from fastp2p.run_folder import KERNELS
@@ -128,16 +128,17 @@ def compile_step(step: FusedStep, batches: Iterable[int], load_size: int, say: S
 
 def _of_the_run(path: Path, place: Place, say: Say) -> Table | None:
     """The choices in a run's file; None where there is none, or it is of another device or other versions."""
-    if not path.exists():
+    if not is_there(path):
         return None
-    content = read_small(path)
     try:
+        content = read_small(path)
         made_at = _choices.environment_of(content)
         if made_at == place.environment:
             return _choices.from_json(content, place)
-    except ValueError as error:
+    except (ValueError, InputError) as error:
+        why = str(error).removeprefix(f"{path}: ")
         raise InputError(
-            f"{path}: cannot be read: {error}; delete it to choose kernels anew, which round otherwise"
+            f"{path}: cannot be read: {why}; delete it to choose kernels anew, which round otherwise"
         ) from error
     say(f"kernels: chosen anew, since {path} is of {made_at}; the run's bits will not be those of an unbroken one")
     return None

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastp2p.errors import InputError, WriteError
-from fastp2p.files import read_small, write_atomically
+from fastp2p.files import is_there, read_small, write_atomically
 from fastp2p.ops._extension import INTERPRETED, WHY_ABSENT
 
 FORMAT = 1  # of the file
@@ -173,7 +173,7 @@ def read_cache(place: Place) -> Table:
     if path is None:  # add_to_cache warns of it
         return {}
     try:
-        return from_json(read_small(path), place) if path.exists() else {}
+        return from_json(read_small(path), place) if is_there(path) else {}
     except (OSError, ValueError, InputError) as error:
         warnings.warn(f"{path}: cannot be used ({error}); kernels go by rule until they are tuned anew", stacklevel=2)
         return {}
