@@ -212,7 +212,7 @@ def format_table(wanted: list[Operation], choices: Table) -> str:
             lines.append(f"{name:<34}{key:<48}by rule")
             continue
         chosen, rule_ms = name_of(measured.choice), measured.ms.get(measured.rule, math.nan)
-        sums["chosen"] += measured.ms[chosen]
+        sums["chosen"] += measured.ms.get(chosen, math.nan)
         sums["rule"] += rule_ms
         times = sorted(measured.ms.items(), key=lambda item: item[1])[:4]
         candidates = ", ".join(f"{candidate} {ms:.3f}" for candidate, ms in times)

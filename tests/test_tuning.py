@@ -98,6 +98,11 @@ def test_another_machine_s_kernels_are_chosen_anew_and_damaged_ones_told(aligned
     train(dataclasses.replace(read_config(folder), max_steps=2), resume=True, say=said.append)
     assert any("chosen anew" in line and "is of another-machine" in line for line in said)
     assert of_run(folder) == _choices.read_cache(place())
+    path.write_text(json.dumps(content | {"format": True}))
+    with pytest.raises(
+        InputError, match=r"kernels\.json: cannot be read: it is of format True, .*; delete it to choose"
+    ):
+        resume(folder, max_steps=3)
     path.write_text("{")
     with pytest.raises(InputError, match=r"kernels\.json: cannot be read: .*; delete it to choose kernels anew"):
         resume(folder, max_steps=3)
@@ -204,3 +209,11 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     monkeypatch.setattr(tuning, "tuned", lambda *args, again, **options: {} if again else pytest.fail("--again"))
     assert main([*options, "--again"]) == 0
     assert capsys.readouterr().out.count("by rule\n") == n
+
+
+def test_a_choice_whose_time_is_not_kept_has_none_in_the_table(tmp_path: Path):
+    """A file that lacks it ended in a KeyError."""
+    problem = Problem.parse("down float32 24px 36+0-40 4x4s2")
+    wanted: Any = [SimpleNamespace(name="netG down", problem=problem)]
+    table = tuning.format_table(wanted, {problem: _choices.Measured("gemm", "direct", {"direct": 1.0})})
+    assert table.splitlines()[-1].startswith("each once: nan ms as chosen, 1.00 by rule")

@@ -25,6 +25,7 @@ from fastp2p.files import is_there, read_small, write_atomically
 from fastp2p.ops._extension import INTERPRETED, WHY_ABSENT
 
 FORMAT = 1  # of the file
+MOST_MS = 1e9  # of a candidate, twelve days
 CPU_CHOICES = ("gemm", "direct")
 Choice = str | dict[str, int]
 
@@ -219,9 +220,12 @@ def from_json(content: bytes, place: Place) -> Table:
     for problem, measured in found.items():
         if not _is_choice(measured.choice, place):
             raise ValueError(f"it is damaged: {problem.key} has the choice {measured.choice!r:.60}")
-        times = isinstance(measured.ms, dict) and all(type(ms) in (int, float) for ms in measured.ms.values())
+        times = isinstance(measured.ms, dict) and all(map(_is_time, measured.ms.values()))
         if not isinstance(measured.rule, str) or not times:
-            raise ValueError(f"it is damaged: {problem.key} was measured as {tuple(measured)!r:.60}")
+            raise ValueError(
+                f"it is damaged: {problem.key} was measured as {tuple(measured)!r:.200}, expected milliseconds of 0 or "
+                "more for each candidate"
+            )
     return found
 
 
@@ -232,9 +236,15 @@ def _loaded(content: bytes) -> dict[str, Any]:
         raise ValueError("it is nested too deeply") from error
     if not isinstance(loaded, dict) or not {"format", "environment", "choices"} <= loaded.keys():
         raise ValueError("it is no file of kernel choices")
-    if loaded["format"] != FORMAT:
+    if (type(loaded["format"]), loaded["format"]) != (int, FORMAT):
         raise ValueError(f"it is of format {loaded['format']!r:.60}, this version reads {FORMAT}")
+    if not isinstance(loaded["environment"], str):
+        raise ValueError(f"it is damaged: its environment is {loaded['environment']!r:.60}, expected a text")
     return loaded
+
+
+def _is_time(ms: object) -> bool:
+    return type(ms) in (int, float) and 0 <= ms <= MOST_MS  # type: ignore[operator]  # which NaN is not, either
 
 
 def _is_choice(choice: object, place: Place) -> bool:

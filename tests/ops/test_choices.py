@@ -135,6 +135,21 @@ def test_a_file_is_added_to():
         (lambda content: content.replace(b'"gemm"', b'"fast"'), "has the choice 'fast'"),
         (lambda content: content.replace(b"4x4s2", b"4x4"), "is no problem"),
         (lambda content: content.replace(b'"choice"', b'"chosen"'), "it is damaged"),
+        (
+            lambda content: content.replace(b'"format": 1', b'"format": true'),
+            "it is of format True, this version reads 1",
+        ),
+        (
+            lambda content: content.replace(b'"environment": "', b'"environment": 1, "": "'),
+            "its environment is 1, expected",
+        ),
+        *(
+            (
+                lambda content, ms=ms: content.replace(b'"ms": {}', b'"ms": {"gemm": %s}' % ms),
+                "expected milliseconds of 0",
+            )
+            for ms in (b"-1.5", b"NaN", b"Infinity", b"true", b"1" + b"0" * 400)
+        ),
     ],
 )
 def test_a_damaged_or_foreign_file_is_said_once_and_written_anew(change: Any, said: str):
