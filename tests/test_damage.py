@@ -17,13 +17,16 @@ import torch
 from runs import assert_equal, config
 
 from fastp2p.checkpoint import CHECKSUM, GeneratorSpec, load_checkpoint, load_generator, save_generator
+from fastp2p.config import TrainConfig
 from fastp2p.convert import convert
 from fastp2p.errors import InputError
 from fastp2p.networks import UnetGenerator
 from fastp2p.ops import _choices
+from fastp2p.ops._choices import Measured, Problem
 from fastp2p.run_folder import read_config
 from fastp2p.state import TrainState
 from fastp2p.trainer import train
+from fastp2p.tuning import _of_the_run
 
 CPU = torch.device("cpu")
 TIMES = 60  # random damages of each kind of file
@@ -237,29 +240,77 @@ def test_numbers_that_no_run_comes_to(run: Path, tmp_path: Path, place: tuple[An
 
 
 def test_configurations(run: Path, tmp_path: Path):
+    """A config.json has no checksum: what is read is what it says, each number and text of it, or it is refused."""
     path = tmp_path / "config.json"
     content = (run / "config.json").read_bytes()
-    for damaged in (*damages(content), b"[" * 100_000, b"\xff", b"", b"null"):
+    defaults = TrainConfig().as_dict()
+
+    def read() -> None:
+        found = read_config(tmp_path)
+        written = json.loads(path.read_bytes())
+        assert exact(found.as_dict()) == exact(defaults | written | {"out": str(tmp_path)})
+        TrainState.new(found.resolve("cpu", "fp32"), CPU, "")
+
+    told = 0
+    for damaged in damages(content):
         path.write_bytes(damaged)
-        told_or(lambda: read_config(tmp_path).resolve("cpu", "fp32"))
+        told += told_or(read)
+    assert told > TIMES * 3 // 4  # what is left changed a letter of a text or a digit
     for edited in edits(json.loads(content)):
         path.write_text(json.dumps(edited))
-        told_or(lambda: TrainState.new(read_config(tmp_path).resolve("cpu", "fp32"), CPU, ""))
+        told += told_or(read)
+    assert told > TIMES * 5 // 4
+    for damaged in (b"[" * 100_000, b"\xff", b"", b"null", b"[]", b"1", content[:-3], content + b"}"):
+        path.write_bytes(damaged)
+        assert told_or(read), damaged[:20]
+
+
+def exact(fields: dict[str, Any]) -> dict[str, tuple[type, Any]]:
+    """With types, since True == 1 == 1.0."""
+    return {name: (type(value), value) for name, value in fields.items()}
 
 
 def test_kernels(run: Path, tmp_path: Path, own_cache: None):
+    """A file of choices has no checksum, either: what is taken is what it says, or nothing, and that is told."""
     place = _choices.place_of(CPU)
     cache = _choices.cache_path(place)
     assert cache is not None
     cache.parent.mkdir(parents=True)
     content = (run / "kernels.json").read_bytes()
-    for damaged in (*damages(content), b"[" * 100_000, *(json.dumps(e).encode() for e in edits(json.loads(content)))):
-        cache.write_bytes(damaged)
-        _choices.forget()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            table = _choices.table(place)  # none, where it cannot be used
+
+    def says(table: _choices.Table | None, written: bytes) -> None:
+        loaded = json.loads(written)
+        assert (type(loaded["format"]), loaded["format"], loaded["environment"]) == (int, 1, place.environment)
+        assert table == {Problem.parse(key): Measured(**row) for key, row in loaded["choices"].items()}
         assert all(measured.choice in _choices.CPU_CHOICES for measured in table.values())
+        times = [ms for measured in table.values() for ms in measured.ms.values()]
+        assert all(type(ms) in (int, float) and ms >= 0 for ms in times)
+
+    def is_told(written: bytes) -> bool:
+        """Whether a file of these bytes is refused, in the cache's place and in a run's; else its choices are taken."""
+        cache.write_bytes(written)
+        _choices.forget()
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            table = _choices.table(place)
+        (tmp_path / "kernels.json").write_bytes(written)
+        said: list[str] = []
+        taken: list[_choices.Table | None] = []
+        refused = told_or(lambda: taken.append(_of_the_run(tmp_path / "kernels.json", place, said.append)))
+        if not warned:
+            says(table, written)
+            says(taken[0], written)
+            return False
+        assert table == {}
+        assert all("kernels go by rule until they are tuned anew" in str(warning.message) for warning in warned)
+        assert refused or (taken == [None] and "kernels: chosen anew" in said[0])  # as of another machine
+        return True
+
+    told = sum(map(is_told, damages(content))) + sum(
+        is_told(json.dumps(e).encode()) for e in edits(json.loads(content))
+    )
+    assert told > TIMES
+    assert all(map(is_told, (b"[" * 100_000, b"", b"null", b"[]", content[:-3], content + b"}")))
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder", "socket", "link to nowhere", "unreadable"])
