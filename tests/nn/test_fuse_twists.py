@@ -37,7 +37,7 @@ def hooked(index: int, kind: str, hook: Callable[..., object]) -> tuple[Callable
 
 
 def replaced(index: int, module: nn.Module) -> tuple[Callable[[nn.Module], object], Run]:
-    return lambda model: model.__setitem__(index, copy.deepcopy(module)), plainly
+    return lambda model: model.__setitem__(index, copy.deepcopy(module).to(torch.get_default_device())), plainly
 
 
 def run(piece: Run) -> tuple[Callable[[nn.Module], object], Run]:
