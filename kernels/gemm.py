@@ -236,7 +236,7 @@ def choose_config(
 LEAST_USE = 4  # one processor in four must have a program before a larger tile is preferred
 LEAST_BLOCKS = 4  # of a split sum, to be worth its partial sums
 MOST_PADDING = 1.5  # of what the least padded tile computes
-MOST_SPLITS = 64  # of a long sum: each is read again
+MOST_SPLITS = 128  # of a long sum: each is read again. On an H200 faster than 64 in every layer that has them
 
 
 @functools.cache

@@ -38,10 +38,11 @@ def test_round_trip(make: Callable[[], nn.Module], channels_last: bool):
         torch.testing.assert_close(*outputs, rtol=0, atol=0)
         for m, output in zip((model, back), outputs, strict=True):
             m.zero_grad()
-            with torch.backends.cudnn.flags(deterministic=True):  # a GPU's else adds as threads arrive
-                total(output).backward()
+            total(output).backward()
         for one, other in zip(back.parameters(), model.parameters(), strict=True):
-            assert torch.equal(one.grad, other.grad)
+            # On a GPU some of PyTorch's own gradients, such as reflect padding's, are added as threads arrive
+            tolerance = 1e-10 * other.grad.abs().max().item() if one.is_cuda else 0
+            torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=tolerance)
     fuse_it(back)
     assert_same_training(model.train(), back.train(), x)
 
