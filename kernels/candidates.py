@@ -59,9 +59,12 @@ def product_of(operator: str, args: tuple[Any, ...]) -> Product:
 def by_rule(product: Product) -> Config:
     """What a launch takes that is given no configuration."""
     m, n, k, like = product.m, product.n, product.k, product.like
+    config: Config
     if product.param is not None:
-        return wgrad_adam.choose_config(m, n, k, product.param, like)
-    return gemm.choose_config(m, n, k, like, whole=product.whole, products=product.products)
+        config = wgrad_adam.choose_config(m, n, k, product.param, like)
+    else:
+        config = gemm.choose_config(m, n, k, like, whole=product.whole, products=product.products)
+    return config
 
 
 def candidates(product: Product) -> list[Config]:

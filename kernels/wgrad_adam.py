@@ -167,9 +167,11 @@ def largest_tile(param: Tensor) -> int:
 def choose_config(m: int, n: int, k: int, param: Tensor, like: Tensor) -> dict[str, int]:
     """As gemm.choose_config, for an (m, k) x (k, n) product; SPLIT is 1 where the weight has no dense rows."""
     whole = gemm.is_whole(param.shape[1])
-    if k < MANY_PIXELS or is_sliced(param):
-        return gemm.choose_config(m, n, k, like, whole=whole, largest=largest_tile(param)) | {"SPLIT": 1}
-    return gemm.choose_config(m, n, k, like, whole=whole, largest=LARGEST_TILE, always_splits=True)
+    long = k >= MANY_PIXELS and not is_sliced(param)
+    config: dict[str, int] = gemm.choose_config(
+        m, n, k, like, whole=whole, largest=largest_tile(param), always_splits=long
+    )
+    return config if long else config | {"SPLIT": 1}
 
 
 def wgrad_adam(
