@@ -94,7 +94,7 @@ def test_help_gives_every_option_with_its_text(fastp2p):
         (["translate", "nothing.safetensors", "x.png", "--out", "o"], "nothing.safetensors: there is no such file"),
         (["evaluate", "nothing.safetensors", "--data", "x"], "nothing.safetensors: there is no such file"),
         (["convert", "a.pth", "b.safetensors"], "a.pth: there is no such file"),
-        (["train", "--resume", 300 * "x"], "x/config.json: File name too long"),
+        (["train", "--resume", 300 * "x"], "x/config.json: cannot be read: File name too long"),
         (["train", "--data", 300 * "x"], "File name too long"),
         (["translate", "nothing.safetensors", 300 * "x", "--out", "o"], "nothing.safetensors: there is no such file"),
     ],

@@ -110,7 +110,8 @@ def test_errs_at_most_twice_as_much_as_autocast(dtype: torch.dtype):
             theirs[i] += relative_error(of_autocast, of_exact)
             ours[i] += relative_error(of_ours, of_exact)
     assert (ours < 2 * theirs).all(), f"G, D, losses: ours {ours.tolist()}, autocast's {theirs.tolist()}"
-    assert (theirs > 1e-5).all(), "autocast did not round, so this compared nothing"
+    # float32 rounds to 6e-8; on one CPU float16 moved the losses by no more than 9.7e-6 in all
+    assert (theirs > 1e-6).all(), "autocast did not round, so this compared nothing"
 
 
 def test_float16_follows_float32():
