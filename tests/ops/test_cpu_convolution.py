@@ -36,12 +36,21 @@ def check(ours: torch.Tensor, product: torch.Tensor, absolute: torch.Tensor, ter
     (assert_product if ours.dtype == torch.float32 else assert_half_product)(ours, product, absolute, terms)
 
 
+def plain_is_finite(x: torch.Tensor, weight: torch.Tensor, stride: int, padding: int) -> bool:
+    """Whether conv2d leaves alone the NaN that freed memory holds."""
+    for elements in (100, 1000, 4000, 10000, 50000):
+        torch.full((elements,), torch.nan, dtype=x.dtype)
+    return bool(F.conv2d(x, weight, None, stride, padding).isfinite().all())
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_against_float64(shape: Shape, dtype: torch.dtype, algorithm: str):
     large, small, weight = operands(shape, dtype)
     window, size = (shape.stride, shape.padding), (shape.h, shape.w)
+    if algorithm == "direct" and not all(plain_is_finite(large, weight, *window) for _ in range(3)):
+        pytest.skip("PyTorch's own convolution reads memory that nothing wrote, on this CPU (2.13.0, with AMX)")
     first, second = small.split([(shape.o + 1) // 2, shape.o // 2], 1)
     with convolution_on_the_cpu(algorithm):
         out, _, _ = down(large, weight, stride=shape.stride, padding=shape.padding)
