@@ -15,7 +15,7 @@ class Contestant(Protocol):
     """Who is timed."""
 
     name: str
-    session: int | None  # of the process that works for it, where that is another one
+    session: int | None  # the process that works for it, where that is another one
 
     def sample(self, calls: int) -> float:
         """Milliseconds a call, over so many calls one after the other."""
@@ -27,7 +27,7 @@ class Samples:
 
     ms: dict[str, list[float]]
     strangers: Strangers
-    load_average: float | None  # of the minute before
+    load_average: float | None  # in the minute before
 
     def rows(self, **facts: Any) -> list[Row]:
         """A row for each contestant."""

@@ -24,8 +24,8 @@ from fastp2p.device import best_precision
 from fastp2p.losses import Losses
 from fastp2p.state import TrainState
 
-PAIRS = 400  # of an epoch, as many as facades has
-PR_SET_PDEATHSIG = 1  # of prctl(2)
+PAIRS = 400  # an epoch, as facades has
+PR_SET_PDEATHSIG = 1  # see prctl(2)
 WORKERS = 4  # upstream's --num_threads
 
 

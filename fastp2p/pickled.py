@@ -37,7 +37,7 @@ def load_pickled_tensors(path: Path, expected: str) -> Any:
     return loaded
 
 
-MAX_DEPTH = 32  # of containers in containers; a checkpoint has six
+MAX_DEPTH = 32  # containers in containers; a checkpoint has six
 MAX_ENTRIES = 1_000_000  # a checkpoint has some thousand; a container in two places counts twice
 
 

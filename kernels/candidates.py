@@ -28,7 +28,7 @@ class Product:
     products: int = 1
     largest: int = 128 * 128  # tile, in elements
     may_split: bool = True  # over several programs
-    param: Tensor | None = None  # of wgrad_adam
+    param: Tensor | None = None  # the weight that wgrad_adam updates
 
 
 def product_of(operator: str, args: tuple[Any, ...]) -> Product:

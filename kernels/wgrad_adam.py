@@ -114,7 +114,7 @@ def _reduce_adam_kernel(
 
 
 REDUCE_CONFIG = {"BLOCK_S": 16, "BLOCK": 64, "num_warps": 4}
-MANY_PIXELS = 512  # from here on the rule splits sums that leave processors idle
+MANY_PIXELS = 512  # from here on the rule splits sums
 LARGEST_TILE = 64 * 64  # beside the sums, Adam holds three numbers and a gradient per weight in registers
 DEEP = ("e4", "e5", "e6", "e7", "e8", "d8", "d7", "d6", "d5", "d4")  # at batch size 1 at most 256 pixels each
 

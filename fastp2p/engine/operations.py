@@ -36,7 +36,7 @@ class Operation:
     bias: bool = False
     gate: bool = False
     stat_groups: int = 0
-    first_tap: int = 0  # of the weight's taps, where the problem's are a slice of more: so Adam finds them
+    first_tap: int = 0  # where the problem's taps begin among the weight's, if they are a slice of more
     kernel: int = 0  # taps of that weight in each direction; 0 where they are the problem's
 
     @property

@@ -154,7 +154,7 @@ class _Tracer(fx.Tracer):
         self.stack.append(path)
         try:
             result = super().call_module(m, forward, args, kwargs)
-        except Exception:
+        except Exception:  # whatever it is, it goes on to _trace_whole, which asks where it arose
             self.failed_at = self.failed_at or path
             raise
         finally:

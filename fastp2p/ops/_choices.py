@@ -25,7 +25,7 @@ from fastp2p.files import is_there, read_small, write_atomically
 from fastp2p.ops._extension import INTERPRETED, WHY_ABSENT
 
 FORMAT = 1  # of the file
-MOST_MS = 1e9  # of a candidate, twelve days
+MOST_MS = 1e9  # a candidate takes less: this is twelve days
 CPU_CHOICES = ("gemm", "direct")
 Choice = str | dict[str, int]
 
