@@ -38,7 +38,7 @@ sanitize: .venv/installed
 	LD_PRELOAD="$(SANITIZERS)" PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
 		UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		PYTHONPATH=tests FASTP2P_EXTENSION=build/sanitize/_C.abi3.so \
-		$(BIN)/python -m pytest -p load_extension --capture=sys tests/ops tests/nn tests/engine -m "not slow"
+		$(BIN)/python -m pytest -p helpers.load_extension --capture=sys tests/ops tests/nn tests/engine -m "not slow"
 
 # Every Triton kernel and configuration, compiled for every target without a GPU: registers, spills, shared memory.
 compile-check: .venv/installed
@@ -46,7 +46,7 @@ compile-check: .venv/installed
 
 # Every CUDA C++ kernel the same way, where there is nvcc.
 cuda-check: .venv/installed
-	$(BIN)/python -m pytest tests/test_cuda_sources.py -s
+	$(BIN)/python -m pytest tests/kernels/test_cuda_sources.py -s
 
 # The quick suite on the oldest PyTorch and Triton that pyproject.toml allows, with the CUDA kernels built and loaded.
 # It needs Python 3.12, nvcc and 5 GB of disk, and no GPU. It works on a copy of this checkout, so that .venv keeps its
@@ -99,7 +99,7 @@ gpu-cache:
 
 # Every stage of it on a CPU, tiny, then two runs that kill every other stage, on the floor's software.
 gpu-rehearse: floor-build
-	cd .floor/checkout && $(BIN)/python -m pytest tests/test_gpu_first.py
+	cd .floor/checkout && $(BIN)/python -m pytest tests/benchmarks/test_gpu_first.py
 
 # Made anew when what is installed changes. PyTorch comes first: the extension is built against it.
 .venv/installed: pyproject.toml setup.py constraints.txt $(CSRC)

@@ -49,7 +49,7 @@ def compare_calls(
     """Time two ways to do the same; the rows go into pytest-benchmark's extra_info.
 
     Args:
-        case: what is done, such as "down e4, batch 1".
+        case: what is done, such as "conv e4, batch 1".
         suite: which table it belongs to.
         eager, ours: do it once.
         check: raises AssertionError when ours has another result; called first.

@@ -14,7 +14,7 @@ from providers import EAGER, HALF_SIDE, OTHERS, PAPER, TINY, providers
 from results import Row, head, new_path, save, tables
 from team import Team
 
-from fastp2p.engine.ceilings import copy_bytes_per_sec
+from fastp2p.count.ceilings import copy_bytes_per_sec
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LEFT_OUT = pytest.StashKey[dict[str, str]]()

@@ -49,7 +49,7 @@ def times(layers: list[Convolved], ours: Callable[[Convolved], object], algorith
 
 
 def describe(layer: Convolved) -> str:
-    kind = "up  " if isinstance(layer.module, nn.ConvTranspose2d) else "down"
+    kind = "conv_transpose" if isinstance(layer.module, nn.ConvTranspose2d) else "conv"
     return f"{kind} {tuple(layer.x.shape[1:])} -> {tuple(layer.dy.shape[1:])}"
 
 

@@ -17,7 +17,7 @@ from providers import PAPER, Scale
 from torch import Tensor, nn
 
 from fastp2p.ops import augment, augment_ref, norm_act, norm_stats, patch_loss
-from fastp2p.ops._activation import ACTIVATIONS
+from fastp2p.ops.activation import ACTIVATIONS
 
 Call = Callable[[], object]
 LAMBDA_L1 = 100.0
@@ -128,8 +128,8 @@ def _forward(layer: Convolved) -> Tensor:
 def _our_forward(layer: Convolved) -> Tensor:
     x, weight, size = layer.our_x, layer.our_weight, layer.dy.shape[2:]
     if layer.transposed:
-        return operators.up(x, None, weight, None, None, *layer.window, *size, 0, 0.0, 0)[0]
-    return operators.down(x, weight, None, None, *layer.window, 0, 0.0, 0)[0]
+        return operators.conv_transpose(x, None, weight, None, None, *layer.window, *size, 0, 0.0, 0)[0]
+    return operators.conv(x, weight, None, None, *layer.window, 0, 0.0, 0)[0]
 
 
 def _data_gradient(layer: Convolved) -> Tensor:
@@ -139,8 +139,8 @@ def _data_gradient(layer: Convolved) -> Tensor:
 def _our_data_gradient(layer: Convolved) -> Tensor:
     dy, weight, size = layer.our_dy, layer.our_weight, layer.x.shape[2:]
     if layer.transposed:
-        return operators.down(dy, weight, None, None, *layer.window, 0, 0.0, 0)[0]
-    return operators.up(dy, None, weight, None, None, *layer.window, *size, 0, 0.0, 0)[0]
+        return operators.conv(dy, weight, None, None, *layer.window, 0, 0.0, 0)[0]
+    return operators.conv_transpose(dy, None, weight, None, None, *layer.window, *size, 0, 0.0, 0)[0]
 
 
 def _weight_gradient(layer: Convolved) -> Tensor:
@@ -149,7 +149,7 @@ def _weight_gradient(layer: Convolved) -> Tensor:
 
 def _our_weight_gradient(layer: Convolved) -> Tensor:
     outer, inner = (layer.our_x, layer.our_dy) if layer.transposed else (layer.our_dy, layer.our_x)
-    return operators.wgrad(outer, None, inner, 4, 4, *layer.window, torch.float32)
+    return operators.conv_wgrad(outer, None, inner, 4, 4, *layer.window, torch.float32)
 
 
 def _convolution_backward(layer: Convolved, wanted: list[bool]) -> tuple[Tensor, ...]:

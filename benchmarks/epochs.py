@@ -19,10 +19,10 @@ from torch.utils.data import DataLoader, Dataset
 from fastp2p.config import TrainConfig
 from fastp2p.data import PairFormat, load_split, train_crops
 from fastp2p.data.images import read_image
-from fastp2p.data.pairs import find_pairs, open_root
+from fastp2p.data.sources.pairs import find_pairs, open_root
 from fastp2p.device import best_precision
-from fastp2p.losses import Losses
-from fastp2p.state import TrainState
+from fastp2p.models.gan_losses import Losses
+from fastp2p.train.state import TrainState
 
 PAIRS = 400  # an epoch, as facades has
 PR_SET_PDEATHSIG = 1  # see prctl(2)

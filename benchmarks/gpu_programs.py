@@ -19,13 +19,14 @@ from fastp2p.kernels import ahead as compiler
 from fastp2p.kernels.ahead import H100, Compiled, Program
 from gpu_cache import FORMAT, MANIFEST, MOST_BYTES, ROOT
 
-from fastp2p.engine import FusedStep, ahead
-from fastp2p.engine.operations import operations
 from fastp2p.files import write_atomically
-from fastp2p.networks import PatchDiscriminator, UnetGenerator
+from fastp2p.models.pix2pix.networks import PatchDiscriminator, UnetGenerator
+from fastp2p.models.pix2pix.step import FusedStep
+from fastp2p.tuner import ahead
+from fastp2p.tuner.operations import operations
 
 BATCHES = (1, 4, 16, 64)
-TESTS = ("ops", "nn", "engine")  # folders that run on a GPU
+TESTS = ("ops", "nn", "engine", "tuner/test_contest.py")  # what runs on a GPU, in tests/
 TESTS_LIMIT_S = 600
 SIZE = 256  # px
 LOAD_SIZES = (286, 256)  # px, of the pairs that batches are cut out of
@@ -82,13 +83,13 @@ def programs_of_tests(work: Path, sources: str) -> Iterator[tuple[str, dict[Prog
     command += ["--ignore", "tests/ops/test_cpp_checks.py"]  # its calls are to fail before they launch
     running = {}
     for folder in TESTS:
-        record, log = work / f"{folder}-{of}.jsonl", work / f"{folder}.log"
+        record, log = work / f"{Path(folder).stem}-{of}.jsonl", work / f"{Path(folder).stem}.log"
         if not record.exists():
             with log.open("w") as output:
                 args = [*command, "--record", record, f"tests/{folder}"]
                 running[folder] = subprocess.Popen(args, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
     for folder in TESTS:
-        record = work / f"{folder}-{of}.jsonl"
+        record = work / f"{Path(folder).stem}-{of}.jsonl"
         if folder in running:
             try:
                 code = running[folder].wait(TESTS_LIMIT_S)
@@ -96,7 +97,10 @@ def programs_of_tests(work: Path, sources: str) -> Iterator[tuple[str, dict[Prog
                 running[folder].kill()
                 code = running[folder].wait()
             if not record.exists():
-                print(f"tests/{folder}: left out, pytest ended with code {code}: see {work / folder}.log", flush=True)
+                print(
+                    f"tests/{folder}: left out, pytest ended with code {code}: see {work / Path(folder).stem}.log",
+                    flush=True,
+                )
                 continue
         programs = [Program(*json.loads(line)) for line in record.read_text().splitlines()]
         yield f"tests {folder}", dict.fromkeys(programs)

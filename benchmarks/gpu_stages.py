@@ -23,16 +23,17 @@ from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity
 from worker import images, moments
 
+from fastp2p.commands.info import info
+from fastp2p.commands.measure import Spread, Workload
+from fastp2p.commands.profile import profile_step
 from fastp2p.config import TrainConfig
+from fastp2p.count.ceilings import measure_ceilings
 from fastp2p.data import Crops
 from fastp2p.device import DTYPES
-from fastp2p.engine import FusedStep, GraphedStep
-from fastp2p.engine.ceilings import measure_ceilings
-from fastp2p.info import info
-from fastp2p.measure import Spread, Workload
-from fastp2p.ops import _choices
-from fastp2p.profile import profile_step
-from fastp2p.tuning import tune_networks
+from fastp2p.engine import GraphedStep
+from fastp2p.models.pix2pix.step import FusedStep
+from fastp2p.ops import kernel_choices
+from fastp2p.tuner.store import tune_networks
 
 Content = dict[str, Any]
 PRECISIONS = ("bf16", "fp16", "fp32")
@@ -225,7 +226,7 @@ def _graph_is_the_step(scale: Scale, device: torch.device, dtype: torch.dtype) -
 
 def profile(args: argparse.Namespace) -> int:
     """Where the time of a replay goes, kernel by kernel in order, and of an ordinary step, call by call."""
-    choices = _choices.read_cache(_choices.place_of(args.device))
+    choices = kernel_choices.read_cache(kernel_choices.place_of(args.device))
     report = Report(args.file, tuned_convolutions=len(choices))  # 0: by rule
     batches = (1, 4) if args.rehearse else (1, 16)
     for batch in batches:
@@ -278,8 +279,8 @@ def tuner(args: argparse.Namespace) -> int:
     for batch in (1,) if args.rehearse else (1, 4, 16, 64):
         began = time.perf_counter()
         table = tune_networks(_config(args, batch), again=False)
-        place = _choices.place_of(args.device)
-        path = _choices.cache_path(place)
+        place = kernel_choices.place_of(args.device)
+        path = kernel_choices.cache_path(place)
         assert path is not None, "the stages run with FASTP2P_CACHE"
         measured = json.loads(path.read_text())
         report.set(

@@ -105,6 +105,7 @@ def list_units(device: str, rehearse: bool, folder: Path) -> list[Unit]:
     files = dict.fromkeys(sorted((ROOT / "tests" / "ops").glob("test_*.py")), SHARDS)
     for name in ("nn", "engine"):
         files |= dict.fromkeys(sorted((ROOT / "tests" / name).glob("test_*.py")), 1)
+    files[ROOT / "tests" / "tuner" / "test_contest.py"] = 1
     if rehearse:
         files = {ROOT / "tests" / "ops" / f"test_{name}.py": 2 for name in ("adam", "on_gpu")}
         options += ["-k", "bad_input or every_operator or slices or bits"]

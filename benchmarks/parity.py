@@ -26,7 +26,7 @@ def assert_within(what: str, ours: Tensor, expected: Tensor, bound: Tensor | flo
 
 
 def assert_product(what: str, ours: Tensor, expected: Tensor, *, dtype: torch.dtype, terms: float, size: float) -> None:
-    """Sums of so many products of a mean size, as fastp2p.engine.operations.Trial judges them.
+    """Sums of so many products of a mean size, as fastp2p.tuner.operations.Trial judges them.
 
     Another order moves a sum of n terms by up to (4 + sqrt(n)) float32 roundings of the sum of their absolute values,
     each way. In half precision ATen rounds the product and what is added to it, matrix product each tap's share: four

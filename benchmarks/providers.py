@@ -11,10 +11,11 @@ from torch import Tensor, nn
 import fastp2p
 from fastp2p.config import Dropout, Precision
 from fastp2p.device import DTYPES, best_precision
-from fastp2p.engine import FusedStep
-from fastp2p.losses import GANLoss, Losses
-from fastp2p.networks import PatchDiscriminator, UnetGenerator, init_weights
-from fastp2p.reference import train_step
+from fastp2p.models.gan_losses import GANLoss, Losses
+from fastp2p.models.pix2pix.networks import PatchDiscriminator, UnetGenerator
+from fastp2p.models.pix2pix.reference import train_step
+from fastp2p.models.pix2pix.step import FusedStep
+from fastp2p.nn.init import init_weights
 
 Step = Callable[[Tensor, Tensor], Losses[Tensor]]
 Inference = Callable[[Tensor], Tensor]

@@ -20,7 +20,7 @@ import torch
 from fastp2p.kernels import ahead
 
 from fastp2p.files import write_atomically
-from fastp2p.ops import _library
+from fastp2p.ops import library
 
 PROGRAMS = pytest.StashKey[dict[ahead.Program, None]]()
 
@@ -31,16 +31,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    import on_device  # it lies in tests/, which pytest has put on the path by now
+    from helpers import on_device  # it lies in tests/, which pytest has put on the path by now
 
     on_device.check_options = lambda config: None
     on_device._served_by_triton = lambda device_type: True
     on_device.run_on_gpu = run_on_cpu
-    for name in _library.operators():
-        reference = _library._references[name]
-        kernels = importlib.import_module(f"fastp2p.kernels.{_library.file_of(name)}")
+    for name in library.operators():
+        reference = library._references[name]
+        kernels = importlib.import_module(f"fastp2p.kernels.{library.file_of(name)}")
         setattr(kernels, name, with_values(getattr(kernels, name), reference))
-        _library.LIBRARY.impl(name, served(name, reference), "CPU", allow_override=True)
+        library.LIBRARY.impl(name, served(name, reference), "CPU", allow_override=True)
     torch.testing.assert_close = lambda *args, **kwargs: None
     stack = contextlib.ExitStack()
     programs = stack.enter_context(ahead.recording(ahead.H100))
@@ -81,6 +81,6 @@ def served(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
     """An operator's kernel, as `serve_by_triton` chooses it."""
 
     def serve(*args: Any) -> Any:
-        return reference(*args) if args[0].dtype == torch.float64 else _library.launch(name, None, args)
+        return reference(*args) if args[0].dtype == torch.float64 else library.launch(name, None, args)
 
     return serve

@@ -28,10 +28,10 @@ Row = dict[str, Any]
 def head(*, gpu: bool, rehearsal: bool) -> Row:
     import torch
 
-    from fastp2p.ops import _choices
+    from fastp2p.ops import kernel_choices
 
     facts = {"rehearsal": rehearsal, "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds")}
-    tuned = len(_choices.read_cache(_choices.place_of(torch.device("cuda" if gpu else "cpu"))))
+    tuned = len(kernel_choices.read_cache(kernel_choices.place_of(torch.device("cuda" if gpu else "cpu"))))
     return facts | describe(gpu=gpu) | {"tuned_convolutions": tuned, "notes": NOTES}
 
 

@@ -1,5 +1,5 @@
 // The extension's module. Importing it loads the library, and with it each file's STABLE_TORCH_LIBRARY_IMPL registers
-// its operator; the schemas are in fastp2p/ops/, once. The functions here are for fastp2p/ops/_choices.py and the
+// its operator; the schemas are in fastp2p/ops/, once. The functions here are for fastp2p/ops/kernel_choices.py and the
 // tuner.
 #include <Python.h>
 
@@ -20,10 +20,10 @@ struct Name {
 
 constexpr Name<Algorithm> ALGORITHMS[] = {
     {"auto", Algorithm::AUTO}, {"gemm", Algorithm::GEMM}, {"direct", Algorithm::DIRECT}};
-constexpr Name<Operation> OPERATIONS[] = {{"down", Operation::DOWN},
-                                          {"up", Operation::UP},
-                                          {"wgrad", Operation::WGRAD},
-                                          {"wgrad_adam", Operation::WGRAD_ADAM}};
+constexpr Name<Operation> OPERATIONS[] = {{"conv", Operation::CONV},
+                                          {"conv_transpose", Operation::CONV_TRANSPOSE},
+                                          {"conv_wgrad", Operation::CONV_WGRAD},
+                                          {"conv_wgrad_adam", Operation::CONV_WGRAD_ADAM}};
 constexpr Name<ScalarType> TYPES[] = {{"float32", ScalarType::Float},
                                       {"bfloat16", ScalarType::BFloat16},
                                       {"float16", ScalarType::Half},
@@ -134,7 +134,8 @@ PyObject* load_convolutions_with(PyObject*, PyObject* function) {
 
 PyMethodDef METHODS[] = {
     {"force_convolution", force_convolution, METH_VARARGS,
-     "force_convolution(name): how down, up and wgrad compute on the CPU, 'auto', 'gemm' or 'direct'; for tests and "
+     "force_convolution(name): how conv, conv_transpose and conv_wgrad compute on the CPU, 'auto', 'gemm' or 'direct'; "
+     "for tests and "
      "measurements"},
     {"choose_convolutions", choose_convolutions, METH_VARARGS,
      "choose_convolutions(threads, rows): with so many threads, each row's problem is computed by its last item, "

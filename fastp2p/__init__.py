@@ -9,9 +9,11 @@ except PackageNotFoundError as error:
 
 from fastp2p import nn
 from fastp2p.config import TrainConfig
-from fastp2p.losses import GANLoss
-from fastp2p.networks import PatchDiscriminator, PixelDiscriminator, UnetGenerator, generate, init_weights
+from fastp2p.models.gan_losses import GANLoss
+from fastp2p.models.generate import generate
+from fastp2p.models.pix2pix.networks import PatchDiscriminator, PixelDiscriminator, UnetGenerator
 from fastp2p.nn import fuse, unfuse
+from fastp2p.nn.init import init_weights
 
 __all__ = [
     "GANLoss",

@@ -12,18 +12,18 @@ import torch
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, subcommand
 
+from fastp2p.commands.convert import convert
+from fastp2p.commands.evaluate import evaluate, format_table, to_json
+from fastp2p.commands.info import info
+from fastp2p.commands.profile import profile_step
+from fastp2p.commands.roofline import count_roofline, measure_roofline
+from fastp2p.commands.translate import translate
+from fastp2p.commands.tune import tune_networks
 from fastp2p.config import Device, Direction, Dropout, NetD, Norm, NormStats, Precision, TrainConfig
-from fastp2p.convert import convert
 from fastp2p.errors import InputError, TrainingDiverged, WriteError
-from fastp2p.evaluate import evaluate, format_table, to_json
-from fastp2p.info import info
-from fastp2p.profile import profile_step
-from fastp2p.roofline import count_roofline, measure_roofline
-from fastp2p.run_folder import read_config
 from fastp2p.terminal import lasting_streams
-from fastp2p.trainer import train
-from fastp2p.translate import translate
-from fastp2p.tuning import tune_networks
+from fastp2p.train.loop import train
+from fastp2p.train.run_folder import read_config
 
 
 @dataclass(frozen=True)

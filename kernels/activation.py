@@ -1,4 +1,4 @@
-"""The activations that kernels fuse, on float32 values, numbered as in fastp2p.ops._activation.ACTIVATIONS."""
+"""The activations that kernels fuse, on float32 values, numbered as in fastp2p.ops.activation.ACTIVATIONS."""
 
 import triton
 import triton.language as tl

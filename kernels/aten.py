@@ -1,4 +1,4 @@
-"""down, up, wgrad and wgrad_adam by ATen's convolutions (on a GPU cuDNN's), with our passes for what follows them.
+"""Our convolutions by ATen's (on a GPU cuDNN's), with our passes for what follows them.
 
 The tuner's other candidate: a fused convolution that is slower than cuDNN by more than a pass over its result loses in
 spite of its fusion. Bias, activation or gate, and the statistics are one pass in place, that of split sums: 2 bytes an
@@ -30,7 +30,7 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @_without_autocast
-def down(
+def conv(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -41,13 +41,13 @@ def down(
     slope: float,
     stat_groups: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `fastp2p.ops.down`."""
+    """See `fastp2p.ops.conv`."""
     out = _convolve(x, weight, stride, padding)
     return _finish(out, bias, gate, activation, slope, stat_groups)
 
 
 @_without_autocast
-def up(
+def conv_transpose(
     x: Tensor,
     x2: Tensor | None,
     weight: Tensor,
@@ -61,7 +61,7 @@ def up(
     slope: float,
     stat_groups: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `fastp2p.ops.up`."""
+    """See `fastp2p.ops.conv_transpose`."""
     both = _concatenate(x, x2)
     sizes = zip((height, width), both.shape[2:], weight.shape[2:], strict=True)
     output_padding = [side - ((in_side - 1) * stride - 2 * padding + k) for side, in_side, k in sizes]
@@ -70,7 +70,7 @@ def up(
 
 
 @_without_autocast
-def wgrad(
+def conv_wgrad(
     outer: Tensor,
     outer2: Tensor | None,
     inner: Tensor,
@@ -80,7 +80,7 @@ def wgrad(
     padding: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """See `fastp2p.ops.wgrad`."""
+    """See `fastp2p.ops.conv_wgrad`."""
     both = _concatenate(outer, outer2)
     if inner.dtype == torch.float16:  # whose range a weight gradient may leave
         both, inner = both.float(), inner.float()
@@ -94,7 +94,7 @@ def wgrad(
 
 
 @_without_autocast
-def wgrad_adam(
+def conv_wgrad_adam(
     outer: Tensor,
     outer2: Tensor | None,
     inner: Tensor,
@@ -110,11 +110,11 @@ def wgrad_adam(
     padding: int,
     low_precision: Tensor | None = None,
 ) -> None:
-    """See `fastp2p.ops.wgrad_adam`."""
+    """See `fastp2p.ops.conv_wgrad_adam`."""
     low = None if low_precision is None else _flat(low_precision)
     as_it_is = low is not None and low.dtype == inner.dtype == torch.bfloat16  # Adam reads it so
     dtype = torch.bfloat16 if as_it_is else torch.float32
-    grad = wgrad(outer, outer2, inner, *param.shape[2:], stride, padding, dtype)
+    grad = conv_wgrad(outer, outer2, inner, *param.shape[2:], stride, padding, dtype)
     buffers = [param, exp_avg, exp_avg_sq]
     dense = [_channels_last(buffer) for buffer in buffers]  # of a slice of the taps a copy
     adam(_flat(dense[0]), _flat(grad), *map(_flat, dense[1:]), lr, powers, beta1, beta2, eps, low)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import triton
-from fastp2p.kernels import gemm, wgrad_adam
+from fastp2p.kernels import conv_wgrad_adam, gemm
 from fastp2p.kernels.layer_shapes import may_split
 from torch import Tensor
 from triton.runtime.errors import PTXASError
@@ -28,17 +28,17 @@ class Product:
     products: int = 1
     largest: int = 128 * 128  # tile, in elements
     may_split: bool = True  # over several programs
-    param: Tensor | None = None  # the weight that wgrad_adam updates
+    param: Tensor | None = None  # the weight that conv_wgrad_adam updates
 
 
 def product_of(operator: str, args: tuple[Any, ...]) -> Product:
-    """The GEMMs behind down, up, wgrad or wgrad_adam of these arguments."""
-    if operator == "down":
+    """The GEMMs behind conv, conv_transpose, conv_wgrad or conv_wgrad_adam of these arguments."""
+    if operator == "conv":
         x, weight, _, _, stride, padding, *_ = args
         (n, n_in, height, width), (n_out, _, kh, kw) = x.shape, weight.shape
         out_sides = [(side + 2 * padding - k) // stride + 1 for side, k in ((height, kh), (width, kw))]
         return Product(n * out_sides[0] * out_sides[1], n_out, kh * kw * n_in, x, gemm.is_whole(n_in))
-    if operator == "up":
+    if operator == "conv_transpose":
         x, x2, weight, _, _, stride, _, height, width, *_ = args
         channels = [x.shape[1], 0 if x2 is None else x2.shape[1]]
         (_, n_out, kh, kw), phases = weight.shape, stride * stride
@@ -48,11 +48,11 @@ def product_of(operator: str, args: tuple[Any, ...]) -> Product:
     outer, outer2, inner, *rest = args
     rows = outer.shape[1] + (0 if outer2 is None else outer2.shape[1])
     pixels, n_inner = outer.numel() // outer.shape[1], inner.shape[1]
-    if operator == "wgrad":
+    if operator == "conv_wgrad":
         return Product(rows, rest[0] * rest[1] * n_inner, pixels, inner, gemm.is_whole(n_inner))
     param = rest[0]
     columns = param[0].numel()
-    largest, may_split = wgrad_adam.largest_tile(param), not wgrad_adam.is_sliced(param)
+    largest, may_split = conv_wgrad_adam.largest_tile(param), not conv_wgrad_adam.is_sliced(param)
     return Product(rows, columns, pixels, inner, gemm.is_whole(n_inner), 1, largest, may_split, param)
 
 
@@ -61,7 +61,7 @@ def by_rule(product: Product) -> Config:
     m, n, k, like = product.m, product.n, product.k, product.like
     config: Config
     if product.param is not None:
-        config = wgrad_adam.choose_config(m, n, k, product.param, like)
+        config = conv_wgrad_adam.choose_config(m, n, k, product.param, like)
     else:
         config = gemm.choose_config(m, n, k, like, whole=product.whole, products=product.products)
     return config

@@ -27,15 +27,15 @@ from triton.compiler import ASTSource
 KERNEL_FILES = [
     "adam",
     "augment",
-    "down",
+    "conv",
     "gemm",
     "norm_act",
     "norm_stats",
     "patch_loss",
     "running_stats",
-    "up",
-    "wgrad",
-    "wgrad_adam",
+    "conv_transpose",
+    "conv_wgrad",
+    "conv_wgrad_adam",
 ]
 
 # Compute capability -> shared memory of one block in KiB (CUDA programming guide, technical specifications)

@@ -227,7 +227,7 @@ def _rows(group, tile, rows, channel, n_channels, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def _dropout_factor(rng_ptr, element, layer, keep_scale, DROP_BELOW: tl.constexpr):
-    """keep_scale where ops._philox.keep_mask keeps an element, else 0; element is its place in dense NHWC, int64."""
+    """keep_scale where ops.philox.keep_mask keeps an element, else 0; element is its place in dense NHWC, int64."""
     seed = tl.load(rng_ptr)
     step = tl.load(rng_ptr + 1)
     low, high = element.to(tl.uint32), (element >> 32).to(tl.uint32)
@@ -384,5 +384,5 @@ def _flags(
 
 
 def _drop_below(dropout: float) -> int:
-    """As ops._philox.drop_below has it."""
+    """As ops.philox.drop_below has it."""
     return round(dropout * 2**32)

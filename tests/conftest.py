@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import on_device
 import pytest
 import torch
+from helpers import on_device
 from PIL import Image
 
-from fastp2p.ops import _choices
-from fastp2p.ops._extension import WHY_ABSENT
+from fastp2p.ops import kernel_choices
+from fastp2p.ops.extension import WHY_ABSENT
 
 TESTS = Path(__file__).resolve().parent
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -43,8 +43,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _device(request: pytest.FixtureRequest) -> Iterator[None]:
     """The device of --device, for the folders of tests that run on either."""
-    folder = request.path.relative_to(TESTS).parts[0]
-    if request.config.getoption("device") == "cuda" and folder in on_device.FOLDERS:
+    if request.config.getoption("device") == "cuda" and on_device.runs_on_gpu(request.path):
         yield from on_device.run_on_gpu()
     else:
         yield
@@ -71,9 +70,9 @@ def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Measured choices of kernels of the test's own: none at first."""
     monkeypatch.setenv("FASTP2P_CACHE", str(tmp_path / "cache"))
-    _choices.forget()
+    kernel_choices.forget()
     yield
-    _choices.forget()
+    kernel_choices.forget()
 
 
 def _shared(*parts: str) -> Path:

@@ -11,10 +11,10 @@ import torch
 from conftest import TINY, random_image
 
 from fastp2p import ops
+from fastp2p.commands.info import version_of
 from fastp2p.config import TrainConfig
-from fastp2p.info import version_of
-from fastp2p.networks import UnetGenerator
-from fastp2p.ops._extension import describe_extension
+from fastp2p.models.pix2pix.networks import UnetGenerator
+from fastp2p.ops.extension import describe_extension
 
 
 def test_train_resume_translate_evaluate(fastp2p, aligned: Path, tmp_path: Path):

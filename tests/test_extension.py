@@ -12,7 +12,7 @@ import pytest
 import torch
 from numpy.random import mtrand
 
-from fastp2p.ops import _extension
+from fastp2p.ops import extension
 
 ROOT = Path(__file__).resolve().parents[1]
 IN_TORCH_2_11 = """
@@ -29,7 +29,7 @@ def symbols() -> list[tuple[str, str]]:
     """(type, demangled name) of the dynamic symbols."""
     spec = importlib.util.find_spec("fastp2p._C")
     if spec is None or spec.origin is None:
-        pytest.skip(f"no extension: {_extension.WHY_ABSENT}")
+        pytest.skip(f"no extension: {extension.WHY_ABSENT}")
     if shutil.which("nm") is None:
         pytest.skip("no nm on PATH")
     lines = subprocess.run(["nm", "-DC", spec.origin], check=True, capture_output=True, text=True).stdout.splitlines()
@@ -90,7 +90,7 @@ def test_a_module_that_does_not_load_is_told_once_and_pytorch_serves(tmp_path: P
     code = """
 import torch
 from fastp2p import ops
-from fastp2p.ops._extension import describe_extension
+from fastp2p.ops.extension import describe_extension
 print(describe_extension())
 print(ops.served_by("norm_stats", "cpu"), *ops.norm_stats(torch.ones(1, 1, 2, 2), stat_groups=1))
 """
@@ -111,11 +111,11 @@ print(ops.served_by("norm_stats", "cpu"), *ops.norm_stats(torch.ones(1, 1, 2, 2)
     ],
 )
 def test_why_it_is_missing_and_what_to_do(monkeypatch: pytest.MonkeyPatch, compiler: str, words: str):
-    monkeypatch.setattr(_extension, "INTERPRETED", False)
+    monkeypatch.setattr(extension, "INTERPRETED", False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(shutil, "which", {"python": "/bin/python"}.get)
     monkeypatch.setenv("CXX", compiler)
-    why = _extension._load()
+    why = extension._load()
     assert why is not None
     assert why.startswith(words)
     assert re.search(r": pip install --no-build-isolation (--editable )?\S+$", why)
@@ -136,8 +136,8 @@ def test_the_command_that_installs_it_again(monkeypatch: pytest.MonkeyPatch, ori
             assert name == "direct_url.json"
             return None if origin is None else json.dumps(origin)
 
-    monkeypatch.setattr(_extension.importlib.metadata, "distribution", lambda name: Distribution())
-    assert _extension._reinstall() == f"pip install --no-build-isolation {command}"
+    monkeypatch.setattr(extension.importlib.metadata, "distribution", lambda name: Distribution())
+    assert extension._reinstall() == f"pip install --no-build-isolation {command}"
 
 
 def test_cmake_compiles_what_setup_py_does(tmp_path: Path):

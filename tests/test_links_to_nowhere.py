@@ -5,19 +5,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastp2p import profile, tuning
-from fastp2p.checkpoint import GeneratorSpec, save_generator
+from fastp2p.commands import profile
+from fastp2p.commands.convert import convert
 from fastp2p.config import TrainConfig
-from fastp2p.convert import convert
 from fastp2p.errors import InputError
 from fastp2p.files import is_there
-from fastp2p.networks import UnetGenerator
-from fastp2p.ops import _choices
-from fastp2p.recorder import Recorder
-from fastp2p.run_folder import new_folder, read_config
-from fastp2p.trainer import load_saved
+from fastp2p.models.checkpoint import GeneratorSpec, save_generator
+from fastp2p.models.pix2pix.networks import UnetGenerator
+from fastp2p.ops import kernel_choices
+from fastp2p.train.loop import load_saved
+from fastp2p.train.recorder import Recorder
+from fastp2p.train.run_folder import new_folder, read_config
+from fastp2p.tuner import store
 
-PLACE = _choices.place_of(torch.device("cpu"))
+PLACE = kernel_choices.place_of(torch.device("cpu"))
 GONE = "is a link to /not/mounted, which is not there"
 
 
@@ -41,7 +42,7 @@ def test_is_there(tmp_path: Path):
 def test_a_run_s_kernels(tmp_path: Path):
     """They were chosen anew, so that the run's bits were no longer those of an unbroken one."""
     with pytest.raises(InputError, match=rf"kernels\.json: cannot be read: {GONE}; delete it to choose kernels anew"):
-        tuning._of_the_run(linked(tmp_path, "kernels.json"), PLACE, print)
+        store._of_the_run(linked(tmp_path, "kernels.json"), PLACE, print)
 
 
 def test_a_run_s_statistics(tmp_path: Path):
@@ -69,12 +70,12 @@ def test_a_run_s_configuration(tmp_path: Path):
 
 
 def test_the_choices_kept_on_this_machine(own_cache: None):
-    path = _choices.cache_path(PLACE)
+    path = kernel_choices.cache_path(PLACE)
     assert path is not None
     path.parent.mkdir(parents=True)
     linked(path.parent, path.name)
     with pytest.warns(UserWarning, match=rf"cannot be used \(.*{GONE}\); kernels go by rule until they are tuned anew"):
-        assert _choices.read_cache(PLACE) == {}
+        assert kernel_choices.read_cache(PLACE) == {}
 
 
 def test_what_convert_and_profile_would_write(tmp_path: Path):

@@ -5,10 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from on_device import FOLDERS
+from helpers.on_device import FOLDERS
 
 TESTS = Path(__file__).resolve().parent
-FILES = sorted([path for folder in FOLDERS for path in (TESTS / folder).glob("*.py")] + [TESTS / "gemm_shapes.py"])
+HELPERS = [TESTS / "helpers" / f"{name}.py" for name in ("comparing", "gemm_shapes", "nets", "plain_models")]
+FOUND = [TESTS / name for name in FOLDERS]
+FILES = sorted({file for path in FOUND for file in (path.glob("*.py") if path.is_dir() else [path])} | {*HELPERS})
 
 
 def faults(source: str) -> Iterator[str]:
@@ -47,7 +49,7 @@ def test_runs_on_either_device(path: Path):
         ("with ThreadPoolExecutor(2) as pool:\n    pass", "1: threads"),
         ("@pytest.fixture(scope='module')\ndef cases(): ...", "2: cases is older"),
         ("state = torch.get_rng_state()", "1: torch.get_rng_state"),
-        ('@pytest.mark.skipif(served_by("down", "cpu") != "C++")\ndef test(): ...', "2: test asks"),
+        ('@pytest.mark.skipif(served_by("conv", "cpu") != "C++")\ndef test(): ...', "2: test asks"),
     ],
 )
 def test_each_fault_is_found(source: str, said: str):

@@ -10,7 +10,7 @@ from parity import assert_norm_gradients, assert_normalised
 from torch import Tensor
 
 from fastp2p.ops import norm_act, norm_act_backward_ref, norm_act_ref, norm_stats, norm_stats_ref
-from fastp2p.ops._activation import ACTIVATIONS
+from fastp2p.ops.activation import ACTIVATIONS
 
 SETTINGS = (None, 1e-5, ACTIVATIONS.index("leaky_relu"), 0.2, -1, 0.0, 0, False)
 Norm = Callable[[Tensor, Tensor, Tensor], Tensor]

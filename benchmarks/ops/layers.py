@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from fastp2p.device import DTYPES, best_precision
-from fastp2p.engine.operations import Noise, Operation, Trial
-from fastp2p.ops._choices import Problem
+from fastp2p.ops.kernel_choices import Problem
+from fastp2p.tuner.operations import Noise, Operation, Trial
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,12 @@ class Convolution:
         return replace(self, c=12, side=min(8, self.side), o=16)
 
     def trial(self, operator: str, dtype: torch.dtype, images: int, *, stat_groups: int = 0) -> Trial:
-        """An operator's arguments, and how to judge what it makes of them. `up` gets the smaller map twice, as after
-        torch.cat with a skip connection's."""
+        """An operator's arguments, and how to judge what it makes of them.
+
+        `conv_transpose` gets the smaller map twice, as after torch.cat with a skip connection's.
+        """
         small, large = (self.out_side, self.out_side), (self.side, self.side)
-        channels = (self.o, self.o if operator == "up" else 0, self.c)
+        channels = (self.o, self.o if operator == "conv_transpose" else 0, self.c)
         problem = Problem(operator, dtype, images * self.out_side**2, *channels, 4, 4, self.stride)
         operation = Operation(self.name, problem, images, small, large, padding=1, stat_groups=stat_groups)
         return Trial(operation, NOISE)

@@ -1,4 +1,4 @@
-// The activations of fastp2p/ops/_activation.py, by their numbers there.
+// The activations of fastp2p/ops/activation.py, by their numbers there.
 #pragma once
 
 #include <limits>

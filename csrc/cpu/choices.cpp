@@ -41,8 +41,8 @@ Algorithm algorithm_by_rule(const Problem& problem) {
   const bool bfloat16 = problem.type == ScalarType::BFloat16;
   const auto by_gemm = [&] {
     switch (problem.operation) {
-      case Operation::DOWN: return problem.pixels <= (bfloat16 ? 256 : 64);
-      case Operation::UP: return problem.pixels <= (bfloat16 ? 256 : 64) || problem.inner <= 3;
+      case Operation::CONV: return problem.pixels <= (bfloat16 ? 256 : 64);
+      case Operation::CONV_TRANSPOSE: return problem.pixels <= (bfloat16 ? 256 : 64) || problem.inner <= 3;
       default: return problem.pixels <= (bfloat16 ? 1024 : 512);
     }
   };

@@ -7,9 +7,9 @@
 
 namespace fastp2p {
 
-enum class Operation : int64_t { DOWN, UP, WGRAD, WGRAD_ADAM };
+enum class Operation : int64_t { CONV, CONV_TRANSPOSE, CONV_WGRAD, CONV_WGRAD_ADAM };
 
-// What decides which is faster: fastp2p/ops/_choices.py's Problem.
+// What decides which is faster: fastp2p/ops/kernel_choices.py's Problem.
 struct Problem {
   Operation operation;
   ScalarType type;

@@ -1,7 +1,7 @@
-// What down, up and wgrad share. Each is either one of ATen's convolutions or, where that is measured to be slower,
-// ATen's matrix product on the weight as it lies in memory: (O, KH, KW, C) of a channels_last weight is a matrix of O
-// rows. oneDNN's convolutions first copy the weight into a layout of their own, at every call of training; for the deep
-// layers of a U-Net, a few pixels against millions of weights, that copy is most of the time.
+// What conv, conv_transpose and conv_wgrad share. Each is either one of ATen's convolutions or, where that is measured
+// to be slower, ATen's matrix product on the weight as it lies in memory: (O, KH, KW, C) of a channels_last weight is a
+// matrix of O rows. oneDNN's convolutions first copy the weight into a layout of their own, at every call of training;
+// for the deep layers of a U-Net, a few pixels against millions of weights, that copy is most of the time.
 #pragma once
 
 #include "cpu/choices.h"

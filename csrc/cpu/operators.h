@@ -6,8 +6,8 @@
 namespace fastp2p {
 
 std::tuple<Tensor, Tensor> norm_stats_cpu(Tensor x, int64_t stat_groups);
-Tensor wgrad_cpu(Tensor outer, std::optional<Tensor> outer2, Tensor inner, int64_t kernel_height, int64_t kernel_width,
-                 int64_t stride, int64_t padding, ScalarType dtype);
+Tensor conv_wgrad_cpu(Tensor outer, std::optional<Tensor> outer2, Tensor inner, int64_t kernel_height,
+                      int64_t kernel_width, int64_t stride, int64_t padding, ScalarType dtype);
 void adam_cpu(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, Tensor lr, Tensor powers, double beta1,
               double beta2, double eps, std::optional<Tensor> low_precision, std::optional<Tensor> unscale);
 

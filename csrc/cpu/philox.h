@@ -1,4 +1,4 @@
-// The dropout masks of fastp2p/ops/_philox.py: Philox4x32-10, keyed by the seed, counting elements.
+// The dropout masks of fastp2p/ops/philox.py: Philox4x32-10, keyed by the seed, counting elements.
 #pragma once
 
 #include "cpu/vector.h"

@@ -1,7 +1,7 @@
 """Folders and files -> pairs -> resident uint8 -> batches (real_A, real_B)."""
 
 from fastp2p.data.crops import Crops
-from fastp2p.data.dataset import (
+from fastp2p.data.feed import (
     PairDataset,
     batches_per_epoch,
     eval_batches,

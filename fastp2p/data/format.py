@@ -10,7 +10,7 @@ from PIL import Image
 
 from fastp2p.config import Direction
 from fastp2p.data import images
-from fastp2p.data.pairs import Pair
+from fastp2p.data.sources.pairs import Pair
 from fastp2p.errors import InputError
 
 MAX_ASPECT_DIFFERENCE = 0.02  # of A to B: more than a rounded resize explains, so they do not show the same frame

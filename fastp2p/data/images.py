@@ -13,7 +13,7 @@ import torch
 from PIL import ExifTags, Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from fastp2p.data.archive import read_bytes
+from fastp2p.data.sources.archive import read_bytes
 from fastp2p.device import memory_bytes
 from fastp2p.errors import InputError, printable
 

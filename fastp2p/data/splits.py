@@ -9,11 +9,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastp2p.config import ResolvedConfig
-from fastp2p.data.dataset import PairDataset, eval_batches, load_split
-from fastp2p.data.folders import is_folder, passed_over
+from fastp2p.data.feed import PairDataset, eval_batches, load_split
 from fastp2p.data.format import PairFormat
 from fastp2p.data.images import bad_file_lines
-from fastp2p.data.pairs import has_split, open_root
+from fastp2p.data.sources.folders import is_folder, passed_over
+from fastp2p.data.sources.pairs import has_split, open_root
 from fastp2p.device import memory_bytes
 from fastp2p.errors import InputError
 

@@ -166,13 +166,15 @@ class Arena:
     def update_weight(
         self, number: int, outer: Tensor, outer2: Tensor | None, inner: Tensor, stride: int, padding: int
     ) -> None:
-        """One layer's weight gradient, and unless gradients are gathered its Adam step. As `wgrad` takes them."""
+        """One layer's weight gradient, and unless gradients are gathered its Adam step. As `conv_wgrad` takes them."""
         param, exp_avg, exp_avg_sq, compute = self.weights[number]
         if self.grad is not None:
             size = param.shape[2:]
-            self.grads[number].copy_(operators.wgrad(outer, outer2, inner, *size, stride, padding, self.grad.dtype))
+            self.grads[number].copy_(
+                operators.conv_wgrad(outer, outer2, inner, *size, stride, padding, self.grad.dtype)
+            )
             return
-        operators.wgrad_adam(
+        operators.conv_wgrad_adam(
             *(outer, outer2, inner, param, exp_avg, exp_avg_sq, self.lr, self.powers),
             *(self.beta1, self.beta2, self.eps, stride, padding, compute),
         )

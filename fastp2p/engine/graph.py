@@ -1,15 +1,13 @@
 """The whole step as one CUDA graph: a replay costs the host a few microseconds, whatever the number of kernels."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastp2p.data import Crops
-from fastp2p.engine.step import FusedStep
 from fastp2p.errors import InputError
-from fastp2p.losses import Losses
 
 WARM_UP = 3  # ordinary steps of each batch size before its graph is captured: kernels compile, the allocator settles
 MAIN_PRIORITY = -1  # the graph's main chain has it; streams have 0 by default, as the branch beside it has
@@ -31,7 +29,7 @@ class Recorded:
     inputs: "GraphInputs"
     calls: int = 0
     graph: torch.cuda.CUDAGraph | None = None
-    losses: Losses[Tensor] | None = None
+    losses: Any | None = None
 
 
 class GraphedStep:
@@ -44,7 +42,7 @@ class GraphedStep:
         step: on a CUDA device.
     """
 
-    def __init__(self, step: FusedStep):
+    def __init__(self, step: Any):
         self.step = step
         self.device = step.rng.device
         # A graph cannot be captured on the default stream. Its main chain comes first (a lower number is a higher
@@ -53,7 +51,7 @@ class GraphedStep:
         self.pool = torch.cuda.graph_pool_handle()  # graphs never run side by side, so they share memory
         self.recorded: dict[Key, Recorded] = {}
 
-    def __call__(self, crops: Crops) -> Losses[Tensor]:
+    def __call__(self, crops: Crops) -> Any:
         """One step of training. Raises InputError where the crops are of another size than the step's."""
         size, channels = (crops.crop_size, crops.crop_size), (crops.input_nc, crops.pairs.shape[3] - crops.input_nc)
         if size != self.step.size or channels != self.step.channels:
@@ -75,7 +73,7 @@ class GraphedStep:
         outside.wait_stream(self.stream)
         return losses
 
-    def _run(self, recorded: Recorded) -> Losses[Tensor]:
+    def _run(self, recorded: Recorded) -> Any:
         recorded.calls += 1
         if recorded.calls <= WARM_UP:
             return self.step.launch(*recorded.inputs.crops.cut(self.device))

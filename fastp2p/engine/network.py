@@ -10,7 +10,7 @@ import fastp2p.ops  # noqa: F401 (defines torch.ops.fastp2p)
 from fastp2p.engine.arena import Arena
 from fastp2p.engine.branch import Branch
 from fastp2p.engine.plan import NONE, Layer, Normalisation, Plan
-from fastp2p.networks import SampleNorm2d
+from fastp2p.nn.norm import SampleNorm2d
 
 operators = torch.ops.fastp2p
 
@@ -77,9 +77,9 @@ class FusedNetwork:
         args = (self.arena.weight(number), layer.conv.bias, None, layer.stride, layer.taps.padding)
         settings = (activation, layer.slope, groups)
         if layer.transposed:
-            out, mean, var = operators.up(x, x2, *args, *layer.out_size, *settings)
+            out, mean, var = operators.conv_transpose(x, x2, *args, *layer.out_size, *settings)
         else:
-            out, mean, var = operators.down(x, *args, *settings)
+            out, mean, var = operators.conv(x, *args, *settings)
         if layer.activation_in_conv:
             return Kept(x, x2, None, None, None, out, None)
 
@@ -127,7 +127,7 @@ class FusedNetwork:
             pass
         weight = self.arena.weight(0)[:, first_channel:].contiguous(memory_format=torch.channels_last)
         args = (gate, layer.stride, layer.taps.padding, *layer.in_size, activation, 0.0, 0)
-        dx: Tensor = operators.up(dz_here, None, weight, None, *args)[0]
+        dx: Tensor = operators.conv_transpose(dz_here, None, weight, None, *args)[0]
         return dx
 
     def _gradients(
@@ -178,9 +178,9 @@ class FusedNetwork:
         args = (self.arena.weight(number), None, gate, layer.stride, layer.taps.padding)
         settings = (activation, before.slope, groups)
         if layer.transposed:
-            dx, mean, _ = operators.down(dz, *args, *settings)
+            dx, mean, _ = operators.conv(dz, *args, *settings)
         else:
-            dx, mean, _ = operators.up(dz, None, *args, *layer.in_size, *settings)
+            dx, mean, _ = operators.conv_transpose(dz, None, *args, *layer.in_size, *settings)
         return dx, mean if groups else None
 
     def _norm_act_settings(self, number: int, layer: Layer) -> tuple[object, ...]:

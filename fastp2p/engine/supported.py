@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from fastp2p.errors import InputError
-from fastp2p.networks import PatchDiscriminator, PixelDiscriminator, SampleNorm2d, UnetBlock, UnetGenerator
+from fastp2p.models.pix2pix.networks import PatchDiscriminator, PixelDiscriminator, UnetBlock, UnetGenerator
+from fastp2p.nn.norm import SampleNorm2d
 
 _NETS = (UnetGenerator, PatchDiscriminator, PixelDiscriminator)
 _NORMS = (nn.BatchNorm2d, nn.InstanceNorm2d, SampleNorm2d)
@@ -24,7 +25,7 @@ _CONTAINERS: dict[type[nn.Module], tuple[str, ...]] = {  # and the names of thei
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _GLOBAL_HOOKS = [getattr(torch.nn.modules.module, f"_global{hooks}") for hooks in _HOOKS]
 _OPTIMIZER_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-HINT = "; the reference engine trains it: --engine reference, or fastp2p.reference.train_step"
+HINT = "; the reference engine trains it: --engine reference, or fastp2p.models.pix2pix.reference.train_step"
 
 Settings = tuple[object, ...]
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from fastp2p import ops
 from fastp2p.errors import InputError
-from fastp2p.ops import _library
-from fastp2p.ops._activation import Activation
+from fastp2p.ops import library
+from fastp2p.ops.activation import Activation
 
 Convolution = nn.Conv2d | nn.ConvTranspose2d
 Normalisation = nn.BatchNorm2d | nn.InstanceNorm2d
@@ -94,10 +94,10 @@ def _convolve(
     stride, padding = int(conv.stride[0]), int(conv.padding[0])
     settings: dict[str, Any] = {"activation": activation, "slope": slope, "stat_groups": stat_groups}
     if isinstance(conv, nn.Conv2d):
-        return ops.down(x, weight, bias, stride=stride, padding=padding, **settings)
+        return ops.conv(x, weight, bias, stride=stride, padding=padding, **settings)
     first, second = (x, None) if skip is None else (skip, x)
     settings["output_padding"] = int(conv.output_padding[0])
-    return ops.up(first, weight, bias, x2=second, stride=stride, padding=padding, **settings)
+    return ops.conv_transpose(first, weight, bias, x2=second, stride=stride, padding=padding, **settings)
 
 
 def _check_and_track(norm: Normalisation, out: Tensor, mean: Tensor, var: Tensor) -> None:
@@ -156,5 +156,5 @@ def fold(conv: Convolution, norm: Normalisation, dtype: torch.dtype) -> tuple[Te
 
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:
-    autocast = _library.autocast_dtype(weight.device.type)
+    autocast = library.autocast_dtype(weight.device.type)
     return weight.dtype if autocast is None or weight.dtype == torch.float64 else autocast

@@ -13,7 +13,7 @@ from fastp2p.errors import InputError
 from fastp2p.nn.block import Convolution, Normalisation, run_block
 from fastp2p.nn.scope import Parcel, Scope
 from fastp2p.nn.settings import has_global_hooks, has_hooks, refusal
-from fastp2p.ops._activation import Activation
+from fastp2p.ops.activation import Activation
 
 ACTIVATION_NAMES: dict[type[nn.Module], Activation] = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Tanh: "tanh"}
 

@@ -10,7 +10,7 @@ from fastp2p import ops
 from fastp2p.config import GanMode, Norm
 from fastp2p.errors import InputError
 from fastp2p.nn.block import Convolution, Normalisation, run_block
-from fastp2p.ops._activation import ACTIVATIONS, Activation, activate, activation_index
+from fastp2p.ops.activation import ACTIVATIONS, Activation, activate, activation_index
 from fastp2p.ops.patch_loss import Kind
 
 

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from fastp2p.errors import InputError
-from fastp2p.ops import _library
-from fastp2p.ops._library import check_devices, describe
+from fastp2p.ops import library
+from fastp2p.ops.library import check_devices, describe
 
 
 def adam_ref(
@@ -43,14 +43,14 @@ def _fake(*args: object) -> None:
     return None
 
 
-_library.define(
+library.define(
     "adam",
     "(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor lr, Tensor powers, "
     "float beta1, float beta2, float eps, Tensor(d!)? low_precision=None, Tensor? unscale=None) -> ()",
     reference=adam_ref,
     fake=_fake,
 )
-_library.serve_by_triton("adam")
+library.serve_by_triton("adam")
 
 
 def adam(

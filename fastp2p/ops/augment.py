@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastp2p.errors import InputError
-from fastp2p.ops import _library
+from fastp2p.ops import library
 
 
 def augment_ref(
@@ -43,14 +43,14 @@ def _fake(
     return batch(input_nc), batch(pairs.shape[3] - input_nc)
 
 
-_library.define(
+library.define(
     "augment",
     "(Tensor pairs, Tensor index, Tensor offset, Tensor flip, int crop_size, int input_nc, ScalarType? dtype=None)"
     " -> (Tensor, Tensor)",
     reference=augment_ref,
     fake=_fake,
 )
-_library.serve_by_triton("augment")
+library.serve_by_triton("augment")
 
 
 def augment(

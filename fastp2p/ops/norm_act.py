@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from fastp2p.errors import InputError
-from fastp2p.ops import _library
-from fastp2p.ops._activation import Activation, activate, activation_index, derivative
-from fastp2p.ops._library import check_devices, describe
-from fastp2p.ops._philox import keep_mask
+from fastp2p.ops import library
+from fastp2p.ops.activation import Activation, activate, activation_index, derivative
+from fastp2p.ops.library import check_devices, describe
+from fastp2p.ops.philox import keep_mask
 
 
 def norm_act_ref(
@@ -113,7 +113,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(x, mean, var, weight, bias, rng)
 
 
-@_library.first_derivative_only
+@library.first_derivative_only
 def _backward(ctx: Any, dy: Tensor | None, dy2: Tensor | None) -> tuple[Tensor | None, ...]:
     x, mean, var, weight, bias, rng = ctx.saved_tensors
     dy2 = dy2 if ctx.has_second else None
@@ -127,7 +127,7 @@ def _backward(ctx: Any, dy: Tensor | None, dy2: Tensor | None) -> tuple[Tensor |
 
 _SETTINGS = "float eps, int activation, float slope, int second, float dropout, int layer, bool fixed_stats"
 _INPUTS = "Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? rng"
-_library.define(
+library.define(
     "norm_act",
     f"({_INPUTS}, {_SETTINGS}) -> (Tensor, Tensor)",
     reference=norm_act_ref,
@@ -135,14 +135,14 @@ _library.define(
     backward=_backward,
     setup_context=_setup_context,
 )
-_library.define(
+library.define(
     "norm_act_backward",
     f"(Tensor dy, Tensor? dy2, {_INPUTS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor)",
     reference=norm_act_backward_ref,
     fake=_fake_backward,
 )
-_library.serve_by_triton("norm_act")
-_library.serve_by_triton("norm_act_backward")
+library.serve_by_triton("norm_act")
+library.serve_by_triton("norm_act_backward")
 
 
 def norm_act(

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from fastp2p.errors import InputError
-from fastp2p.ops import _library
-from fastp2p.ops._library import describe
+from fastp2p.ops import library
+from fastp2p.ops.library import describe
 
 
 def norm_stats_ref(x: Tensor, stat_groups: int) -> tuple[Tensor, Tensor]:
@@ -23,13 +23,13 @@ def fake_stats(x: Tensor, stat_groups: int) -> tuple[Tensor, Tensor]:
     return x.new_empty((stat_groups, x.shape[1]), dtype=dtype), x.new_empty((stat_groups, x.shape[1]), dtype=dtype)
 
 
-_library.define(
+library.define(
     "norm_stats",
     "(Tensor x, SymInt stat_groups) -> (Tensor, Tensor)",
     reference=norm_stats_ref,
     fake=fake_stats,
 )
-_library.serve_by_triton("norm_stats")
+library.serve_by_triton("norm_stats")
 
 
 def norm_stats(x: Tensor, *, stat_groups: int) -> tuple[Tensor, Tensor]:

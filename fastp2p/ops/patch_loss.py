@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastp2p.errors import InputError
-from fastp2p.ops import _library
+from fastp2p.ops import library
 
 Kind = Literal["bce", "square", "hinge", "linear", "l1"]
 KINDS: tuple[Kind, ...] = ("bce", "square", "hinge", "linear", "l1")  # the operator takes the index
@@ -48,7 +48,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.mark_non_differentiable(dx)
 
 
-@_library.first_derivative_only  # dx is a constant to autograd: there is no second derivative
+@library.first_derivative_only  # dx is a constant to autograd: there is no second derivative
 def _backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.through_tanh:
         raise InputError("patch_loss: through_tanh changes dx alone; take dx instead of the loss's gradient")
@@ -56,7 +56,7 @@ def _backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ..
     return (dx * grad_loss).to(dx.dtype), None, None, None, None, None
 
 
-_library.define(
+library.define(
     "patch_loss",
     "(Tensor x, Tensor? target, int kind, float target_value, float weight, bool through_tanh) -> (Tensor, Tensor)",
     reference=patch_loss_ref,
@@ -64,7 +64,7 @@ _library.define(
     backward=_backward,
     setup_context=_setup_context,
 )
-_library.serve_by_triton("patch_loss")
+library.serve_by_triton("patch_loss")
 
 
 def patch_loss(

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from fastp2p.errors import InputError
-from fastp2p.ops import _library
-from fastp2p.ops._library import check_devices, describe
+from fastp2p.ops import library
+from fastp2p.ops.library import check_devices, describe
 
 
 def running_stats_ref(
@@ -21,13 +21,13 @@ def _fake(running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, 
     return None
 
 
-_library.define(
+library.define(
     "running_stats",
     "(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, SymInt n_values, float momentum) -> ()",
     reference=running_stats_ref,
     fake=_fake,
 )
-_library.serve_by_triton("running_stats")
+library.serve_by_triton("running_stats")
 
 
 def running_stats(

@@ -14,8 +14,8 @@ from conftest import random_image
 from PIL import Image, TiffImagePlugin, TiffTags
 
 from fastp2p.data import images
-from fastp2p.data.folders import has_image_name
 from fastp2p.data.images import halves, read_image, to_array, to_image, to_tensor
+from fastp2p.data.sources.folders import has_image_name
 from fastp2p.errors import InputError
 
 

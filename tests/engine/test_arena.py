@@ -7,10 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from engine.nets import Trained, batches, small_nets
+from helpers.nets import Trained, batches, small_nets
 
 from fastp2p.errors import InputError
-from fastp2p.networks import take_statistics_of_samples
+from fastp2p.nn.norm import take_statistics_of_samples
 
 F64, SIZE = torch.float64, (16, 16)
 

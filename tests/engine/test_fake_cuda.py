@@ -17,13 +17,14 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastp2p import trainer
 from fastp2p.config import TrainConfig
 from fastp2p.data import Crops
-from fastp2p.engine import FusedStep, GraphedStep
+from fastp2p.engine import GraphedStep
 from fastp2p.engine.graph import WARM_UP
-from fastp2p.networks import PatchDiscriminator, UnetGenerator
-from fastp2p.state import TrainState
+from fastp2p.models.pix2pix.networks import PatchDiscriminator, UnetGenerator
+from fastp2p.models.pix2pix.step import FusedStep
+from fastp2p.train import loop
+from fastp2p.train.state import TrainState
 
 pytestmark = [
     pytest.mark.skipif(torch.version.cuda is None, reason="needs a PyTorch that was built with CUDA; no GPU"),
@@ -202,15 +203,15 @@ def test_the_trainer_s_loop(
         patch.setattr(torch.nn.Module, "to", lambda self, *args: self)  # which cannot move a fake tensor
         state = TrainState.new(config, torch.device("cuda", 0), "")
     epoch = [crops(2, "on the GPU")] * 3
-    monkeypatch.setattr(trainer, "train_crops", lambda *args, **options: iter(epoch))
+    monkeypatch.setattr(loop, "train_crops", lambda *args, **options: iter(epoch))
     for name in ("panel", "validate", "save", "write_losses", "log"):
-        monkeypatch.setattr(trainer.Run, name, lambda self, *args: None)
+        monkeypatch.setattr(loop.Run, name, lambda self, *args: None)
     data: Any = SimpleNamespace(train=range(6), val=None, panel=[])
     bar: Any = SimpleNamespace(update=lambda: None, set_description_str=lambda *args, **options: None)
     recorder: Any = None
     step = state.training_step(config)
     monkeypatch.setattr(TrainState, "training_step", lambda self, config: step)  # its buffers are filled from the host
-    run = trainer.Run(config, data, state, tmp_path, recorder, bar, print)
+    run = loop.Run(config, data, state, tmp_path, recorder, bar, print)
     with watch:
         run.train(8, [])
     assert state.step == 8

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from engine.nets import Trained, small_nets
-from on_device import generator
+from helpers.nets import Trained, small_nets
+from helpers.on_device import generator
 
 from fastp2p.data import Crops
 from fastp2p.engine import GraphedStep

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from on_device import generator
+from helpers.on_device import generator
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from engine.nets import batches, small_nets
+from helpers.nets import batches, small_nets
 
 from fastp2p.ops import served_by
 
@@ -18,7 +18,7 @@ def test_step_on_kernels(dtype: torch.dtype, tolerance: float):
     """
     nets = small_nets(levels=3, dtype=torch.float32)
     twin = nets.twin()
-    assert served_by("down", torch.get_default_device().type).startswith("Triton")
+    assert served_by("conv", torch.get_default_device().type).startswith("Triton")
     step = twin.fused((8, 16), dtype)
     for batch in batches(1, (8, 16), torch.float32, steps=2):
         losses, expected = torch.stack(step(*batch)), torch.stack(nets.reference(*batch))

@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastp2p.engine import plan_network, plan_table
+from fastp2p.count import plan_table
+from fastp2p.count.memory import estimate_fused_step_memory
+from fastp2p.engine import plan_network
 from fastp2p.engine.plan import LEAKY_RELU, NONE, RELU, TANH
-from fastp2p.memory import estimate_fused_step_memory
-from fastp2p.networks import PatchDiscriminator, PixelDiscriminator, UnetGenerator, count_parameters
+from fastp2p.models.pix2pix.networks import PatchDiscriminator, PixelDiscriminator, UnetGenerator
+from fastp2p.nn.init import count_parameters
 
 
 def test_unet_256():

@@ -4,12 +4,13 @@ import itertools
 
 import pytest
 import torch
-from engine.nets import Trained, batches, small_nets
+from helpers.nets import Trained, batches, small_nets
 from torch import Tensor, nn
 
 from fastp2p.engine import LossScale
-from fastp2p.losses import Losses
-from fastp2p.networks import PatchDiscriminator, UnetGenerator, init_weights
+from fastp2p.models.gan_losses import Losses
+from fastp2p.models.pix2pix.networks import PatchDiscriminator, UnetGenerator
+from fastp2p.nn.init import init_weights
 
 SIZE = (64, 64)
 SCALE = 1024.0  # of float16's losses; at the first scale a few steps are skipped until it fits

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine.nets import Trained, batches, outcome, small_nets
+from helpers.nets import Trained, batches, outcome, small_nets
 from torch import nn
 from torch.nn.utils import parametrizations, weight_norm
 
@@ -309,7 +309,8 @@ def test_the_error_names_the_module_and_the_way_out():
     trained = small_nets()
     _chain(trained.netD)[1] = nn.GELU()
     with pytest.raises(
-        InputError, match=r"engine: model\.1: GELU.* is not among .*--engine reference, or fastp2p\.ref"
+        InputError,
+        match=r"engine: model\.1: GELU.* is not among .*--engine reference, or fastp2p\.models\.pix2pix\.ref",
     ):
         trained.fused(SIZE, torch.float64)
     trained = small_nets()

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine.nets import batches, outcome, small_nets
+from helpers.nets import batches, outcome, small_nets
 from torch import nn
 
 from fastp2p.errors import InputError

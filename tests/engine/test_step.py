@@ -6,17 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine.nets import Trained, batches, inject_dropout, small_nets
+from helpers.nets import Trained, batches, inject_dropout, small_nets
 from torch import Tensor
 
 from fastp2p.errors import InputError
-from fastp2p.networks import (
-    PatchDiscriminator,
-    PixelDiscriminator,
-    UnetGenerator,
-    init_weights,
-    take_statistics_of_samples,
-)
+from fastp2p.models.pix2pix.networks import PatchDiscriminator, PixelDiscriminator, UnetGenerator
+from fastp2p.nn.init import init_weights
+from fastp2p.nn.norm import take_statistics_of_samples
 
 F64 = torch.float64
 SIZE = (16, 24)

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from nn.comparing import assert_same_training, fused_copy
-from on_device import rng_state
+from helpers.comparing import assert_same_training, fused_copy
+from helpers.on_device import rng_state
 from torch import Tensor, nn
 
 from fastp2p.errors import InputError
@@ -205,11 +205,14 @@ def test_a_norm_for_each_domain():
 
 def test_output_size_is_left():
     model = model_of(
-        lambda self, x: self.relu(self.up(x, output_size=[9, 9])), up=nn.ConvTranspose2d(4, 4, 3, stride=2)
+        lambda self, x: self.relu(self.conv_transpose(x, output_size=[9, 9])),
+        conv_transpose=nn.ConvTranspose2d(4, 4, 3, stride=2),
     )
     report = fuse(model)
     assert not report.fused
-    assert {row.module: row.reason for row in report.left}["up"].startswith("is called with more than its input")
+    assert {row.module: row.reason for row in report.left}["conv_transpose"].startswith(
+        "is called with more than its input"
+    )
 
 
 def test_no_grad_in_between_is_seen():

@@ -6,13 +6,13 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from nn import plain_models
-from nn.comparing import assert_same_eval, assert_same_training, fused_copy
+from helpers import plain_models
+from helpers.comparing import assert_same_eval, assert_same_training, fused_copy
 from torch import Tensor, nn
 
 import fastp2p
 from fastp2p.nn import fuse
-from fastp2p.ops._philox import keep_mask
+from fastp2p.ops.philox import keep_mask
 
 CBR, CB, CR = "Conv2d + BatchNorm2d + ReLU", "Conv2d + BatchNorm2d", "Conv2d + ReLU"
 UP = "ConvTranspose2d + "

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from nn.comparing import DOUBLE, fuse_it, fused_copy, grads, small, total
-from nn.plain_models import DCGANGenerator, ResidualGenerator, ResNet
-from on_device import generator
+from helpers.comparing import DOUBLE, fuse_it, fused_copy, grads, small, total
+from helpers.on_device import generator
+from helpers.plain_models import DCGANGenerator, ResidualGenerator, ResNet
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -144,19 +144,24 @@ def of_no_images(model: nn.Module, x: Tensor) -> Any:
 
 
 def test_layers_traced():
-    down, up = ConvNormAct(3, 4, norm="instance", activation="tanh"), UpConvNormAct(5, 4, norm="instance")
-    traced = torch.jit.trace(down, (pictures(2).float(),)), torch.jit.trace(up, (torch.ones(1, 5, 4, 4),))
+    conv, conv_transpose = ConvNormAct(3, 4, norm="instance", activation="tanh"), UpConvNormAct(5, 4, norm="instance")
+    traced = torch.jit.trace(conv, (pictures(2).float(),)), torch.jit.trace(conv_transpose, (torch.ones(1, 5, 4, 4),))
     x, z = pictures(3, 32).float(), torch.randn(2, 5, 8, 8, generator=generator(0))
-    torch.testing.assert_close([traced[0](x), traced[1](z)], [down(x), up(z)], rtol=1e-4, atol=1e-5)  # float32
+    torch.testing.assert_close(
+        [traced[0](x), traced[1](z)], [conv(x), conv_transpose(z)], rtol=1e-4, atol=1e-5
+    )  # float32
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("norm", ["batch", "none"])
 def test_layers_without_images(norm: str, training: bool):
-    down, up = ConvNormAct(3, 4, norm=norm, activation="leaky_relu", dropout=0.5), UpConvNormAct(5, 4, norm=norm)
-    for layer in (down, up):
+    conv, conv_transpose = (
+        ConvNormAct(3, 4, norm=norm, activation="leaky_relu", dropout=0.5),
+        UpConvNormAct(5, 4, norm=norm),
+    )
+    for layer in (conv, conv_transpose):
         layer.train(training)
-    results = [down(torch.zeros(0, 3, 8, 8)), up(torch.zeros(0, 3, 4, 4), torch.zeros(0, 2, 4, 4))]
+    results = [conv(torch.zeros(0, 3, 8, 8)), conv_transpose(torch.zeros(0, 3, 4, 4), torch.zeros(0, 2, 4, 4))]
     assert [y.shape for y in results] == [(0, 4, 4, 4), (0, 4, 8, 8)]
     sum(y.sum() for y in results).backward()
-    assert not any(p.grad.any() for layer in (down, up) for p in layer.parameters())
+    assert not any(p.grad.any() for layer in (conv, conv_transpose) for p in layer.parameters())

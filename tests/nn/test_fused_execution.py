@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from nn.comparing import fuse_it, fused_copy, grads, images, small, total, train_in_parallel
-from nn.plain_models import DCGANDiscriminator, ResidualGenerator, SegmentationUNet
+from helpers.comparing import fuse_it, fused_copy, grads, images, small, total, train_in_parallel
+from helpers.plain_models import DCGANDiscriminator, ResidualGenerator, SegmentationUNet
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from nn.comparing import (
+from helpers.comparing import (
     assert_same_eval,
     assert_same_training,
     fuse_it,
@@ -17,7 +17,7 @@ from nn.comparing import (
     small,
     total,
 )
-from nn.plain_models import DCGANGenerator
+from helpers.plain_models import DCGANGenerator
 from torch import nn
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint

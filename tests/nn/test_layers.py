@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from nn.comparing import OperatorCalls, total
-from on_device import generator
+from helpers.comparing import OperatorCalls, total
+from helpers.on_device import generator
 from torch import Tensor, nn
 
 import fastp2p
@@ -127,8 +127,8 @@ def test_how_many_operators_a_block_takes():
     In eval mode, too, where the weight has more elements than the result: folding the norm into it would cost more.
     """
     x, skip = torch.randn(2, 3, 16, 16), torch.randn(2, 2, 16, 16)
-    training = {"batch": ["down", "running_stats", "norm_act"], "instance": ["down", "norm_act"], "none": ["down"]}
-    evaluation = {"batch": ["down"], "instance": ["down", "norm_act"], "none": ["down"]}
+    training = {"batch": ["conv", "running_stats", "norm_act"], "instance": ["conv", "norm_act"], "none": ["conv"]}
+    evaluation = {"batch": ["conv"], "instance": ["conv", "norm_act"], "none": ["conv"]}
     for norm in ("batch", "instance", "none"):
         layer = ConvNormAct(3, 4, norm=norm, activation="relu")
         for mode, expected in ((True, training), (False, evaluation)):
@@ -139,7 +139,7 @@ def test_how_many_operators_a_block_takes():
     with OperatorCalls() as calls, torch.no_grad():
         UpConvNormAct(5, 4).eval()(x, skip)
         ConvNormAct(3, 4).eval()(x[:, :, :8, :8])
-    assert calls.names == ["up", "down", "norm_act"]
+    assert calls.names == ["conv_transpose", "conv", "norm_act"]
 
 
 def test_skip_is_not_copied():
@@ -148,7 +148,7 @@ def test_skip_is_not_copied():
     x, skip = torch.randn(2, 4, 5, 5), torch.randn(2, 3, 5, 5)
     with OperatorCalls() as calls, torch.no_grad():
         layer(x, skip)
-    assert calls.all_names == ["up"]
+    assert calls.all_names == ["conv_transpose"]
 
 
 def test_dropout():
@@ -180,9 +180,9 @@ def test_what_cannot_be():
         ConvNormAct(3, 4, slope=-1)
     with pytest.raises(InputError, match=r"got one value per channel, \(1, 4, 1, 1\); expected more"):
         ConvNormAct(3, 4)(torch.randn(1, 3, 2, 2))
-    with pytest.raises(InputError, match=r"up: got .* expected x \(N, C, H, W\)"):
+    with pytest.raises(InputError, match=r"conv_transpose: got .* expected x \(N, C, H, W\)"):
         UpConvNormAct(7, 4)(torch.randn(2, 4, 5, 5), torch.randn(2, 3, 6, 6))
-    with pytest.raises(InputError, match=r"down: got x \(2, 4, 8, 8\) float32"):
+    with pytest.raises(InputError, match=r"conv: got x \(2, 4, 8, 8\) float32"):
         ConvNormAct(3, 4)(torch.randn(2, 4, 8, 8))
 
 

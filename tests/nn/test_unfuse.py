@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from nn.comparing import assert_same_training, fuse_it, images, small, total
-from nn.plain_models import ResidualGenerator, ResNet, SegmentationUNet
+from helpers.comparing import assert_same_training, fuse_it, images, small, total
+from helpers.plain_models import ResidualGenerator, ResNet, SegmentationUNet
 from torch import nn
 
 import fastp2p

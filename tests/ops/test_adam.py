@@ -2,11 +2,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from on_device import generator
+from helpers.on_device import generator
 
 from fastp2p.errors import InputError
 from fastp2p.ops import adam, adam_ref
-from fastp2p.ops._library import INTERPRETED
+from fastp2p.ops.library import INTERPRETED
 
 HALVES = [torch.bfloat16, torch.float16]
 

@@ -1,12 +1,12 @@
 import numpy as np
 import pytest
 import torch
-from on_device import generator
+from helpers.on_device import generator
 from PIL import Image
 
 from fastp2p.errors import InputError
 from fastp2p.ops import augment, augment_ref
-from fastp2p.ops._library import INTERPRETED
+from fastp2p.ops.library import INTERPRETED
 
 
 def arguments(n: int = 3, height: int = 9, width: int = 11, channels: int = 6, crop_size: int = 8):

@@ -1,11 +1,11 @@
-"""down, up and wgrad by C++ on the CPU, both ways: the matrix product and ATen's convolution."""
+"""conv, conv_transpose and conv_wgrad by C++ on the CPU, both ways: the matrix product and ATen's convolution."""
 
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from gemm_shapes import (
+from helpers.gemm_shapes import (
     DTYPES,
     SHAPES,
     SUMS,
@@ -17,7 +17,7 @@ from gemm_shapes import (
 )
 from torch.nn.grad import conv2d_weight
 
-from fastp2p.ops import down, up, wgrad
+from fastp2p.ops import conv, conv_transpose, conv_wgrad
 
 ALGORITHMS = ["gemm", "direct"]
 
@@ -53,11 +53,11 @@ def test_against_float64(shape: Shape, dtype: torch.dtype, algorithm: str):
         pytest.skip("PyTorch's own convolution reads memory that nothing wrote, on this CPU (2.13.0, with AMX)")
     first, second = small.split([(shape.o + 1) // 2, shape.o // 2], 1)
     with convolution_on_the_cpu(algorithm):
-        out, _, _ = down(large, weight, stride=shape.stride, padding=shape.padding)
-        back, _, _ = torch.ops.fastp2p.up(
+        out, _, _ = conv(large, weight, stride=shape.stride, padding=shape.padding)
+        back, _, _ = torch.ops.fastp2p.conv_transpose(
             first, second if shape.o > 1 else None, weight, None, None, *window, *size, 0, 0.0, 0
         )
-        dweight = wgrad(small, large, kernel_size=(shape.k, shape.k), stride=shape.stride, padding=shape.padding)
+        dweight = conv_wgrad(small, large, kernel_size=(shape.k, shape.k), stride=shape.stride, padding=shape.padding)
     wide_large, wide_small, wide_weight = large.double(), small.double(), weight.double()
 
     def convolve(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -83,8 +83,8 @@ def test_weights_that_are_not_channels_last(algorithm: str):
     x, weight = random(2, 8, 6, 6), random(12, 16, 6, 6)
     for w in (weight[:, :8, 1:5, 1:5], weight[:, 8:, :4, :4].contiguous(), weight.contiguous()[:, :8, 2:, 2:]):
         with convolution_on_the_cpu(algorithm):
-            out, _, _ = down(x, w)
-            back, _, _ = up(out, w)
+            out, _, _ = conv(x, w)
+            back, _, _ = conv_transpose(out, w)
         torch.testing.assert_close(out, F.conv2d(x, w, None, 2, 1), **SUMS)
         torch.testing.assert_close(back, F.conv_transpose2d(out, w, None, 2, 1), **SUMS)
 
@@ -96,7 +96,7 @@ def test_taps_that_meet_padding_alone(algorithm: str):
         inner = random(2, c, h, w, dtype=torch.bfloat16)
         outer = random(2, 7, (h + 4 - kh) // stride + 1, (w + 4 - kw) // stride + 1, dtype=torch.bfloat16)
         with convolution_on_the_cpu(algorithm):
-            dweight = wgrad(outer, inner, kernel_size=(kh, kw), stride=stride, padding=2)
+            dweight = conv_wgrad(outer, inner, kernel_size=(kh, kw), stride=stride, padding=2)
         exact = conv2d_weight(inner.double(), dweight.shape, outer.double(), stride, 2)
         torch.testing.assert_close(dweight.double(), exact, rtol=2**-8, atol=1e-4)
 
@@ -107,9 +107,9 @@ def test_autocast_does_not_reach_inside(algorithm: str):
     large, small, weight = operands(SHAPES[1], torch.float32)
     args = (None, None, 2, 1)
     with convolution_on_the_cpu(algorithm), torch.autocast(large.device.type, torch.bfloat16):
-        out, _, _ = torch.ops.fastp2p.down(large, weight, *args, 0, 0.0, 0)
-        back, _, _ = torch.ops.fastp2p.up(small, None, weight, *args, 17, 3, 0, 0.0, 0)
-        dweight = torch.ops.fastp2p.wgrad(small, None, large, 4, 4, 2, 1, torch.float32)
+        out, _, _ = torch.ops.fastp2p.conv(large, weight, *args, 0, 0.0, 0)
+        back, _, _ = torch.ops.fastp2p.conv_transpose(small, None, weight, *args, 17, 3, 0, 0.0, 0)
+        dweight = torch.ops.fastp2p.conv_wgrad(small, None, large, 4, 4, 2, 1, torch.float32)
     torch.testing.assert_close(out, F.conv2d(large, weight, None, 2, 1), **SUMS)
     torch.testing.assert_close(back, torch.nn.grad.conv2d_input(large.shape, weight, small, 2, 1), **SUMS)
     torch.testing.assert_close(dweight, conv2d_weight(large, weight.shape, small, 2, 1), **SUMS)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fastp2p.ops._extension import INTERPRETED
+from fastp2p.ops.extension import INTERPRETED
 
 compile_check = pytest.importorskip("fastp2p.kernels.compile_check", reason="needs triton")
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
@@ -55,4 +55,14 @@ def test_divisions_and_roots_are_correctly_rounded(case: Any, monkeypatch: pytes
 def test_the_kernels_that_divide_are_among_them(monkeypatch: pytest.MonkeyPatch):
     """Or the test above would have nothing to find."""
     dividing = {case.name.split()[0] for case in kinds() if "div.rn" in ptx(case, monkeypatch)}
-    assert dividing == {"adam", "augment", "down", "norm_act", "norm_stats", "patch_loss", "reduce", "up", "wgrad_adam"}
+    assert dividing == {
+        "adam",
+        "augment",
+        "conv",
+        "norm_act",
+        "norm_stats",
+        "patch_loss",
+        "reduce",
+        "conv_transpose",
+        "conv_wgrad_adam",
+    }

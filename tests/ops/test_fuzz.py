@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from on_device import generator, kernels_serve
+from helpers.on_device import generator, kernels_serve
 from ops.test_norm_act import (
     UNIT,
     arguments,
@@ -26,8 +26,8 @@ from ops.test_norm_stats import values as channels_of_all_kinds
 from torch import Tensor
 
 from fastp2p.ops import adam_ref, augment_ref, norm_act_backward_ref, norm_act_ref, norm_stats_ref, patch_loss_ref
-from fastp2p.ops._activation import ACTIVATIONS
-from fastp2p.ops._library import INTERPRETED
+from fastp2p.ops.activation import ACTIVATIONS
+from fastp2p.ops.library import INTERPRETED
 from fastp2p.ops.patch_loss import KINDS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

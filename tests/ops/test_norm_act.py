@@ -2,12 +2,12 @@ from typing import Any
 
 import pytest
 import torch
-from on_device import generator, with_threads
+from helpers.on_device import generator, with_threads
 from torch import Tensor
 
 from fastp2p.ops import norm_act, norm_act_backward_ref, norm_act_ref, norm_stats, norm_stats_ref
-from fastp2p.ops._activation import ACTIVATIONS
-from fastp2p.ops._library import INTERPRETED
+from fastp2p.ops.activation import ACTIVATIONS
+from fastp2p.ops.library import INTERPRETED
 
 UNIT = torch.finfo(torch.float32).eps / 2  # one rounding
 SHAPES = [  # with a number of statistics groups

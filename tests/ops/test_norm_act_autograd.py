@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from on_device import generator
+from helpers.on_device import generator
 from torch import Tensor, nn
 
 from fastp2p.errors import InputError
 from fastp2p.ops import norm_act, norm_stats
-from fastp2p.ops._activation import ACTIVATIONS
+from fastp2p.ops.activation import ACTIVATIONS
 
 SLOPE = 0.2
 

@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from on_device import generator
+from helpers.on_device import generator
 from torch import Tensor
 
 from fastp2p.ops import norm_act
-from fastp2p.ops._philox import drop_below, keep_mask, philox
+from fastp2p.ops.philox import drop_below, keep_mask, philox
 
 
 def rng_state() -> Tensor:

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from on_device import generator, with_threads
+from helpers.on_device import generator, with_threads
 from torch import Tensor
 
 from fastp2p.errors import InputError

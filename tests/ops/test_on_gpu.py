@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import on_device
 import pytest
 import torch
-from on_device import generator, one_process_at_a_time
+from helpers import on_device
+from helpers.on_device import generator, one_process_at_a_time
 from torch import Tensor
 
 from fastp2p import ops
@@ -57,9 +57,9 @@ def norm_act_backward(dy: Tensor, dy2: Tensor, *inputs: Tensor) -> Outputs:
 CALLS: dict[str, tuple[Callable[[int], list[Tensor]], Callable[..., Any]]] = {
     "adam": (lambda s: [*adam_state(s, 5000), normal(s, 5000, dtype=torch.float32)], adam_in_order),
     "augment": (image_batch, lambda *t: operators.augment(*t, 16, 3, torch.bfloat16)),
-    "down": (
+    "conv": (
         lambda s: [normal(s, 1, 32, 10, 6), normal(s + 1, 24, 32, 4, 4)],
-        lambda x, w: operators.down(x, w, None, None, 2, 1, 2, 0.2, 1),
+        lambda x, w: operators.conv(x, w, None, None, 2, 1, 2, 0.2, 1),
     ),
     "norm_act": (norm_inputs, lambda *t: operators.norm_act(*t, 1e-5, 2, 0.2, 1, 0.5, 3, False)),
     "norm_act_backward": (
@@ -74,17 +74,17 @@ CALLS: dict[str, tuple[Callable[[int], list[Tensor]], Callable[..., Any]]] = {
         ],
         lambda *t: operators.running_stats(*t, 7, 0.1),
     ),
-    "up": (
+    "conv_transpose": (
         lambda s: [normal(s, 1, 16, 3, 4), normal(s + 1, 1, 16, 3, 4), normal(s + 2, 32, 24, 4, 4)],
-        lambda x, x2, w: operators.up(x, x2, w, None, None, 2, 1, 6, 8, 1, 0.2, 1),
+        lambda x, x2, w: operators.conv_transpose(x, x2, w, None, None, 2, 1, 6, 8, 1, 0.2, 1),
     ),
-    "wgrad": (
+    "conv_wgrad": (
         lambda s: [normal(s, 1, 24, 5, 3), normal(s + 1, 1, 32, 10, 6)],
-        lambda outer, inner: (operators.wgrad(outer, None, inner, 4, 4, 2, 1, torch.float32),),
+        lambda outer, inner: (operators.conv_wgrad(outer, None, inner, 4, 4, 2, 1, torch.float32),),
     ),
-    "wgrad_adam": (
+    "conv_wgrad_adam": (
         lambda s: [normal(s, 1, 8, 2, 3), normal(s + 1, 1, 16, 4, 6), *adam_state(s, 8, 16, 4, 4)],
-        lambda outer, inner, *state: operators.wgrad_adam(outer, None, inner, *state, 0.5, 0.999, 1e-8, 2, 1),
+        lambda outer, inner, *state: operators.conv_wgrad_adam(outer, None, inner, *state, 0.5, 0.999, 1e-8, 2, 1),
     ),
 }
 
@@ -150,7 +150,7 @@ def test_it_runs_on_the_current_stream(name: str):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["adam", "down", "norm_act"])
+@pytest.mark.parametrize("name", ["adam", "conv", "norm_act"])
 def test_inductor(name: str):
     """One graph without a break; the update in place survives functionalisation."""
     make, call = CALLS[name]
@@ -209,7 +209,7 @@ def test_down_beyond_2_to_the_31(need_memory: Callable[[int], None]):
     need_memory(16)
     x = torch.randn(3, 2400, 2400, 128, dtype=torch.bfloat16).permute(0, 3, 1, 2)
     weight = normal(1, 16, 128, 4, 4) / 64
-    out, *_ = operators.down(x, weight, None, None, 2, 1, 0, 0.2, 0)
+    out, *_ = operators.conv(x, weight, None, None, 2, 1, 0, 0.2, 0)
     assert x[:-1].numel() < 2**31 < x.numel()
     expected = torch.nn.functional.conv2d(x[2:, :, 1200:].float(), weight.float(), None, 2, 1)
     bound = torch.finfo(torch.bfloat16).eps

@@ -1,11 +1,11 @@
 import pytest
 import torch
-from on_device import generator, with_threads
+from helpers.on_device import generator, with_threads
 
 from fastp2p.errors import InputError
-from fastp2p.losses import GANLoss
+from fastp2p.models.gan_losses import GANLoss
 from fastp2p.ops import patch_loss, patch_loss_ref
-from fastp2p.ops._library import INTERPRETED
+from fastp2p.ops.library import INTERPRETED
 from fastp2p.ops.patch_loss import KINDS
 
 TARGETS = {"bce": (1.0, 0.0), "square": (1.0, 0.0), "hinge": (1.0, -1.0), "linear": (1.0, -1.0), "l1": (0.3,)}

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from on_device import generator, kernels_serve
+from helpers.on_device import generator, kernels_serve
 from torch import Tensor
 
 from fastp2p import ops
-from fastp2p.ops import _choices
-from fastp2p.ops._choices import Measured
-from fastp2p.ops._library import INTERPRETED
+from fastp2p.ops import kernel_choices
+from fastp2p.ops.kernel_choices import Measured
+from fastp2p.ops.library import INTERPRETED
 from fastp2p.ops.patch_loss import KINDS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -147,13 +147,13 @@ def choice(request: pytest.FixtureRequest, _device: None) -> Iterator[str]:
     if kernels_serve() and request.param == "direct":
         pytest.skip("Triton's kernel is one")
     yield request.param
-    _choices.forget()
+    kernel_choices.forget()
 
 
 def choose(choice: str, operator: str, args: list[Any]) -> None:
-    place = _choices.place_of(args[0].device)
+    place = kernel_choices.place_of(args[0].device)
     if not kernels_serve() and place.device_type == "cpu":
-        _choices.install(place, {_choices.problem_of(operator, tuple(args)): Measured(choice)})
+        kernel_choices.install(place, {kernel_choices.problem_of(operator, tuple(args)): Measured(choice)})
 
 
 def check_convolution(
@@ -179,16 +179,16 @@ def check_convolution(
 
 @pytest.mark.parametrize("shape", CONVOLUTIONS, ids=str)
 @pytest.mark.parametrize("activation", range(4))
-def test_down(dtype: torch.dtype, choice: str, shape: tuple[int, ...], activation: int):
+def test_conv(dtype: torch.dtype, choice: str, shape: tuple[int, ...], activation: int):
     n, inner, height, width, outer, k, stride, padding = shape
     x, weight = draw(n, inner, height, width, dtype=dtype), draw(outer, inner, k, k, dtype=dtype, seed=1)
     bias = draw(outer, dtype=wide(dtype), seed=2)
     args = [x, weight, bias, None, stride, padding, activation, 0.2, 0]
-    choose(choice, "down", args)
+    choose(choice, "conv", args)
     ones_x, ones_weight = torch.ones_like(x, dtype=torch.float64), torch.ones_like(weight, dtype=torch.float64)
     check_convolution(
-        "down",
-        ops.down_ref,
+        "conv",
+        ops.conv_ref,
         args,
         {
             0: lambda mask: F.conv2d(mask, ones_weight, None, stride, padding),
@@ -200,13 +200,13 @@ def test_down(dtype: torch.dtype, choice: str, shape: tuple[int, ...], activatio
 
 @pytest.mark.parametrize("shape", CONVOLUTIONS, ids=str)
 @pytest.mark.parametrize("activation", range(4))
-def test_up(dtype: torch.dtype, choice: str, shape: tuple[int, ...], activation: int):
+def test_conv_transpose(dtype: torch.dtype, choice: str, shape: tuple[int, ...], activation: int):
     n, inner, height, width, outer, k, stride, padding = shape
     sizes = [(side + 2 * padding - k) // stride + 1 for side in (height, width)]
     x, x2 = (draw(n, outer, *sizes, dtype=dtype, seed=seed) for seed in (0, 1))
     weight, bias = draw(2 * outer, inner, k, k, dtype=dtype, seed=2), draw(inner, dtype=wide(dtype), seed=3)
     args = [x, x2, weight, bias, None, stride, padding, height, width, activation, 0.2, 0]
-    choose(choice, "up", args)
+    choose(choice, "conv_transpose", args)
     zeros, ones_weight = torch.zeros_like(x, dtype=torch.float64), torch.ones_like(weight, dtype=torch.float64)
     missing = [
         side - ((size - 1) * stride - 2 * padding + k) for side, size in zip((height, width), sizes, strict=True)
@@ -216,8 +216,8 @@ def test_up(dtype: torch.dtype, choice: str, shape: tuple[int, ...], activation:
         return F.conv_transpose2d(torch.cat([left, right], 1), filters, None, stride, padding, missing)
 
     check_convolution(
-        "up",
-        ops.up_ref,
+        "conv_transpose",
+        ops.conv_transpose_ref,
         args,
         {
             0: lambda mask: meets(mask, zeros, ones_weight),
@@ -230,20 +230,20 @@ def test_up(dtype: torch.dtype, choice: str, shape: tuple[int, ...], activation:
 
 
 @pytest.mark.parametrize("shape", CONVOLUTIONS, ids=str)
-def test_wgrad(dtype: torch.dtype, choice: str, shape: tuple[int, ...]):
+def test_conv_wgrad(dtype: torch.dtype, choice: str, shape: tuple[int, ...]):
     """A gradient must not lose a NaN; PyTorch's own in bfloat16 spread one to more channels than it meets."""
     n, inner, height, width, outer, k, stride, padding = shape
     sizes = [(side + 2 * padding - k) // stride + 1 for side in (height, width)]
     x, dz = draw(n, inner, height, width, dtype=dtype), draw(n, outer, *sizes, dtype=dtype, seed=1)
     args = [dz, None, x, k, k, stride, padding, wide(dtype)]
-    choose(choice, "wgrad", args)
+    choose(choice, "conv_wgrad", args)
 
     def gradient(outer: Tensor, inner: Tensor) -> Tensor:
-        return ops.wgrad_ref(outer, None, inner, k, k, stride, padding, torch.float64)
+        return ops.conv_wgrad_ref(outer, None, inner, k, k, stride, padding, torch.float64)
 
     ones_dz, ones_x = torch.ones_like(dz, dtype=torch.float64), torch.ones_like(x, dtype=torch.float64)
     for number, meets in ((0, lambda mask: gradient(mask, ones_x)), (2, lambda mask: gradient(ones_dz, mask))):
         for case in poisoned(args, number):
-            found = torch.ops.fastp2p.wgrad(*case)
+            found = torch.ops.fastp2p.conv_wgrad(*case)
             reached = meets((~case[number].isfinite()).double()) > 0
             assert not found.isfinite()[reached].any(), f"operand {number}: got {found}"

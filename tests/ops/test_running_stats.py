@@ -1,6 +1,6 @@
 import pytest
 import torch
-from on_device import generator
+from helpers.on_device import generator
 from torch import Tensor, nn
 
 from fastp2p.errors import InputError

@@ -1,0 +1,1 @@
+"""Models: networks, objective and step of each, and what they share."""

@@ -1,0 +1,243 @@
+"""The training step of pix2pix on fused operators: `fastp2p.models.pix2pix.reference.train_step` without autograd."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastp2p.config import GanMode
+from fastp2p.engine.arena import Arena, Reduce, dead_taps_move
+from fastp2p.engine.loss_scale import LossScale
+from fastp2p.engine.network import FusedNetwork
+from fastp2p.engine.plan import TANH, plan_network
+from fastp2p.engine.ranges import part
+from fastp2p.engine.supported import Supported, check_optimizer
+from fastp2p.errors import InputError
+from fastp2p.models.gan_losses import Losses
+from fastp2p.models.pix2pix.networks import UnetGenerator
+from fastp2p.nn.padding import reflect_pad_to_multiple
+from fastp2p.ops.patch_loss import KINDS, Kind
+
+operators = torch.ops.fastp2p
+
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+D_WEIGHT = 0.5  # the paper halves D's objective, to slow it down beside G (section 3.3)
+
+
+class Target(NamedTuple):
+    """A pointwise loss and what it pulls its argument towards."""
+
+    kind: Kind
+    value: float | Tensor
+
+
+# What each player wants of D's logits, in patch_loss's terms.
+OBJECTIVES: dict[GanMode, dict[str, Target]] = {
+    "vanilla": {"D_real": Target("bce", 1.0), "D_fake": Target("bce", 0.0), "G": Target("bce", 1.0)},
+    "lsgan": {"D_real": Target("square", 1.0), "D_fake": Target("square", 0.0), "G": Target("square", 1.0)},
+    "hinge": {"D_real": Target("hinge", 1.0), "D_fake": Target("hinge", -1.0), "G": Target("linear", 1.0)},
+}
+
+
+class FusedStep:
+    """One step of D, then one of G through the D just updated: (real_A, real_B) -> losses.
+
+    The networks and optimizers stay what they were: their parameters and states become views of the step's arenas, so
+    checkpoints, and the reference step, go on from wherever this one has come to.
+
+    Args:
+        netG, netD: in training mode, on one device; their parameters are in float32, in float64 to compute in it.
+        optimizer_G, optimizer_D: torch.optim.Adam over them; their learning rate is read at every step.
+        size: (height, width) of the images, in pixels.
+        dtype: of activations, compute weights and activation gradients: bfloat16, float16, float32, or float64 for
+            proofs. Masters, statistics, reductions and losses are in float32 or float64.
+        gan_mode, lambda_L1: the objective.
+        seed, step: of the dropouts' masks; step is that of the first call, counted from 0.
+        loss_scale: (2,) float32 on the device, `LossScale.new_state` or what became of it: for float16, and updated.
+        reduce: called with the flat gradients of netD, and later of netG, before they are used: for an all-reduce.
+        skip_dead_taps: leave out the taps of a kernel that meet padding alone, which changes no result.
+
+    Raises:
+        InputError: on networks in eval mode, on several devices or in another dtype; on networks that hold anything
+            the engine does not compute (the text names the module), share or freeze parameters, do not fit each other,
+            or are too deep for the size; on an optimizer that is not Adam itself over exactly one network's parameters
+            in one group, has a hook or other options than lr, betas and eps, or states of unequal steps; on another
+            dtype to compute in.
+    """
+
+    def __init__(
+        self,
+        netG: UnetGenerator,
+        netD: nn.Module,
+        optimizer_G: torch.optim.Adam,
+        optimizer_D: torch.optim.Adam,
+        *,
+        size: tuple[int, int],
+        dtype: torch.dtype = torch.float32,
+        gan_mode: GanMode = "vanilla",
+        lambda_L1: float = 100.0,
+        seed: int = 0,
+        step: int = 0,
+        loss_scale: Tensor | None = None,
+        reduce: Reduce | None = None,
+        skip_dead_taps: bool = True,
+    ):
+        self.nets, self.optimizers = (netG, netD), (optimizer_G, optimizer_D)
+        for optimizer in self.optimizers:
+            check_optimizer(optimizer)
+        self._check_training()
+        self.supported = [Supported(net) for net in self.nets]
+        if dtype not in DTYPES:
+            raise InputError(f"engine: got dtype {dtype}, expected one of {', '.join(map(str, DTYPES))}")
+        self.dtype, self.size, self.objective, self.lambda_L1 = dtype, size, OBJECTIVES[gan_mode], lambda_L1
+        self.reduce, self.skip_dead_taps = reduce, skip_dead_taps
+        device = next(netG.parameters()).device
+        self.rng = torch.tensor([seed, step], device=device)
+        self.loss_scale: LossScale | None = None
+        if dtype == torch.float16:
+            self.loss_scale = LossScale(LossScale.new_state(device) if loss_scale is None else loss_scale)
+
+        self.multiple = 2**netG.levels  # of pixels, that G's sides are padded to
+        missing = [-side % self.multiple for side in size]
+        self.padding = [(n // 2, n - n // 2) for n in missing]  # (before, after)
+        self.netG = self._fused(netG, optimizer_G, (size[0] + missing[0], size[1] + missing[1]))
+        self.netD = self._fused(netD, optimizer_D, size)
+        self.channels = (self.netG.plan.in_channels, self.netG.plan.layers[-1].out_channels)  # of real_A, of real_B
+        if self.netD.plan.in_channels != sum(self.channels):
+            raise InputError(
+                f"engine: got a discriminator of {self.netD.plan.in_channels} channels, expected {sum(self.channels)}: "
+                "it sees the generator's input and output"
+            )
+
+    def _check_training(self) -> None:
+        if not all(net.training for net in self.nets):
+            raise InputError("engine: got a network in eval mode, expected training mode: call .train() first")
+
+    def _fused(self, net: nn.Module, optimizer: torch.optim.Adam, size: tuple[int, int]) -> FusedNetwork:
+        unscale = None if self.loss_scale is None else self.loss_scale.unscale
+        gathers = self.reduce is not None or unscale is not None
+        plan = plan_network(net, size, skip_dead_taps=self.skip_dead_taps and not gathers)
+        if dead_taps_move(plan, optimizer):
+            plan = plan_network(net, size, skip_dead_taps=False)
+        return FusedNetwork(
+            plan, Arena(net, optimizer, plan, self.dtype, reduce=self.reduce, unscale=unscale), self.rng
+        )
+
+    def __call__(self, real_A: Tensor, real_B: Tensor) -> Losses[Tensor]:
+        """Train both networks on one batch.
+
+        Args:
+            real_A, real_B: (N, C, H, W) in [-1, 1] of the size that the step was made for, any floating dtype and
+                layout, on the networks' device.
+
+        Returns:
+            The four losses, () float32 (float64 for float64), on the device. Reading them synchronises.
+
+        Raises:
+            InputError: when they do not fit each other, the networks or the size.
+        """
+        expected = [(max(1, len(real_A)), channels, *self.size) for channels in self.channels]
+        images = (real_A, real_B)
+        fit = [tuple(x.shape) for x in images] == expected and {x.device for x in images} == {self.rng.device}
+        if not fit or not all(x.is_floating_point() for x in images):
+            got = " and ".join(f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}" for x in images)
+            raise InputError(
+                f"engine: got real_A, real_B {got}; this step was made for floating {expected[0]} and {expected[1]} on "
+                f"{self.rng.device}"
+            )
+        self.prepare()
+        losses = self.launch(real_A, real_B)
+        self.conclude()
+        return losses
+
+    def prepare(self) -> None:
+        """Before `launch`, and on the host: take over learning rates, and parameters changed in between.
+
+        Raises:
+            InputError: when the networks or optimizers are no longer what the step was made of.
+        """
+        self._check_training()
+        for supported, optimizer in zip(self.supported, self.optimizers, strict=True):
+            supported.check_again()
+            check_optimizer(optimizer)
+        for net in (self.netG, self.netD):
+            net.arena.prepare()
+
+    def conclude(self) -> None:
+        """After `launch`, and on the host: the parameters have changed."""
+        for net in (self.netG, self.netD):
+            net.arena.conclude()
+
+    def launch(self, real_A: Tensor, real_B: Tensor) -> Losses[Tensor]:
+        """The step's work on the device, nothing else, so that a CUDA graph can hold it."""
+        # Below autograd, since the operators' autograd layer, in Python, costs as much as a launch
+        with torch._C._AutoDispatchBelowAutograd(), torch.autocast(self.rng.device.type, enabled=False):
+            return self._step(real_A, real_B)
+
+    def _step(self, real_A: Tensor, real_B: Tensor) -> Losses[Tensor]:
+        """Isola et al., section 3.3 and equation 4, in upstream's order."""
+        n, netG, netD = len(real_A), self.netG, self.netD
+        if self.loss_scale is not None:
+            self.loss_scale.begin()
+
+        with part("netG forward"):
+            real_A = real_A.to(self.dtype, memory_format=torch.channels_last)
+            kept_G = netG.forward(reflect_pad_to_multiple(real_A, self.multiple))
+            fake_B = self._crop(kept_G[-1].y)
+
+        # D: fake and real in one pass, as two batches with statistics of their own
+        with part("netD forward"):
+            pairs = self._pairs(real_A, fake_B, real_B)
+            kept = netD.forward(pairs, batches=2)
+            loss_D_fake, dfake = self._loss(kept[-1].y[:n], self.objective["D_fake"], weight=D_WEIGHT)
+            loss_D_real, dreal = self._loss(kept[-1].y[n:], self.objective["D_real"], weight=D_WEIGHT)
+        with part("netD backward and Adam"):
+            netD.backward_and_adam(kept, torch.cat([dfake, dreal]))
+
+        # G: D's weights are fixed, its gradient flows through to fake_B, and on through fake_B's tanh
+        with part("netD forward and backward for netG"):
+            kept = netD.forward(pairs[:n])  # moves D's running averages once more, as upstream's third pass does
+            loss_G_GAN, dlogits = self._loss(kept[-1].y, self.objective["G"])
+            dz = netD.input_gradient(kept, dlogits, first_channel=real_A.shape[1], gate=fake_B, activation=TANH)
+            loss_G_L1, dz_L1 = self._loss(fake_B, Target("l1", real_B), weight=self.lambda_L1, through_tanh=True)
+        with part("netG backward and Adam"):
+            netG.backward_and_adam(kept_G, self._pad(dz.add_(dz_L1)))
+
+        self.rng[1] += 1
+        if self.loss_scale is not None:
+            self.loss_scale.update()
+        return Losses(loss_G_GAN, loss_G_L1, loss_D_real / D_WEIGHT, loss_D_fake / D_WEIGHT)
+
+    def _loss(
+        self, x: Tensor, target: Target, *, weight: float = 1.0, through_tanh: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """weight times the mean loss, and its gradient, which in float16 is multiplied by the loss scale."""
+        tensor, value = (target.value, 0.0) if isinstance(target.value, Tensor) else (None, target.value)
+        factor = 1.0 if self.loss_scale is None else self.loss_scale.HOST_SCALE
+        loss, dx = operators.patch_loss(x, tensor, KINDS.index(target.kind), value, weight * factor, through_tanh)
+        return loss / factor, dx if self.loss_scale is None else self.loss_scale.rescale_(dx)
+
+    def _pairs(self, real_A: Tensor, fake_B: Tensor, real_B: Tensor) -> Tensor:
+        """What D sees: cat(A, fake_B) of every image, then cat(A, real_B)."""
+        n, input_nc, height, width = real_A.shape
+        shape = (2 * n, input_nc + real_B.shape[1], height, width)
+        pairs = torch.empty(shape, dtype=self.dtype, device=real_A.device, memory_format=torch.channels_last)
+        for first, B in ((0, fake_B), (n, real_B)):
+            pairs[first : first + n, :input_nc] = real_A
+            pairs[first : first + n, input_nc:] = B
+        return pairs
+
+    def _crop(self, padded: Tensor) -> Tensor:
+        (top, _), (left, _) = self.padding
+        height, width = self.size
+        cropped = padded[..., top : top + height, left : left + width]
+        return cropped.contiguous(memory_format=torch.channels_last)
+
+    def _pad(self, dz: Tensor) -> Tensor:
+        """The gradient at the size that G works at: what was cropped away has none."""
+        (top, bottom), (left, right) = self.padding
+        if not (top or bottom or left or right):
+            return dz
+        return F.pad(dz, (left, right, top, bottom)).contiguous(memory_format=torch.channels_last)

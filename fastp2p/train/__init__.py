@@ -1,0 +1,1 @@
+"""Training: the loop, its state, and the folder that a run leaves."""

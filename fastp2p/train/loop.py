@@ -1,0 +1,353 @@
+"""batches -> step -> status line, stats, samples, checkpoints."""
+
+import contextlib
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from shlex import quote
+from typing import Any, NoReturn
+
+import torch
+from tqdm import tqdm
+
+from fastp2p import terminal
+from fastp2p.config import ResolvedConfig, TrainConfig
+from fastp2p.data import Crops, batches_per_epoch, eval_batches, train_crops
+from fastp2p.data.splits import TrainData, load_train_data
+from fastp2p.device import best_precision, choose_device
+from fastp2p.errors import InputError, TrainingDiverged
+from fastp2p.files import is_there, remove_leftovers
+from fastp2p.models.checkpoint import GeneratorSpec, load_checkpoint, save_checkpoint, save_generator
+from fastp2p.models.gan_losses import Losses, read_losses
+from fastp2p.models.generate import generate
+from fastp2p.models.metrics import METRICS, evaluate_generator
+from fastp2p.terminal import Say, progress, stop_signals
+from fastp2p.train.recorder import Recorder
+from fastp2p.train.report import describe
+from fastp2p.train.run_folder import check_unused, locked, new_folder, reopen_folder, resume_advice, write_config
+from fastp2p.train.state import TrainState
+from fastp2p.tuner.store import check_fit, check_kernels, choose_kernels, compile_step
+
+
+def train(config: TrainConfig, *, resume: bool = False, say: Say = terminal.say) -> Path:
+    """Train pix2pix, and leave everything about it in one run folder.
+
+    Args:
+        config: all hyperparameters; what is None is chosen.
+        resume: continue the run in config.out, bit for bit as if it had never been interrupted (on the same machine
+            and versions), instead of making a new one.
+        say: takes each line of report.
+
+    In the main thread, Ctrl-C, SIGTERM and SIGHUP end it after the step at hand, saved; in another thread it takes no
+    notice of them.
+
+    Returns:
+        The run folder: config.json, kernels.json, checkpoint.pt, netG.safetensors, netG_best.safetensors,
+        stats.jsonl, panel.png, panel/, losses.png, tensorboard/.
+
+    Raises:
+        InputError: when the configuration or the data cannot be used; nothing is written then. When an image can no
+            longer be read in mid-training, the run is saved first.
+        TrainingDiverged: when a loss or a weight is no longer finite; the last good checkpoint is kept.
+        WriteError: when a file cannot be written; the previous checkpoint is kept.
+    """
+    device = choose_device(config.device)
+    resolved = config.resolve(device.type, best_precision(device))
+    torch.backends.cudnn.deterministic = True  # or a resumed run would not repeat the unbroken one's bits on a GPU
+    with contextlib.ExitStack() as stack:
+        # Everything that can be wrong is found before anything is written; what takes no time, before images are read
+        saved = None
+        if resume:
+            folder = reopen_folder(resolved, say)
+            stack.enter_context(locked(folder))
+            saved = load_saved(folder, say)
+        else:
+            check_unused(resolved)
+            check_kernels(resolved.kernels, device)
+        data = load_train_data(resolved, device, say)
+        state = TrainState.new(resolved, device, data.fingerprint)
+        if saved is not None:
+            if warning := state.restore(saved, folder / "checkpoint.pt"):
+                say(f"warning: {warning}")
+            say(f"resuming {folder} at step {state.step}")
+        del saved  # as large as all networks and moments
+        steps_per_epoch = batches_per_epoch(data.train, resolved.batch_size)
+        images = min(resolved.batch_size, len(data.train))  # of a batch
+        scheduled = (resolved.n_epochs + resolved.n_epochs_decay) * steps_per_epoch
+        last_step = scheduled if resolved.max_steps is None else min(scheduled, resolved.max_steps)
+        describe(resolved, state, len(data.train), say)
+
+        if not resume:
+            if resolved.engine == "fused":
+                check_fit(state.fused_step(resolved), images, resolved.kernels)
+            folder = stack.enter_context(new_folder(resolved))
+        stack.enter_context(resume_advice(folder))
+        if resume:
+            remove_leftovers(folder)
+            if state.step < last_step:
+                write_config(folder, resolved)
+            else:
+                limits = {"--max-steps": resolved.max_steps, "--n-epochs": scheduled}
+                reached = [name for name, steps in limits.items() if steps is not None and steps <= state.step]
+                say(
+                    f"{folder}: nothing left to train; scores, pictures and files are made once more. To go on, raise "
+                    f"{' and '.join(reached)}."
+                )
+        say(f"{last_step:,} steps of batch {resolved.batch_size}, {steps_per_epoch:,} an epoch -> {folder}")
+        if resolved.engine == "fused" and state.step < last_step:
+            choose_kernels(state.fused_step(resolved), images, resolved.kernels, folder, say)
+            batches = {images, len(data.train) % images or images}  # an epoch's last one may be smaller
+            compile_step(state.fused_step(resolved), batches, resolved.load_size, say)
+
+        bar_format = "{desc} |{bar:5}| {n_fmt}/{total_fmt} ETA {remaining}{postfix}"  # fits 80 columns
+        recorder = stack.enter_context(Recorder(folder, state.step, resolved.gan_mode, say))
+        bar = progress(total=last_step, initial=state.step, mininterval=0.5, smoothing=0.1, bar_format=bar_format)
+        with bar, stop_signals(say) as stop:
+            run = Run(resolved, data, state, folder, recorder, bar, say)
+            run.train(last_step, stop)
+        say(run.where_time_went())
+
+    if state.step < last_step:
+        say(f"Stopped and saved at step {state.step}. Go on with: fastp2p train --resume {quote(str(folder))}")
+    best = f" (best: netG_best.safetensors, val L1 {state.best_val_L1:.4f})" if state.best_val_L1 < math.inf else ""
+    say(f"Results in {folder}: panel.png, losses.png, stats.jsonl, netG.safetensors{best}")
+    say(f"Use it: fastp2p translate {quote(str(folder / 'netG.safetensors'))} IMAGES --out OUT")
+    say(f"Curves: tensorboard --logdir {quote(str(folder))}")
+    return folder
+
+
+def load_saved(folder: Path, say: Say) -> dict[str, Any] | None:
+    """The folder's checkpoint; None where a run was killed before its first one, which begins again with the same seed.
+
+    Raises:
+        InputError: when it cannot be read, or is gone.
+    """
+    path = folder / "checkpoint.pt"
+    if is_there(path):
+        return load_checkpoint(path, say)
+    if is_there(folder / "netG.safetensors"):  # it is written after checkpoint.pt
+        raise InputError(f"resume: {path} is missing, but the run had one; bring it back, or start a new run")
+    say(f"{folder} had no checkpoint yet: beginning again at step 0")
+    return None
+
+
+def untimed(method: Callable[["Run"], None]) -> Callable[["Run"], None]:
+    """Keep the time that a method of Run takes out of img_per_sec, and in run.beside."""
+
+    @functools.wraps(method)
+    def wrapped(run: "Run") -> None:
+        if run.state.device.type == "cuda":
+            torch.cuda.synchronize(run.state.device)  # steps still queued count as training
+        began = time.monotonic()
+        method(run)
+        seconds = time.monotonic() - began
+        run.logged += seconds
+        run.beside[method.__name__] += seconds
+
+    return wrapped
+
+
+class Run:
+    """The training loop, and what happens beside it."""
+
+    def __init__(
+        self,
+        config: ResolvedConfig,
+        data: TrainData,
+        state: TrainState,
+        folder: Path,
+        recorder: Recorder,
+        bar: "tqdm[NoReturn]",
+        say: Say,
+    ):
+        self.config, self.data, self.state, self.folder = config, data, state, folder
+        self.recorder, self.bar, self.say = recorder, bar, say
+        self.epochs = config.n_epochs + config.n_epochs_decay
+        self.steps_per_epoch = batches_per_epoch(data.train, config.batch_size)
+        self.started = self.saved = self.logged = time.monotonic()
+        self.beside = dict.fromkeys(("validate", "panel", "save"), 0.0)  # seconds beside the steps
+        self.images = 0  # trained on since self.logged
+        self.validated_at = -1  # step
+        self.reading = ""  # of the losses, at the last line of stats
+        self.warning = ""  # the last one given, so that each is given once
+
+    def train(self, last_step: int, stop: list[int]) -> None:
+        """Train until last_step, --max-minutes, or a signal in `stop`; then score, draw and save.
+
+        Raises:
+            InputError: when an image can no longer be read; what was trained until then is saved.
+        """
+        try:
+            self.train_steps(last_step, stop)
+            if not stop or self.state.step >= last_step:
+                if self.state.loss_steps:
+                    self.write_losses()
+                self.validate()
+                self.panel()
+        except InputError as error:
+            self.save()
+            raise InputError(
+                f"{error}\nSaved at step {self.state.step}. Go on with: fastp2p train --resume "
+                f"{quote(str(self.folder))}"
+            ) from error
+        self.save()
+
+    def train_steps(self, last_step: int, stop: list[int]) -> None:
+        """Train until last_step, --max-minutes, or a signal in `stop`."""
+        state, step = self.state, self.state.training_step(self.config)
+        if state.step == 0:
+            self.panel()
+        for crops in self.batches() if state.step < last_step else ():
+            losses = step(crops)
+            state.loss_sums += torch.stack(losses)
+            state.loss_steps += 1
+            state.step += 1
+            self.images += len(crops)
+            self.bar.update()
+            self.do_what_is_due()
+            if stop or state.step >= last_step or self.out_of_time():
+                break
+
+    def do_what_is_due(self) -> None:
+        """What happens every so many steps or minutes beside the steps themselves."""
+        config, step = self.config, self.state.step
+        if step % config.log_steps == 0:
+            self.log()
+        if step % config.panel_steps == 0:
+            self.panel()
+        if step % (self.steps_per_epoch * config.val_epochs) == 0:
+            self.validate()
+        if time.monotonic() - self.saved >= config.save_minutes * 60:
+            self.save()
+
+    def where_time_went(self) -> str:
+        """The seconds since this Run was made, in a line: what is no pause counts as steps.
+
+        The last panel's file and losses.png are still to come.
+        """
+        total, beside = time.monotonic() - self.started, self.beside
+        return (
+            f"{total:.1f} s: {total - sum(beside.values()):.1f} in steps, {beside['validate']:.1f} in scores of val "
+            f"and its best netG, {beside['panel']:.1f} in panels, {beside['save']:.1f} in saving"
+        )
+
+    def out_of_time(self) -> bool:
+        """Whether --max-minutes are over."""
+        minutes = self.config.max_minutes
+        return minutes is not None and time.monotonic() - self.started >= minutes * 60
+
+    def batches(self) -> Iterator[Crops]:
+        """Crops from the state's step to the schedule's end; sets the learning rate."""
+        done, first = divmod(self.state.step, self.steps_per_epoch)
+        for epoch in range(done + 1, self.epochs + 1):
+            self.state.set_lr(self.config.lr * self.config.lr_factor(epoch))
+            self.bar.set_description_str(f"epoch {epoch}/{self.epochs}", refresh=False)
+            yield from train_crops(
+                self.data.train,
+                seed=self.config.seed,
+                epoch=epoch,
+                batch_size=self.config.batch_size,
+                crop_size=self.config.crop_size,
+                flip=self.config.flip,
+                first=first,
+            )
+            first = 0
+
+    def log(self) -> None:
+        """Write the losses since the last line of stats, and begin the next."""
+        self.write_losses()
+        self.state.loss_sums.zero_()
+        self.state.loss_steps = 0
+
+    def write_losses(self) -> None:
+        """Mean losses to stats.jsonl and the status line; a warning when one player has won."""
+        state = self.state
+        losses: Losses[float] = Losses(*(state.loss_sums / state.loss_steps).tolist())
+        if not all(map(math.isfinite, losses)):
+            self.diverged(f"the losses are {', '.join(f'{name} {v:.3g}' for name, v in losses._asdict().items())}")
+
+        if state.loss_scale[0] < 1:
+            self.diverged("gradients overflow float16 whatever the loss scale", remedy="--precision fp32")
+
+        img_per_sec = self.images / max(time.monotonic() - self.logged, 1e-6)  # some clocks tick seldom
+        self.images, self.logged = 0, time.monotonic()
+        epoch, lr = -(-state.step // self.steps_per_epoch), state.optimizer_G.param_groups[0]["lr"]
+        self.recorder.scalars(state.step, {"epoch": epoch, **losses._asdict(), "lr": lr, "img_per_sec": img_per_sec})
+        self.bar.set_postfix_str(
+            f"{img_per_sec:.1f} img/s, G {losses.loss_G_GAN:.2f} L1 {losses.loss_G_L1:.1f} "
+            f"D {losses.loss_D_real:.2f} {losses.loss_D_fake:.2f}",
+            refresh=False,
+        )
+        self.reading, is_warning = read_losses(losses, self.config.gan_mode)
+        warning = self.reading.partition(": ")[2] if is_warning else ""  # without its numbers
+        if warning and warning != self.warning:
+            self.say(f"step {state.step}: warning: {self.reading}")
+        self.warning = warning
+
+    @untimed
+    def validate(self) -> None:
+        """Score netG on val/, once per step, keep the best by L1, and say how it goes."""
+        state = self.state
+        if self.validated_at == state.step:
+            return
+        self.validated_at = state.step
+        if self.data.val is None:
+            if self.reading:  # an epoch may be shorter than --log-steps
+                self.say(f"step {state.step}: {self.reading}")
+            return
+        values = evaluate_generator(state.netG, eval_batches(self.data.val, device=state.device))
+        means = {name: sum(values[name]) / len(values[name]) for name in METRICS}
+        if not math.isfinite(means["L1"]):
+            self.diverged("the generator's output is not finite")
+        self.recorder.scalars(state.step, {f"val_{name}": value for name, value in means.items()})
+        best = means["L1"] < state.best_val_L1
+        if best:
+            state.best_val_L1 = means["L1"]
+            save_generator(self.folder / "netG_best.safetensors", state.netG.state_dict(), self.spec())
+        scores = f"PSNR {means['PSNR']:.2f} dB, SSIM {means['SSIM']:.4f}"
+        reading = f"; {self.reading}" if self.reading else ""
+        self.say(f"step {state.step}: val L1 {means['L1']:.4f}{' (best)' if best else ''}, {scores}{reading}")
+
+    @untimed
+    def panel(self) -> None:
+        """Draw the fixed pairs: input, output, target."""
+        rows = [(A[0], generate(self.state.netG, A)[0], B[0]) for A, B in self.data.panel]
+        self.recorder.panel(self.state.step, rows)
+
+    @untimed
+    def save(self) -> None:
+        """Write checkpoint.pt and netG.safetensors, unless the state is not worth keeping."""
+        if not self.state.is_finite():
+            self.diverged("a loss or a weight is not finite")
+        self.recorder.flush()  # a run that goes on from here draws no earlier panel
+        save_checkpoint(self.folder / "checkpoint.pt", self.state.as_dict())
+        save_generator(self.folder / "netG.safetensors", self.state.netG.state_dict(), self.spec())
+        self.saved = time.monotonic()
+
+    def spec(self) -> GeneratorSpec:
+        """How to rebuild and feed the generator as it is now."""
+        config = self.config
+        return GeneratorSpec(
+            levels=self.state.netG.levels,
+            ngf=config.ngf,
+            input_nc=config.input_nc,
+            output_nc=config.output_nc,
+            norm=config.norm,
+            dropout=config.dropout,
+            direction=config.direction,
+            crop_size=config.crop_size,
+            data=config.data if config.data.startswith("builtin:") else Path(config.data).resolve().name,
+            step=self.state.step,
+        )
+
+    def diverged(self, what: str, remedy: str | None = None) -> NoReturn:
+        """Stop without saving, so that the last good checkpoint stays; the remedy is an option to go on with."""
+        path = self.folder / "checkpoint.pt"
+        kept = f"{path} holds the last good state" if path.exists() else "no checkpoint had been written yet"
+        remedy = f"--lr {self.config.lr / 4:.2g}" if remedy is None else remedy
+        raise TrainingDiverged(
+            f"step {self.state.step}: {what}; training stopped, {kept}. Go on more gently with: fastp2p train --resume "
+            f"{quote(str(self.folder))} {remedy}\nIf that does not help, start anew with --norm instance."
+        )

@@ -1,0 +1,1 @@
+"""The tuner: the fastest kernel for each convolution, measured, kept and compiled ahead."""

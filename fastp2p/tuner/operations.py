@@ -1,0 +1,230 @@
+"""The convolutions of a training step as it calls them: their problems, and operands to time and check kernels with."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastp2p import ops
+from fastp2p.engine.plan import NONE, Size
+from fastp2p.models.pix2pix.calls import CONVOLUTIONS, Call, calls
+from fastp2p.models.pix2pix.step import FusedStep
+from fastp2p.ops.kernel_choices import Problem
+
+Args = tuple[Any, ...]  # of an operator
+
+BETA1, BETA2 = 0.5, 0.999
+LR, EPS = 2e-4, 1e-8
+ROWS_CHECKED = 32  # of a weight after Adam, spread over all; of its gradient all are
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One call of conv, conv_transpose, conv_wgrad or conv_wgrad_adam."""
+
+    name: str  # netG e4 data gradient
+    problem: Problem
+    images: int
+    small: Size
+    large: Size
+    padding: int
+    activation: int = NONE
+    slope: float = 0.0
+    bias: bool = False
+    gate: bool = False
+    stat_groups: int = 0
+    first_tap: int = 0  # where the problem's taps begin among the weight's, if they are a slice of more
+    kernel: int = 0  # taps of that weight in each direction; 0 where they are the problem's
+
+    @property
+    def wide(self) -> torch.dtype:
+        """Of sums, and of what is kept in full."""
+        return torch.promote_types(self.problem.dtype, torch.float32)
+
+    @property
+    def terms(self) -> int:
+        """How many products an element of the result sums up, at most."""
+        p = self.problem
+        if p.operator == "conv":
+            return p.inner * p.kernel_height * p.kernel_width
+        if p.operator == "conv_transpose":
+            taps = math.ceil(p.kernel_height / p.stride) * math.ceil(p.kernel_width / p.stride)
+            return (p.outer + p.outer2) * taps
+        return p.pixels
+
+    @property
+    def n_bytes(self) -> int:
+        """What a call touches, about: the images in and out, and the weight or what Adam reads of it."""
+        p = self.problem
+        weight = (p.outer + p.outer2) * p.inner * p.kernel_height * p.kernel_width
+        small, large = (self.images * height * width for height, width in (self.small, self.large))
+        images = (small * (p.outer + p.outer2) + large * p.inner) * p.dtype.itemsize
+        per_weight = {"conv_wgrad": 0, "conv_wgrad_adam": 3 * self.wide.itemsize}.get(p.operator, p.dtype.itemsize)
+        return images + weight * per_weight
+
+    def operands(self, noise: "Noise") -> Args:
+        """Arguments for the operator: normal values, in memory of their own, such that nothing saturates."""
+        p = self.problem
+        small = noise.images(self.images, p.outer, *self.small, dtype=p.dtype)
+        small2 = noise.images(self.images, p.outer2, *self.small, dtype=p.dtype) if p.outer2 else None
+        large = noise.images(self.images, p.inner, *self.large, dtype=p.dtype)
+        kernel, window = (p.kernel_height, p.kernel_width), (p.stride, self.padding)
+        weight_shape = (p.outer + p.outer2, p.inner, *kernel)
+        if p.operator == "conv_wgrad":
+            return small, small2, large, *kernel, *window, self.wide
+        if p.operator == "conv_wgrad_adam":
+            whole = noise.images(*weight_shape[:2], *((self.kernel,) * 2 if self.kernel else kernel), dtype=self.wide)
+            taps = [slice(self.first_tap, self.first_tap + n) for n in kernel]
+            param, *moments = (t[:, :, *taps] for t in (whole, torch.zeros_like(whole), torch.zeros_like(whole)))
+            low = None
+            if p.dtype != self.wide:
+                low = param.to(p.dtype).contiguous(memory_format=torch.channels_last)
+            lr = torch.tensor(LR, dtype=self.wide, device=param.device)
+            powers = torch.tensor([BETA1, BETA2], dtype=torch.float64, device=param.device)  # of the first step
+            return small, small2, large, param, *moments, lr, powers, BETA1, BETA2, EPS, *window, low
+        weight = noise.images(*weight_shape, dtype=p.dtype).mul_(self.terms**-0.5)  # a result of deviation 1
+        bias = noise.images(1, p.outer if p.operator == "conv" else p.inner, 1, 1, dtype=self.wide).flatten()
+        epilogue = (self.activation, self.slope, self.stat_groups)
+        if p.operator == "conv":
+            return large, weight, bias if self.bias else None, small if self.gate else None, *window, *epilogue
+        gate = large if self.gate else None
+        return small, small2, weight, bias if self.bias else None, gate, *window, *self.large, *epilogue
+
+
+class Noise:
+    """Normal values without drawing each: a pool is repeated, from another place every time."""
+
+    def __init__(self, device: torch.device, seed: int = 0):
+        pool = torch.randn(2**20 + 7, generator=torch.Generator().manual_seed(seed), device="cpu")  # no whole rows
+        self.pools = {torch.float32: pool.to(device)}
+        self.first = 0
+
+    def images(self, n: int, c: int, h: int, w: int, *, dtype: torch.dtype) -> Tensor:
+        """(n, c, h, w), channels_last."""
+        pool = self.pools.setdefault(dtype, self.pools[torch.float32].to(dtype))
+        self.first = (self.first + 1008) % 2**16  # a multiple of 16: other addresses take other programs
+        size = n * c * h * w
+        times = -(-(self.first + size) // len(pool))
+        values = pool.repeat(times)[self.first : self.first + size] if times > 1 else pool[self.first :][:size].clone()
+        return values.view(n, h, w, c).permute(0, 3, 1, 2)
+
+
+class Trial:
+    """An operation's operands, and how far what a kernel makes of them is off."""
+
+    def __init__(self, operation: Operation, noise: Noise):
+        self.operation, self.args = operation, operation.operands(noise)
+        self.expected: tuple[Tensor, ...] | None = None
+        self.bound = self.largest = math.nan  # of the first of them: its tolerance, its largest value
+        problem = operation.problem
+        self.rows = slice(None, None, max(1, (problem.outer + problem.outer2) // ROWS_CHECKED))
+
+    def error(self, run: Callable[[Args], Any]) -> float:
+        """How far a kernel's result is off, in tolerances: more than 1, or NaN, is wrong.
+
+        The reference computes in float32 (float64 for float64) from the same operands. A kernel may sum in another
+        order, which at the worst seen moves a sum of n products by (4 + sqrt(n)) roundings of float32 of the sum of
+        their absolute values; of normal values that is below n times their deviation. And it rounds to its dtype: ATen
+        the product, the bias and their sum, `conv_transpose` by matrix product each tap's share, so four roundings of
+        the largest value, before its activation, are allowed.
+        """
+        operator = self.operation.problem.operator
+        if self.expected is None:
+            self.expected = self._reference()
+            self.largest = _largest(self.expected[0])
+            self.bound = self._bound(self.expected[0])
+        if operator == "conv_wgrad_adam":
+            return self._error_of_adam(run, *self.expected)
+        result, (expected, *_) = run(self.args), self.expected
+        if operator == "conv_wgrad":
+            return _largest(expected - result) / self.bound
+        errors = [_largest(expected - result[0]) / self.bound]
+        if self.operation.stat_groups:
+            # Those of the result as it is stored; sums of some thousand terms, in another order
+            mean, var = ops.norm_stats_ref(result[0], self.operation.stat_groups)
+            errors.append(_largest(mean - result[1]) / (1e-5 * self.largest))
+            errors.append(_largest(var - result[2]) / (1e-4 * self.largest**2))
+        return _worst(errors)
+
+    def forget_expected(self) -> None:
+        """Give its memory back."""
+        self.expected = None
+
+    def _reference(self) -> tuple[Tensor, ...]:
+        """What is expected; for conv_wgrad_adam the gradient, and the rows of the weight that are looked at."""
+        p, wide = self.operation.problem, self.operation.wide
+        args = [t.to(wide) if isinstance(t, Tensor) and t.dtype == p.dtype else t for t in self.args]
+        if p.operator == "conv_wgrad_adam":
+            (outer, outer2, inner), param, (stride, padding) = args[:3], self.args[3], self.args[11:13]
+            grad = ops.conv_wgrad_ref(outer, outer2, inner, p.kernel_height, p.kernel_width, stride, padding, wide)
+            return grad, param[self.rows].clone()
+        result = getattr(ops, f"{p.operator}_ref")(*args)
+        return (result,) if isinstance(result, Tensor) else result
+
+    def _error_of_adam(self, run: Callable[[Args], Any], expected: Tensor, before: Tensor) -> float:
+        """A first step leaves a known share of the gradient, and moves each weight by lr to the gradient's sign."""
+        all_exp_avg, low = self.args[4], self.args[13]
+        param, exp_avg, exp_avg_sq = (t[self.rows] for t in self.args[3:6])
+        param.copy_(before)
+        for moment in self.args[4:6]:
+            moment.zero_()
+        run(self.args)
+        grad = exp_avg / (1 - BETA1)
+        after = before - LR * grad / (grad.abs() + EPS)
+        errors = [
+            _largest(torch.sub(all_exp_avg, expected, alpha=1 - BETA1)) / ((1 - BETA1) * self.bound),
+            _largest(exp_avg_sq - (1 - BETA2) * grad.square()) / (1e-5 * (1 - BETA2) * self.largest**2),
+            _largest(param - after) / (1e-3 * LR + 1e-6),  # and the rounding of a weight of a few units
+            0.0 if low is None or torch.equal(low[self.rows], param.to(low.dtype)) else math.inf,
+        ]
+        return _worst(errors)
+
+    def _bound(self, expected: Tensor) -> float:
+        dtype, terms = self.operation.problem.dtype, self.operation.terms
+        rounding = torch.finfo(dtype).eps / 2
+        if dtype == torch.float32 and expected.is_cuda and torch.backends.cudnn.allow_tf32:
+            rounding = 2.0**-11  # TF32's, of each factor
+        summing = torch.finfo(expected.dtype).eps / 2
+        gradient = self.operation.problem.operator.startswith("conv_wgrad")
+        absolute = terms if gradient else math.sqrt(terms)
+        largest = max(self.largest, math.sqrt(terms) if gradient else 4.0)  # what tanh hides is that large
+        return 4 * rounding * largest + (4 + math.sqrt(terms)) * summing * absolute
+
+
+def _worst(errors: list[float]) -> float:
+    return next((error for error in errors if math.isnan(error)), max(errors))
+
+
+def _largest(t: Tensor) -> float:
+    least, largest = torch.aminmax(t)
+    return float(torch.maximum(-least, largest))
+
+
+def operations(step: FusedStep, images: int) -> list[Operation]:
+    """The convolutions of a step of so many images, of each problem the first."""
+    first: dict[Problem, Operation] = {}
+    for call in calls(step, images):
+        if call.operator in CONVOLUTIONS:
+            operation = operation_of(call, step.dtype)
+            first.setdefault(operation.problem, operation)
+    return list(first.values())
+
+
+def operation_of(call: Call, dtype: torch.dtype) -> Operation:
+    """A convolution's call as the problem that it poses, computed in dtype."""
+    layer = call.layer
+    assert layer is not None
+    small, large = (layer.in_size, layer.out_size) if layer.transposed else (layer.out_size, layer.in_size)
+    outer, inner = layer.out_channels, layer.in_channels
+    if layer.transposed:
+        outer, inner = inner, outer
+    channels = (call.skipped or outer, outer - call.skipped if call.skipped else 0, call.inner or inner)
+    window = (layer.taps.count, layer.taps.count, layer.stride)
+    problem = Problem(call.operator, dtype, call.images * small[0] * small[1], *channels, *window)
+    epilogue = (call.activation, call.slope, call.bias, call.gate, call.stat_groups)
+    taps = layer.taps
+    part = (0, 0) if taps.are_all(layer.weight) else (taps.first, layer.weight.shape[2])
+    return Operation(call.name, problem, call.images, small, large, taps.padding, *epilogue, *part)

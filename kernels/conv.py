@@ -1,0 +1,195 @@
+"""conv in Triton: an implicit GEMM that gathers, out[m, o] = sum over tap, c of x[pixel(m, tap), c] weight[o, tap, c].
+
+One program makes a tile of pixels by output channels; the sum runs over taps and input channels as one index, which is
+also the weight's physical order (O, KH, KW, C). x is gathered as it is: no im2col buffer, no padded copy. Multiplies in
+x's dtype on the tensor cores, accumulates in float32. The epilogue adds the bias, activates (or multiplies by an
+activation's derivative) and leaves the tile's (mean, M2), so that what follows need not read the tensor for that.
+
+Where there are too few tiles for the GPU the sum is split over SPLIT programs that leave float32 partial sums, which
+`reduce_splits` adds in a fixed order: the same bits every time, for 8 SPLIT bytes an element of out more. Bytes: a
+pixel of x once for each tap that meets it, KH KW / stride² times for every block of output channels, from memory once
+where the cache holds it; the weight once per row of tiles; out once.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from fastp2p.kernels import gemm
+from fastp2p.kernels.compile_check import Case
+from fastp2p.kernels.gemm import dot, epilogue, within
+from fastp2p.kernels.layer_shapes import EPILOGUES, LAYERS, gemm_cases
+from fastp2p.kernels.layout import pixel_rows
+from fastp2p.kernels.norm_stats import merge_partials
+from torch import Tensor
+
+
+@triton.jit(do_not_specialize=gemm.GEOMETRY)
+def _conv_kernel(
+    x_ptr,  # (images * height * width, n_in), rows pixel_stride apart
+    weight_ptr,  # (n_out, KH, KW, n_in)
+    bias_ptr,  # (n_out,)
+    gate_ptr,  # (pixels, n_out)
+    out_ptr,  # (pixels, n_out); float32 (SPLIT, pixels, n_out) where the sum is split
+    partial_ptr,  # (G, tiles, 3, n_out) float32
+    pixels,  # of out, over all images
+    rows,  # of a statistics group
+    tiles,  # of a statistics group
+    height,
+    width,
+    out_height,
+    out_width,
+    n_in,
+    n_out,
+    pixel_stride,
+    slope,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    WHOLE_BLOCKS: tl.constexpr,  # n_in is a multiple of BLOCK_K: a block of the sum has one tap
+    ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    HAS_STATS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    split = tl.program_id(0) % SPLIT
+    channel_blocks = tl.cdiv(n_out, BLOCK_N)
+    tile = tl.program_id(0) // SPLIT // channel_blocks  # over all groups
+    channel = tl.program_id(0) // SPLIT % channel_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tile % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_inside = row < rows
+    pixel = (tile // tiles) * rows + row
+    top = pixel // out_width % out_height * STRIDE - PADDING
+    left = pixel % out_width * STRIDE - PADDING
+    image = pixel // (out_width * out_height)
+    corner_ptr = x_ptr + ((image.to(tl.int64) * height + top) * width + left) * pixel_stride
+
+    n_sum = KH * KW * n_in
+    blocks = tl.cdiv(n_sum, BLOCK_K)
+    share = tl.cdiv(blocks, SPLIT)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for block in range(split * share, tl.minimum(split * share + share, blocks)):
+        k = block * BLOCK_K + tl.arange(0, BLOCK_K)
+        if WHOLE_BLOCKS:
+            tap = block * BLOCK_K // n_in
+            visible = (row_inside & within(top + tap // KW, height) & within(left + tap % KW, width))[:, None]
+            offset = (tap // KW * width + tap % KW) * pixel_stride + (k - tap * n_in)
+        else:
+            tap = k // n_in
+            seen = within(top[:, None] + (tap // KW)[None, :], height) & within(
+                left[:, None] + (tap % KW)[None, :], width
+            )
+            visible = row_inside[:, None] & seen & (k < n_sum)[None, :]
+            offset = (tap // KW * width + tap % KW) * pixel_stride + k % n_in
+        a = tl.load(corner_ptr[:, None] + offset[None, :], mask=visible, other=0.0)
+        weight_inside = (channel < n_out)[None, :] & (k < n_sum)[:, None]
+        b = tl.load(weight_ptr + channel[None, :] * n_sum + k[:, None], mask=weight_inside, other=0.0)
+        acc = dot(a, b, acc, PRECISION)
+
+    pixel = pixel.to(tl.int64)
+    if SPLIT > 1:
+        inside = row_inside[:, None] & (channel < n_out)[None, :]
+        offset = (split.to(tl.int64) * pixels + pixel)[:, None] * n_out + channel[None, :]
+        tl.store(out_ptr + offset, acc, mask=inside)
+    else:
+        partial_ptr += tile.to(tl.int64) * 3 * n_out
+        epilogue(
+            acc, pixel, row_inside, channel, n_out, out_ptr, bias_ptr, gate_ptr, partial_ptr, slope,
+            ACTIVATION, HAS_BIAS, HAS_GATE, HAS_STATS,
+        )  # fmt: skip
+
+
+def compile_cases() -> Iterator[Case]:
+    """The forward pass of every convolution of the networks, and the data gradient of every transposed one."""
+    for layer in LAYERS:
+        n_in, n_out, out_side, epilogues = layer.n_in, layer.n_out, layer.out_side, [layer.epilogue, *layer.others]
+        if layer.transposed:
+            n_in, n_out, out_side, epilogues = n_out, n_in + layer.n_in2, layer.side, [layer.gradient]
+        for after in epilogues:
+            yield from gemm_cases(
+                layer,
+                _conv_kernel,
+                ["x_ptr", "weight_ptr", "gate_ptr", "out_ptr"],
+                {"n_in": n_in, "n_out": n_out, "pixel_stride": n_in},
+                {"KH": 4, "KW": 4, "STRIDE": layer.stride, "PADDING": 1} | EPILOGUES[after],
+                tiles=partial(gemm.candidates, out_side**2, n_out, whole=gemm.is_whole(n_in)),
+                whole_blocks=partial(_whole_blocks, n_in),
+            )
+
+
+def _whole_blocks(n_in: int, config: dict[str, int]) -> bool:
+    return n_in % config["BLOCK_K"] == 0
+
+
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    stride: int,
+    padding: int,
+    activation: int,
+    slope: float,
+    stat_groups: int,
+    config: dict[str, Any] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch; see `fastp2p.ops.conv`."""
+    (n, n_in, height, width), (n_out, _, kh, kw) = x.shape, weight.shape
+    out_height, out_width = ((size + 2 * padding - k) // stride + 1 for size, k in ((height, kh), (width, kw)))
+    x, pixel_stride = pixel_rows(x)
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    bias = None if bias is None else bias.contiguous()
+    gate = None if gate is None else gate.contiguous(memory_format=torch.channels_last)
+    out = torch.empty(
+        (n, n_out, out_height, out_width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+    )
+    pixels = n * out_height * out_width
+    config = config or gemm.choose_config(pixels, n_out, kh * kw * n_in, x, whole=gemm.is_whole(n_in))
+    split = config["SPLIT"]
+    workspace = torch.empty((split, pixels, n_out), dtype=torch.float32, device=x.device) if split > 1 else None
+
+    groups = 1 if workspace is not None else max(1, stat_groups)
+    rows = pixels // groups
+    tiles = triton.cdiv(rows, config["BLOCK_M"])
+    partials = torch.empty((stat_groups, tiles, 3, n_out), dtype=torch.float32, device=x.device)
+    _conv_kernel[(groups * tiles * triton.cdiv(n_out, config["BLOCK_N"]) * split,)](
+        x,
+        weight,
+        x if bias is None else bias,
+        x if gate is None else gate,
+        out if workspace is None else workspace,
+        partials,
+        pixels,
+        rows,
+        tiles,
+        height,
+        width,
+        out_height,
+        out_width,
+        n_in,
+        n_out,
+        pixel_stride,
+        slope,
+        KH=kh,
+        KW=kw,
+        STRIDE=stride,
+        PADDING=padding,
+        WHOLE_BLOCKS=_whole_blocks(n_in, config),
+        **gemm.epilogue_flags(activation, bias, gate, stat_groups),
+        PRECISION=gemm.precision(x.dtype),
+        **config,
+    )
+    if workspace is not None:
+        partials = gemm.reduce_splits(
+            workspace, out, bias=bias, gate=gate, slope=slope, activation=activation, stat_groups=stat_groups
+        )
+    return out, *merge_partials(partials)

@@ -1,0 +1,253 @@
+"""conv_transpose in Triton: transposed convolution by sub-pixel phases, of one or two inputs.
+
+Every STRIDE-th pixel of the result, in each direction, meets the same taps: a phase is a dense GEMM over those, of
+pixels by output channels, and all STRIDE² phases run in one launch; of k4 and stride 2 each has 2 x 2 taps. No zeros
+are inserted and multiplied, only taps outside the image are. A second input is a second part of the same sum, read from
+where it lies: cat([x, x2]) is never written. In the weight's physical order (C + C2, KH, KW, O) each row of a tap's
+matrix is contiguous.
+
+Multiplies in x's dtype on the tensor cores, accumulates in float32; epilogue and split sums as in conv. Bytes: a pixel
+of the inputs once for each tap that meets it, KH KW times over all phases for every block of output channels, from
+memory once where the cache holds it; the weight once per row of tiles; out once.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from fastp2p.kernels import gemm
+from fastp2p.kernels.compile_check import Case
+from fastp2p.kernels.gemm import dot, epilogue, within
+from fastp2p.kernels.layer_shapes import EPILOGUES, LAYERS, gemm_cases
+from fastp2p.kernels.layout import pixel_rows
+from fastp2p.kernels.norm_stats import merge_partials
+from torch import Tensor
+
+
+@triton.jit(do_not_specialize=gemm.GEOMETRY)
+def _conv_transpose_kernel(
+    x_ptr,  # (images * height * width, n_in), rows pixel_stride apart
+    x2_ptr,  # (images * height * width, n_in2), rows pixel_stride2 apart
+    weight_ptr,  # (n_in + n_in2, KH, KW, n_out)
+    bias_ptr,  # (n_out,)
+    gate_ptr,  # (pixels, n_out)
+    out_ptr,  # (pixels, n_out); float32 (SPLIT, pixels, n_out) where the sum is split
+    partial_ptr,  # (G, tiles, STRIDE², 3, n_out) float32
+    pixels,  # of out, over all images
+    rows,  # of a phase and a statistics group
+    tiles,  # of a phase and a statistics group
+    images,  # of a statistics group
+    height,
+    width,
+    out_height,
+    out_width,
+    n_in,
+    n_in2,
+    n_out,
+    pixel_stride,
+    pixel_stride2,
+    slope,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    TWO_INPUTS: tl.constexpr,
+    WHOLE_BLOCKS: tl.constexpr,  # n_in and n_in2 are multiples of BLOCK_K: a block of the sum has one tap
+    ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    HAS_STATS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    split = tl.program_id(0) % SPLIT
+    phase = tl.program_id(0) // SPLIT % (STRIDE * STRIDE)
+    channel_blocks = tl.cdiv(n_out, BLOCK_N)
+    tile = tl.program_id(0) // (SPLIT * STRIDE * STRIDE) // channel_blocks  # over all groups
+    channel = tl.program_id(0) // (SPLIT * STRIDE * STRIDE) % channel_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+
+    # A phase's pixels form an image of their own, of every STRIDE-th row and column
+    phase_height = tl.cdiv(out_height, STRIDE)
+    phase_width = tl.cdiv(out_width, STRIDE)
+    row = tile % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    image = tile // tiles * images + row // (phase_width * phase_height)
+    down_by = row // phase_width % phase_height
+    right_by = row % phase_width
+    out_y = down_by * STRIDE + phase // STRIDE
+    out_x = right_by * STRIDE + phase % STRIDE
+    row_inside = (row < rows) & (out_y < out_height) & (out_x < out_width)
+
+    # Its taps are every STRIDE-th as well; the first reads x at (y, x), the next one pixel before
+    first_tap_y = (phase // STRIDE + PADDING) % STRIDE
+    first_tap_x = (phase % STRIDE + PADDING) % STRIDE
+    y = down_by + (phase // STRIDE + PADDING) // STRIDE
+    x = right_by + (phase % STRIDE + PADDING) // STRIDE
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = _accumulate(
+        acc, x_ptr, weight_ptr, image, y, x, row_inside, channel, first_tap_y, first_tap_x, split,
+        height, width, n_in, n_out, pixel_stride, KH, KW, STRIDE, WHOLE_BLOCKS, PRECISION, SPLIT, BLOCK_K,
+    )  # fmt: skip
+    if TWO_INPUTS:
+        weight2_ptr = weight_ptr + n_in * KH * KW * n_out
+        acc = _accumulate(
+            acc, x2_ptr, weight2_ptr, image, y, x, row_inside, channel, first_tap_y, first_tap_x, split,
+            height, width, n_in2, n_out, pixel_stride2, KH, KW, STRIDE, WHOLE_BLOCKS, PRECISION, SPLIT, BLOCK_K,
+        )  # fmt: skip
+
+    pixel = (image.to(tl.int64) * out_height + out_y) * out_width + out_x
+    if SPLIT > 1:
+        inside = row_inside[:, None] & (channel < n_out)[None, :]
+        offset = (split.to(tl.int64) * pixels + pixel)[:, None] * n_out + channel[None, :]
+        tl.store(out_ptr + offset, acc, mask=inside)
+    else:
+        partial_ptr += (tile.to(tl.int64) * STRIDE * STRIDE + phase) * 3 * n_out
+        epilogue(
+            acc, pixel, row_inside, channel, n_out, out_ptr, bias_ptr, gate_ptr, partial_ptr, slope,
+            ACTIVATION, HAS_BIAS, HAS_GATE, HAS_STATS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _accumulate(
+    acc, x_ptr, weight_ptr, image, y, x, row_inside, channel, first_tap_y, first_tap_x, split,
+    height, width, n_in, n_out, pixel_stride,
+    KH: tl.constexpr, KW: tl.constexpr, STRIDE: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """acc + one input's sum over a phase's taps and its channels, or this split's share of it."""
+    taps_x = tl.cdiv(KW - first_tap_x, STRIDE)
+    n_sum = tl.cdiv(KH - first_tap_y, STRIDE) * taps_x * n_in
+    taps_x = tl.maximum(taps_x, 1)  # a phase without taps has no blocks, but its divisions are moved out of the loop
+    blocks = tl.cdiv(n_sum, BLOCK_K)
+    share = tl.cdiv(blocks, SPLIT)
+    at_ptr = x_ptr + ((image.to(tl.int64) * height + y) * width + x) * pixel_stride
+    for block in range(split * share, tl.minimum(split * share + share, blocks)):
+        k = block * BLOCK_K + tl.arange(0, BLOCK_K)
+        if WHOLE_BLOCKS:
+            tap = block * BLOCK_K // n_in
+            up = tap // taps_x
+            left = tap % taps_x
+            visible = (row_inside & within(y - up, height) & within(x - left, width))[:, None]
+        else:
+            tap = k // n_in
+            up = tap // taps_x
+            left = tap % taps_x
+            seen = within(y[:, None] - up[None, :], height) & within(x[:, None] - left[None, :], width)
+            visible = row_inside[:, None] & seen & (k < n_sum)[None, :]
+        c = k - tap * n_in
+        a = tl.load(at_ptr[:, None] + (c - (up * width + left) * pixel_stride)[None, :], mask=visible, other=0.0)
+        weight_row = (c * KH + first_tap_y + STRIDE * up) * KW + first_tap_x + STRIDE * left
+        weight_inside = (k < n_sum)[:, None] & (channel < n_out)[None, :]
+        b = tl.load(weight_ptr + weight_row[:, None] * n_out + channel[None, :], mask=weight_inside, other=0.0)
+        acc = dot(a, b, acc, PRECISION)
+    return acc
+
+
+def compile_cases() -> Iterator[Case]:
+    """The forward pass of every transposed convolution of the networks, and the data gradient of every other."""
+    for layer in LAYERS:
+        n_in, n_in2, n_out, out_side = layer.n_in, layer.n_in2, layer.n_out, layer.out_side
+        epilogues = [layer.epilogue, *layer.others]
+        if not layer.transposed:
+            n_in, n_out, out_side, epilogues = n_out, n_in, layer.side, [layer.gradient]
+        phase_pixels = triton.cdiv(out_side, layer.stride) ** 2
+        sizes = {"n_in": n_in, "n_in2": n_in2, "n_out": n_out}
+        sizes |= {"pixel_stride": n_in, "pixel_stride2": n_in2 or n_in}
+        constants = {"KH": 4, "KW": 4, "STRIDE": layer.stride, "PADDING": 1, "TWO_INPUTS": int(n_in2 > 0)}
+        for after in epilogues:
+            yield from gemm_cases(
+                layer,
+                _conv_transpose_kernel,
+                ["x_ptr", "x2_ptr", "weight_ptr", "gate_ptr", "out_ptr"],
+                sizes,
+                constants | EPILOGUES[after],
+                tiles=partial(gemm.candidates, phase_pixels, n_out, whole=gemm.is_whole(n_in, n_in2)),
+                whole_blocks=partial(_whole_blocks, n_in, n_in2),
+            )
+
+
+def _whole_blocks(n_in: int, n_in2: int, config: dict[str, int]) -> bool:
+    return n_in % config["BLOCK_K"] == 0 and n_in2 % config["BLOCK_K"] == 0
+
+
+def conv_transpose(
+    x: Tensor,
+    x2: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    stride: int,
+    padding: int,
+    height: int,
+    width: int,
+    activation: int,
+    slope: float,
+    stat_groups: int,
+    config: dict[str, Any] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch; see `fastp2p.ops.conv_transpose`. height and width are the result's."""
+    n, n_in, in_height, in_width = x.shape
+    _, n_out, kh, kw = weight.shape
+    n_in2 = 0 if x2 is None else x2.shape[1]
+    x, pixel_stride = pixel_rows(x)
+    x2, pixel_stride2 = (x, pixel_stride) if x2 is None else pixel_rows(x2)
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    bias = None if bias is None else bias.contiguous()
+    gate = None if gate is None else gate.contiguous(memory_format=torch.channels_last)
+    out = torch.empty((n, n_out, height, width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    pixels, phases = n * height * width, stride * stride
+    sum_of_a_phase = triton.cdiv(kh, stride) * triton.cdiv(kw, stride) * (n_in + n_in2)
+    phase_pixels = n * triton.cdiv(height, stride) * triton.cdiv(width, stride)
+    whole = gemm.is_whole(n_in, n_in2)
+    config = config or gemm.choose_config(phase_pixels, n_out, sum_of_a_phase, x, whole=whole, products=phases)
+    split = config["SPLIT"]
+    workspace = torch.empty((split, pixels, n_out), dtype=torch.float32, device=x.device) if split > 1 else None
+
+    groups = 1 if workspace is not None else max(1, stat_groups)
+    rows = n // groups * triton.cdiv(height, stride) * triton.cdiv(width, stride)
+    tiles = triton.cdiv(rows, config["BLOCK_M"])
+    partials = torch.empty((stat_groups, tiles * phases, 3, n_out), dtype=torch.float32, device=x.device)
+    _conv_transpose_kernel[(groups * tiles * phases * triton.cdiv(n_out, config["BLOCK_N"]) * split,)](
+        x,
+        x2,
+        weight,
+        x if bias is None else bias,
+        x if gate is None else gate,
+        out if workspace is None else workspace,
+        partials,
+        pixels,
+        rows,
+        tiles,
+        n // groups,
+        in_height,
+        in_width,
+        height,
+        width,
+        n_in,
+        n_in2,
+        n_out,
+        pixel_stride,
+        pixel_stride2,
+        slope,
+        KH=kh,
+        KW=kw,
+        STRIDE=stride,
+        PADDING=padding,
+        TWO_INPUTS=n_in2 > 0,
+        WHOLE_BLOCKS=_whole_blocks(n_in, n_in2, config),
+        **gemm.epilogue_flags(activation, bias, gate, stat_groups),
+        PRECISION=gemm.precision(x.dtype),
+        **config,
+    )
+    if workspace is not None:
+        partials = gemm.reduce_splits(
+            workspace, out, bias=bias, gate=gate, slope=slope, activation=activation, stat_groups=stat_groups
+        )
+    return out, *merge_partials(partials)

@@ -1,0 +1,244 @@
+"""conv_wgrad in Triton: dweight[o, (tap, c)] = sum over pixels of outer[pixel, o] inner[pixel(tap), c].
+
+One program makes a tile of outer channels by (tap, inner channel), the weight's physical order (O, KH, KW, C), summing
+over all pixels of the batch in blocks; inner is gathered as conv gathers it. Multiplies in the activations' dtype on
+the tensor cores, accumulates in float32 and rounds once. Large maps have few weights and many pixels, so the sum is
+split over SPLIT programs whose float32 partial sums `reduce_splits` adds in a fixed order: no atomics, the same bits
+every time. A second outer tensor gives further rows of dweight: the gradient of a concatenation never written.
+
+Bytes: outer once per block of columns, inner once per tap and block of rows, both from memory once where the cache
+holds them; dweight once, and 8 SPLIT bytes an element more where the sum is split.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from fastp2p.kernels import gemm
+from fastp2p.kernels.compile_check import Case
+from fastp2p.kernels.gemm import dot, within
+from fastp2p.kernels.layer_shapes import LAYERS, Layer, gemm_cases
+from fastp2p.kernels.layout import pixel_rows
+from torch import Tensor
+
+
+@triton.jit(do_not_specialize=gemm.GEOMETRY)
+def _conv_wgrad_kernel(
+    outer_ptr,  # (pixels, n_outer), rows outer_stride apart
+    outer2_ptr,  # (pixels, n_outer2), rows outer2_stride apart
+    inner_ptr,  # (images * height * width, n_inner), rows inner_stride apart
+    out_ptr,  # dweight, (n_outer + n_outer2, KH, KW, n_inner); float32 (SPLIT, ...) where the sum is split
+    pixels,  # of outer, over all images
+    height,
+    width,
+    outer_height,
+    outer_width,
+    n_outer,
+    n_outer2,
+    n_inner,
+    outer_stride,
+    outer2_stride,
+    inner_stride,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    TWO_INPUTS: tl.constexpr,
+    WHOLE_BLOCKS: tl.constexpr,  # n_inner is a multiple of BLOCK_N: a tile has one tap
+    PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    split = tl.program_id(0) % SPLIT
+    acc, row, column, _, inside = outer_product(
+        tl.program_id(0) // SPLIT, split, outer_ptr, outer2_ptr, inner_ptr, pixels, height, width, outer_height,
+        outer_width, n_outer, n_outer2, n_inner, outer_stride, outer2_stride, inner_stride,
+        KH, KW, STRIDE, PADDING, TWO_INPUTS, WHOLE_BLOCKS, PRECISION, SPLIT, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    out_ptr += split.to(tl.int64) * (n_outer + n_outer2) * KH * KW * n_inner
+    offset = row.to(tl.int64)[:, None] * (KH * KW * n_inner) + column[None, :]
+    tl.store(out_ptr + offset, acc.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def outer_product(
+    tile, split, outer_ptr, outer2_ptr, inner_ptr, pixels, height, width, outer_height, outer_width,
+    n_outer, n_outer2, n_inner, outer_stride, outer2_stride, inner_stride,
+    KH: tl.constexpr, KW: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, TWO_INPUTS: tl.constexpr,
+    WHOLE_BLOCKS: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One tile of dweight, or this split's share: the float32 sums, and where in the weight they belong.
+
+    That is the rows (BLOCK_M,), the columns (BLOCK_N,), the columns' kernel rows, one or (1, BLOCK_N), and which exist.
+    """
+    columns = KH * KW * n_inner
+    column_blocks = tl.cdiv(columns, BLOCK_N)
+    column = tile % column_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_row = tile // column_blocks * BLOCK_M
+    row = first_row + tl.arange(0, BLOCK_M)
+    rows_inside = row < n_outer
+    weight_row = row
+    if TWO_INPUTS:  # the blocks of rows of outer come first, then those of outer2
+        second = first_row >= tl.cdiv(n_outer, BLOCK_M) * BLOCK_M
+        row = tl.where(second, row - tl.cdiv(n_outer, BLOCK_M) * BLOCK_M, row)
+        rows_inside = row < tl.where(second, n_outer2, n_outer)
+        weight_row = tl.where(second, n_outer + row, row)
+        outer_ptr = tl.where(second, outer2_ptr, outer_ptr)
+        outer_stride = tl.where(second, outer2_stride, outer_stride)
+
+    if WHOLE_BLOCKS:
+        tap = tile % column_blocks * BLOCK_N // n_inner
+        tap_y = tap // KW
+        tap_x = tap % KW
+    else:
+        tap = column // n_inner
+        tap_y = (tap // KW)[None, :]
+        tap_x = (tap % KW)[None, :]
+    inner_column = column - tap * n_inner
+
+    blocks = tl.cdiv(pixels, BLOCK_K)
+    share = tl.cdiv(blocks, SPLIT)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for block in range(split * share, tl.minimum(split * share + share, blocks)):
+        pixel = block * BLOCK_K + tl.arange(0, BLOCK_K)
+        pixel_inside = pixel < pixels
+        a_offset = pixel.to(tl.int64)[None, :] * outer_stride + row[:, None]
+        a = tl.load(outer_ptr + a_offset, mask=rows_inside[:, None] & pixel_inside[None, :], other=0.0)
+
+        y = (pixel // outer_width % outer_height * STRIDE - PADDING)[:, None] + tap_y
+        x = (pixel % outer_width * STRIDE - PADDING)[:, None] + tap_x
+        image = (pixel // (outer_width * outer_height)).to(tl.int64)[:, None]
+        visible = pixel_inside[:, None] & within(y, height) & within(x, width) & (column < columns)[None, :]
+        b_offset = ((image * height + y) * width + x) * inner_stride + inner_column[None, :]
+        b = tl.load(inner_ptr + b_offset, mask=visible, other=0.0)
+        acc = dot(a, b, acc, PRECISION)
+    return acc, weight_row, column, tap_y, rows_inside[:, None] & (column < columns)[None, :]
+
+
+def compile_cases() -> Iterator[Case]:
+    """Every layer of the networks."""
+    for layer in LAYERS:
+        yield from layer_cases(
+            layer, _conv_wgrad_kernel, ["outer_ptr", "outer2_ptr", "inner_ptr"], {"out_ptr": "*fp32"}
+        )
+    same_dtype = ["outer_ptr", "outer2_ptr", "inner_ptr", "out_ptr"]
+    yield from layer_cases(LAYERS[3], _conv_wgrad_kernel, same_dtype)
+
+
+def layer_cases(
+    layer: Layer,
+    kernel: Any,
+    pointers: list[str],
+    more_types: dict[str, str] | None = None,
+    more_constants: dict[str, int] | None = None,
+    largest_tile: int = 128 * 128,
+) -> Iterator[Case]:
+    """A layer's product by a kernel that is built on `outer_product`; a transposed layer has its input outside."""
+    n_outer, n_outer2, n_inner = layer.n_out, 0, layer.n_in
+    if layer.transposed:
+        n_outer, n_outer2, n_inner = layer.n_in, layer.n_in2, layer.n_out
+    sizes = {"n_outer": n_outer, "n_outer2": n_outer2, "n_inner": n_inner}
+    sizes |= {"outer_stride": n_outer, "outer2_stride": n_outer2 or n_outer, "inner_stride": n_inner}
+    constants = {"KH": 4, "KW": 4, "STRIDE": layer.stride, "PADDING": 1, "TWO_INPUTS": int(n_outer2 > 0)}
+    yield from gemm_cases(
+        layer,
+        kernel,
+        pointers,
+        sizes,
+        constants | (more_constants or {}),
+        tiles=partial(
+            gemm.candidates, n_outer + n_outer2, 16 * n_inner, whole=gemm.is_whole(n_inner), largest=largest_tile
+        ),
+        whole_blocks=partial(whole_blocks, n_inner),
+        more_types=more_types,
+    )
+
+
+def whole_blocks(n_inner: int, config: dict[str, int]) -> bool:
+    """Whether a tile has one tap."""
+    return n_inner % config["BLOCK_N"] == 0
+
+
+def launch_arguments(
+    outer: Tensor, outer2: Tensor | None, inner: Tensor, kernel_size: tuple[int, int]
+) -> tuple[list[Any], list[int], tuple[int, int, int]]:
+    """What both kernels of this product take: the tensors, the sizes, and the (m, n, k) of the GEMM."""
+    outer, outer_stride = pixel_rows(outer)
+    n_outer2 = 0 if outer2 is None else outer2.shape[1]
+    outer2, outer2_stride = (outer, outer_stride) if outer2 is None else pixel_rows(outer2)
+    inner, inner_stride = pixel_rows(inner)
+    n, n_outer, outer_height, outer_width = outer.shape
+    _, n_inner, height, width = inner.shape
+    pixels = n * outer_height * outer_width
+    sizes = [pixels, height, width, outer_height, outer_width, n_outer, n_outer2, n_inner]
+    sizes += [outer_stride, outer2_stride, inner_stride]
+    return [outer, outer2, inner], sizes, (n_outer + n_outer2, kernel_size[0] * kernel_size[1] * n_inner, pixels)
+
+
+def tiles(n_outer: int, n_outer2: int, columns: int, config: dict[str, int]) -> int:
+    """How many tiles of BLOCK_M x BLOCK_N the weight takes; none holds rows of both outer tensors."""
+    row_blocks: int = triton.cdiv(n_outer, config["BLOCK_M"]) + triton.cdiv(n_outer2, config["BLOCK_M"])
+    column_blocks: int = triton.cdiv(columns, config["BLOCK_N"])
+    return row_blocks * column_blocks
+
+
+def partial_sums(
+    tensors: list[Any],
+    sizes: list[int],
+    kernel_size: tuple[int, int],
+    stride: int,
+    padding: int,
+    config: dict[str, int],
+    out: Tensor | None = None,
+) -> Tensor:
+    """Launch the product of `launch_arguments` into out where SPLIT is 1, else into (SPLIT, rows, columns) float32."""
+    n_outer, n_outer2, n_inner = sizes[5:8]
+    columns = kernel_size[0] * kernel_size[1] * n_inner
+    if out is None:
+        shape = (config["SPLIT"], n_outer + n_outer2, columns)
+        out = torch.empty(shape, dtype=torch.float32, device=tensors[0].device)
+    _conv_wgrad_kernel[(tiles(n_outer, n_outer2, columns, config) * config["SPLIT"],)](
+        *tensors,
+        out,
+        *sizes,
+        KH=kernel_size[0],
+        KW=kernel_size[1],
+        STRIDE=stride,
+        PADDING=padding,
+        TWO_INPUTS=n_outer2 > 0,
+        WHOLE_BLOCKS=whole_blocks(n_inner, config),
+        PRECISION=gemm.precision(tensors[2].dtype),
+        **config,
+    )
+    return out
+
+
+def conv_wgrad(
+    outer: Tensor,
+    outer2: Tensor | None,
+    inner: Tensor,
+    kernel_height: int,
+    kernel_width: int,
+    stride: int,
+    padding: int,
+    dtype: torch.dtype,
+    config: dict[str, Any] | None = None,
+) -> Tensor:
+    """Launch; see `fastp2p.ops.conv_wgrad`."""
+    kernel_size = (kernel_height, kernel_width)
+    tensors, sizes, (m, n, k) = launch_arguments(outer, outer2, inner, kernel_size)
+    n_inner = sizes[7]
+    config = config or gemm.choose_config(m, n, k, inner, whole=gemm.is_whole(n_inner))
+    shape = (m, n_inner, kernel_height, kernel_width)
+    dweight = torch.empty(shape, dtype=dtype, device=inner.device, memory_format=torch.channels_last)
+    if config["SPLIT"] > 1:
+        gemm.reduce_splits(partial_sums(tensors, sizes, kernel_size, stride, padding, config), dweight)
+    else:
+        partial_sums(tensors, sizes, kernel_size, stride, padding, config, dweight)
+    return dweight

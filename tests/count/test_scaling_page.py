@@ -1,0 +1,105 @@
+"""docs/scaling.md says what is counted: every row of its tables, to the digits that it gives."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastp2p.config import TrainConfig
+from fastp2p.count import H200, count_step, step_floor
+from fastp2p.count.cost import StepFloor
+from fastp2p.count.memory import estimate_fused_step_memory
+from fastp2p.models.pix2pix.step import FusedStep
+from fastp2p.nn.init import count_parameters
+from fastp2p.train.state import TrainState
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "scaling.md"
+NVLINK = 450e9  # bytes/s each way, of an H200, nominally
+GPUS = 8
+
+
+def rows(title: str) -> Iterator[list[float]]:
+    """The numbers of each row of the table under a heading."""
+    section = PAGE.read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
+    for line in section.splitlines():
+        if re.match(r"\| \d", line):
+            yield [float(cell.strip(" *x")) for cell in line.strip("|").split("|")]
+
+
+def step_of(netG: str = "unet_256", crop_size: int = 256, width: int = 64) -> FusedStep:
+    config = TrainConfig(data="pairs", netG=netG, crop_size=crop_size, load_size=crop_size, ngf=width, ndf=width)
+    resolved = config.resolve("cuda", "bf16")
+    with torch.device("meta"):
+        return TrainState.new(resolved, torch.device("meta"), "").fused_step(resolved)
+
+
+def floor_of(step: FusedStep, images: int) -> StepFloor:
+    return step_floor(count_step(step, images), H200)
+
+
+def gflop(step: FusedStep) -> float:
+    return sum(cost.flop for cost in count_step(step, 1)) / 1e9
+
+
+def mib(step: FusedStep, images: int) -> float:
+    sizes = {"batch_size": images, "crop_size": step.size[0], "dtype": torch.bfloat16}
+    return estimate_fused_step_memory(*step.nets, **sizes).total / 2**20
+
+
+def assert_row(given: list[float], counted: list[float]) -> None:
+    """Equal to the digits that are given: half a unit of the last one, of numbers that are sums of rounded ones one."""
+    assert len(given) == len(counted)
+    for one, other in zip(given, counted, strict=True):
+        digits = len(f"{one:g}".partition(".")[2])
+        assert one == pytest.approx(other, abs=0.6 * 10**-digits)
+
+
+def test_with_the_batch():
+    step = step_of()
+    table = [*rows("With the batch")]
+    assert len(table) == 4
+    for row in table:
+        n = int(row[0])
+        floor = floor_of(step, n)
+        seconds = (floor.arithmetic, floor.maps, floor.weights, floor.adam, floor.overlapped, floor.in_turn)
+        assert_row(row, [n, *(1e3 * s for s in seconds), n / floor.overlapped, mib(step, n)])
+
+
+def test_with_the_image():
+    table = [*rows("With the image")]
+    assert len(table) == 4
+    for row in table:
+        side = int(row[0])
+        step = step_of(netG="unet_128" if side == 128 else "unet_256", crop_size=side)
+        one, sixteen = (floor_of(step, n).overlapped for n in (1, 16))
+        assert_row(row, [side, gflop(step), 1e3 * one, 1e3 * sixteen, 16 / sixteen, mib(step, 16)])
+
+
+def test_with_the_width():
+    table = [*rows("With the width")]
+    assert len(table) == 4
+    for row in table:
+        step = step_of(width=int(row[0]))
+        parameters = sum(map(count_parameters, step.nets)) / 1e6
+        one, sixteen = (1e3 * floor_of(step, n).overlapped for n in (1, 16))
+        assert_row(row, [row[0], parameters, gflop(step), one, sixteen, mib(step, 16)])
+
+
+def test_on_eight_gpus():
+    alone = step_of()
+    config = TrainConfig(data="pairs").resolve("cuda", "bf16")
+    with torch.device("meta"):
+        state = TrainState.new(config, torch.device("meta"), "")
+        nets = (state.netG, state.netD, state.optimizer_G, state.optimizer_D)
+        shared = FusedStep(*nets, size=(256, 256), dtype=torch.bfloat16, reduce=lambda grad: None)
+    n_bytes = 4 * sum(map(count_parameters, alone.nets))
+    exchange = 2 * (GPUS - 1) / GPUS * n_bytes / NVLINK
+    table = [*rows("On eight GPUs")]
+    assert len(table) == 5
+    for row in table:
+        n = int(row[0])
+        one, eighth = floor_of(alone, n).in_turn, floor_of(shared, n // GPUS).in_turn
+        both = eighth + exchange
+        assert_row(row, [n, 1e3 * one, 1e3 * eighth, 1e3 * exchange, 1e3 * both, one / both])

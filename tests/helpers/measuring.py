@@ -1,0 +1,23 @@
+"""What the tests of roofline and profile share: the smallest networks, and ceilings that take no time to measure."""
+
+from typing import Any
+
+import pytest
+
+from fastp2p.config import TrainConfig
+from fastp2p.count import ceilings as ceilings_module
+
+# The smallest networks, as the command takes them
+NETWORKS = ["--netG", "unet_8", "--ngf", "4", "--netD", "pixel", "--ndf", "4", "--crop-size", "32", "--device", "cpu"]
+
+
+def tiny(**options: Any) -> TrainConfig:
+    sizes: dict[str, Any] = {"netG": "unet_8", "ngf": 4, "ndf": 4, "netD": "pixel", "crop_size": 32}
+    return TrainConfig(**sizes | {"device": "cpu", "batch_size": 2} | options)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch, own_cache: None) -> None:
+    monkeypatch.setattr(ceilings_module, "COPY_BYTES", {"cpu": 2**20})
+    monkeypatch.setattr(ceilings_module, "SIDES", {"cpu": 128})
+    monkeypatch.setattr(ceilings_module, "SIDES_ON_CPU", {})

@@ -1,0 +1,120 @@
+"""The Triton kernels compiled ahead of time, which needs no GPU."""
+
+import importlib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fastp2p import ops
+from fastp2p.ops.library import file_of
+
+triton = pytest.importorskip("triton", reason="needs triton")
+compile_check = pytest.importorskip("fastp2p.kernels.compile_check", reason="needs triton")
+LAYERS = pytest.importorskip("fastp2p.kernels.layer_shapes", reason="needs triton").LAYERS
+
+
+@pytest.mark.parametrize("capability", compile_check.TARGETS)
+def test_each_kernel_compiles_without_fault(capability: int):
+    """One case of each kernel in its first configuration; `make compile-check` does all of both."""
+    first = {case.kernel: replace(case, configs=case.configs[:1]) for case in reversed(compile_check.all_cases())}
+    assert len(first) > len(ops.operators())
+    for program in compile_check.programs(list(first.values()), [capability]):
+        assert not compile_check.compile_case(*program).faults
+
+
+def test_every_operator_is_checked():
+    assert {file_of(op) for op in ops.operators()} <= set(compile_check.KERNEL_FILES)
+
+
+def test_every_layer_has_its_programs_on_every_target():
+    """A tile that needs more shared memory than a target has is left out there, and never the last one."""
+    cases = [case for case in compile_check.all_cases() if case.itemsize]
+    layers = {case.name.split()[1] for case in cases}
+    assert layers == {layer.name for layer in LAYERS}
+    for capability in compile_check.TARGETS:
+        assert all(any(case.fits(config, capability) for config in case.configs) for case in cases)
+    large = max((case for case in cases), key=lambda case: compile_check.shared_bytes(case.configs[0], case.itemsize))
+    assert large.fits(large.configs[0], 90)
+    assert not replace(large, itemsize=4).fits(large.configs[0], 86)
+
+
+def test_a_launch_s_specialisation():
+    """Sizes as a launch sees them: 1 is a constant, a multiple of 16 is known, geometry is neither."""
+    (case,) = (
+        case for case in compile_check.all_cases() if case.name == "conv_transpose D5 bf16"
+    )  # 1 channel in, 512 out
+    ones, multiples = case.specialisation(True)
+    assert ones == {"n_in": 1, "pixel_stride": 1, "pixel_stride2": 1}
+    names = {case.kernel.arg_names[position] for position in multiples}
+    assert {"x_ptr", "weight_ptr", "n_out"} <= names
+    assert not names & {"height", "pixels", "n_in"}
+
+
+def compiled(**changes: object) -> compile_check.Compiled:
+    fine = compile_check.Compiled("x", {"BLOCK_M": 64}, 86, True, registers=32, spilled_bytes=0, shared_bytes=99 * 1024)
+    return replace(fine, **changes)
+
+
+def test_faults():
+    assert not compiled().faults
+    assert compiled(spilled_bytes=8).faults == ["spills 8 bytes"]
+    assert compiled(shared_bytes=99 * 1024 + 1).faults == ["shared memory over 101376 bytes"]
+    assert compiled(itemsize=2).faults == ["no tensor-core instruction"]
+    assert not compiled(itemsize=4).faults
+    assert not compiled(itemsize=2, tensor_core=1).faults
+    assert compiled(itemsize=2, tensor_core=1, capability=90).faults == ["no wgmma in a tile of 64 rows or more"]
+    assert not compiled(itemsize=2, tensor_core=1, wgmma=1, capability=90).faults
+    assert not compiled(itemsize=2, tensor_core=1, capability=90, config={"BLOCK_M": 32}).faults
+
+
+def test_the_report_of_the_assembler_is_read():
+    """A kernel squeezed into few registers spills, and that is seen."""
+    ptx = """
+.version 8.0
+.target sm_80
+.address_size 64
+.visible .entry k(.param .u64 p) .maxnreg 24 {
+  .reg .u64 %a; .reg .f32 %f<60>;
+  ld.param.u64 %a, [p];
+"""
+    ptx += "".join(f"  ld.volatile.global.f32 %f{i}, [%a+{4 * i}];\n" for i in range(60))
+    ptx += "".join(f"  st.volatile.global.f32 [%a+{4 * i}], %f{i};\n" for i in range(60)) + "  ret;\n}\n"
+    report = compile_check.assemble(ptx, 80)
+    assert compile_check.spilled_bytes(report) > 0
+
+
+def test_layers_of_one_channel_compile():
+    """A size of 1 is a constant in a launch, which a kernel may not assign to: only a compiler shows it."""
+    for op in ("conv", "conv_transpose", "conv_wgrad", "conv_wgrad_adam"):
+        cases = [case for case in compile_check.all_cases() if case.name.startswith(f"{op} d4 bf16")]
+        for name in cases[0].sizes:
+            sizes = cases[0].sizes | {name: 1}
+            compile_check.compile_case(replace(cases[0], sizes=sizes), cases[0].configs[-1], 90, True)
+        compile_check.compile_case(replace(cases[0], sizes=dict.fromkeys(sizes, 1)), cases[0].configs[-1], 90, True)
+
+
+def test_a_cache_of_binaries_alone_will_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """make gpu-cache keeps no PTX: what is found there is compiled again, to be read."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_STORE_BINARY_ONLY", "1")
+    (case,) = (case for case in compile_check.all_cases() if case.name == "norm_stats merge")
+    assert not compile_check.compile_case(case, case.configs[0], 90, True).faults
+    assert triton.knobs.compilation.store_binary_only
+
+
+def test_a_program_s_key_depends_on_no_other():
+    """What was compiled before, in another order than a launch's, changes no program's place in the cache."""
+    modules = [importlib.import_module(f"fastp2p.kernels.{name}") for name in compile_check.KERNEL_FILES]
+    functions = [f for module in modules for f in vars(module).values() if isinstance(f, triton.JITFunction)]
+    found = []
+    for order in (functions, functions[::-1]):
+        for function in functions:
+            function.hash, function.used_global_vals = None, {}
+        for function in order:
+            function.cache_key  # noqa: B018 (it is kept)
+        found.append({function: function.cache_key for function in functions})
+        compile_check.fix_keys.__wrapped__()
+        found.append({function: function.cache_key for function in functions})
+    assert found[0] != found[2]  # as Triton has it
+    assert found[1] == found[3]
