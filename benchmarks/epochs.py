@@ -16,12 +16,12 @@ from providers import Provider, Scale
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fastp2p.config import TrainConfig
 from fastp2p.data import PairFormat, load_split, train_crops
 from fastp2p.data.images import read_image
 from fastp2p.data.sources.pairs import find_pairs, open_root
 from fastp2p.device import best_precision
-from fastp2p.models.gan_losses import Losses
+from fastp2p.models.pix2pix.losses import Losses
+from fastp2p.models.pix2pix.options import Pix2PixConfig
 from fastp2p.train.state import TrainState
 
 PAIRS = 400  # an epoch, as facades has
@@ -74,7 +74,7 @@ def fused_steps(
     provider: Provider, scale: Scale, device: torch.device, batch: int, data: Path, direction: str
 ) -> Iterator[Losses[Tensor]]:
     """The trainer's own way: pairs in memory as uint8, cut on the device, one step for each batch."""
-    config = TrainConfig(
+    config = Pix2PixConfig(
         data=str(data), direction=direction, batch_size=batch, precision=provider.precision,
         netG=f"unet_{2**scale.levels}", ngf=scale.width, ndf=scale.width, netD="n_layers", n_layers_D=scale.n_layers,
         crop_size=scale.size, load_size=scale.load_size,

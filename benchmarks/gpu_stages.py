@@ -26,11 +26,11 @@ from worker import images, moments
 from fastp2p.commands.info import info
 from fastp2p.commands.measure import Spread, Workload
 from fastp2p.commands.profile import profile_step
-from fastp2p.config import TrainConfig
 from fastp2p.count.ceilings import measure_ceilings
 from fastp2p.data import Crops
 from fastp2p.device import DTYPES
 from fastp2p.engine import GraphedStep
+from fastp2p.models.pix2pix.options import Pix2PixConfig
 from fastp2p.models.pix2pix.step import FusedStep
 from fastp2p.ops import kernel_choices
 from fastp2p.tuner.store import tune_networks
@@ -214,8 +214,8 @@ def _graph_is_the_step(scale: Scale, device: torch.device, dtype: torch.dtype) -
         offset = torch.randint(side - scale.size + 1, (n, 2), generator=random)
         flip = torch.rand(n, generator=random) < 0.5
         crops = Crops(pairs, index.to(device), offset.to(device), flip.to(device), scale.size, 3)
-        expected, got = ordinary(*crops.cut(device)), graphed(crops)
-        if not torch.equal(torch.stack(tuple(expected)), torch.stack(tuple(got))):
+        expected, got = (tuple(x.values()) for x in (ordinary.train(crops.cut(device)), graphed(crops)))
+        if not torch.equal(torch.stack(expected), torch.stack(got)):
             return f"losses of step {number}, batch {n}: {[*map(float, got)]}, expected {[*map(float, expected)]}"
     for net, (one, two) in enumerate(zip(ordinary.nets, other.nets, strict=True)):
         for name, value in one.state_dict().items():
@@ -291,13 +291,13 @@ def tuner(args: argparse.Namespace) -> int:
     return 0
 
 
-def _config(args: argparse.Namespace, batch: int) -> TrainConfig:
+def _config(args: argparse.Namespace, batch: int) -> Pix2PixConfig:
     """The paper's networks; in a rehearsal small ones."""
     scale: Scale = args.scale
     sizes = {"crop_size": scale.size, "load_size": scale.load_size, "ngf": scale.width, "ndf": scale.width}
     nets = {"netG": f"unet_{2**scale.levels}", "netD": "n_layers", "n_layers_D": scale.n_layers}
     precision = "fp32" if args.rehearse else "bf16"
-    return TrainConfig(batch_size=batch, precision=precision, device=args.device.type, **sizes, **nets)
+    return Pix2PixConfig(batch_size=batch, precision=precision, device=args.device.type, **sizes, **nets)
 
 
 def train(args: argparse.Namespace) -> int:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import fastp2p
-from fastp2p.config import Dropout, Precision
+from fastp2p.config import Precision
 from fastp2p.device import DTYPES, best_precision
-from fastp2p.models.gan_losses import GANLoss, Losses
-from fastp2p.models.pix2pix.networks import PatchDiscriminator, UnetGenerator
+from fastp2p.models.gan_losses import GANLoss
+from fastp2p.models.pix2pix.losses import Losses
+from fastp2p.models.pix2pix.networks import Dropout, PatchDiscriminator, UnetGenerator
 from fastp2p.models.pix2pix.reference import train_step
 from fastp2p.models.pix2pix.step import FusedStep
 from fastp2p.nn.init import init_weights
@@ -248,7 +249,8 @@ class GraphedFused:
     """The fused step on given images as one CUDA graph; what the trainer replays cuts its crops in the graph, too."""
 
     def __init__(self, fused: FusedStep):
-        self.fused, self.launch = fused, Graphed(fused.launch)
+        self.fused = fused
+        self.launch = Graphed(lambda real_A, real_B: Losses(**fused.launch({"A": real_A, "B": real_B})))
 
     def __call__(self, real_A: Tensor, real_B: Tensor) -> Losses[Tensor]:
         self.fused.prepare()

@@ -23,7 +23,7 @@ from peak_memory import Peak
 from providers import SCALES, Provider, Scale, inference, providers, training
 from torch import Tensor, nn
 
-from fastp2p.models.gan_losses import Losses
+from fastp2p.models.pix2pix.losses import Losses
 
 SETTLING = {"cpu": 1, "cuda": 5}  # units after the first one; a graph is captured in the fourth
 SETS = 6  # of inputs that calls take in turn

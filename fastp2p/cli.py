@@ -1,12 +1,13 @@
 """The command line, generated from the types and docstrings of what it calls."""
 
+import dataclasses
 import json
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Generic, TypeVar, Union
 
 import torch
 import tyro
@@ -19,18 +20,25 @@ from fastp2p.commands.profile import profile_step
 from fastp2p.commands.roofline import count_roofline, measure_roofline
 from fastp2p.commands.translate import translate
 from fastp2p.commands.tune import tune_networks
-from fastp2p.config import Device, Direction, Dropout, NetD, Norm, NormStats, Precision, TrainConfig
+from fastp2p.config import Device, Direction, RunConfig, Workload
 from fastp2p.errors import InputError, TrainingDiverged, WriteError
+from fastp2p.models import registry
+from fastp2p.models.base import Model
+from fastp2p.models.generate import NormStats
+from fastp2p.models.pix2pix.networks import Dropout
 from fastp2p.terminal import lasting_streams
 from fastp2p.train.loop import train
 from fastp2p.train.run_folder import read_config
 
+Config = TypeVar("Config", bound=RunConfig)
+Options = TypeVar("Options", bound=Workload)
+
 
 @dataclass(frozen=True)
-class Train:
-    """Train pix2pix on paired images; without arguments, on the built-in set."""
+class Train(Generic[Config]):
+    """Train a model on images; without arguments, pix2pix on the built-in set."""
 
-    config: TrainConfig = field(default_factory=TrainConfig)
+    config: Config
     resume: Path | None = None
     """Continue the run in this folder, bit for bit as if it had never stopped; its limits may be changed."""
 
@@ -124,40 +132,20 @@ class Convert:
 
 
 @dataclass(frozen=True)
-class Networks:
-    """The options of commands that look at a training step without images."""
+class OnAStep(Generic[Options]):
+    """What the commands share that look at a training step without images."""
 
-    netG: str = "unet_256"
-    """Generator, as for train."""
-    ngf: int = 64
-    """Channels of the generator's first layer."""
-    netD: NetD = "basic"
-    """Discriminator, as for train."""
-    ndf: int = 64
-    """Channels of the discriminator's first layer."""
-    n_layers_D: int = 3
-    """Strided layers of --netD n_layers."""
-    norm: Norm = "batch"
-    """Normalisation layer of both networks."""
-    input_nc: Literal[1, 3] = 3
-    """Channels of the input image."""
-    output_nc: Literal[1, 3] = 3
-    """Channels of the output image."""
-    crop_size: int = 256
-    """Side of the images, px."""
-    batch_size: int = 1
-    """Pairs per step."""
-    precision: Precision = "auto"
-    """Of the fused engine, as for train."""
-    device: Device = "auto"
-    """Where to compute."""
+    options: Options
+    model: str = "pix2pix"
+    """Whose step: a folder of fastp2p/models."""
 
-    def config(self) -> TrainConfig:
-        return TrainConfig(**{field.name: getattr(self, field.name) for field in fields(Networks)})
+    def config(self) -> RunConfig:
+        fields = {field.name: getattr(self.options, field.name) for field in dataclasses.fields(self.options)}
+        return registry.find(self.model).config(data="random pairs", **fields)
 
 
 @dataclass(frozen=True)
-class Tune(Networks):
+class Tune(OnAStep[Options]):
     """Measure which kernels are the fastest here for a network, which fastp2p train otherwise does at its first run."""
 
     again: bool = False
@@ -168,7 +156,7 @@ class Tune(Networks):
 
 
 @dataclass(frozen=True)
-class Roofline(Networks):
+class Roofline(OnAStep[Options]):
     """Count what a training step must do, and compare the least time that takes here with what it takes."""
 
     steps: int = 5
@@ -190,7 +178,7 @@ class Roofline(Networks):
 
 
 @dataclass(frozen=True)
-class Profile(Networks):
+class Profile(OnAStep[Options]):
     """Show where a training step's time goes, part by part and kernel by kernel, and write its timeline."""
 
     steps: int = 5
@@ -215,32 +203,49 @@ class Info:
         print(info())
 
 
-Command = (
-    Annotated[Train, subcommand("train")]
-    | Annotated[Translate, subcommand("translate")]
-    | Annotated[Evaluate, subcommand("evaluate")]
-    | Annotated[Convert, subcommand("convert")]
-    | Annotated[Tune, subcommand("tune")]
-    | Annotated[Roofline, subcommand("roofline")]
-    | Annotated[Profile, subcommand("profile")]
-    | Annotated[Info, subcommand("info")]
-)
-AnyCommand = Train | Translate | Evaluate | Convert | Tune | Roofline | Profile | Info
+AnyCommand = Train[Any] | Translate | Evaluate | Convert | Tune[Any] | Roofline[Any] | Profile[Any] | Info
+
+
+def commands_of(model: Model[Any]) -> Any:
+    """The union of all commands, with a model's own options where they take them."""
+    options = dataclasses.make_dataclass("Options", [], bases=(model.options, Workload), frozen=True, kw_only=True)
+    kinds: dict[str, Any] = {
+        "train": Train[model.config],  # type: ignore[name-defined]
+        "translate": Translate,
+        "evaluate": Evaluate,
+        "convert": Convert,
+        "tune": Tune[options],  # type: ignore[valid-type]
+        "roofline": Roofline[options],  # type: ignore[valid-type]
+        "profile": Profile[options],  # type: ignore[valid-type]
+        "info": Info,
+    }
+    return Union[tuple(Annotated[kind, subcommand(name)] for name, kind in kinds.items())]  # noqa: UP007 (of a tuple)
 
 
 def parse(args: Sequence[str]) -> AnyCommand:
     """The command that the arguments ask for. Exits with 2 and a hint when they do not parse."""
-    command = _parse(args)
-    if isinstance(command, Train) and command.resume is not None:
-        # Once more, with the run's own configuration for defaults, so that only options that were typed change it.
-        command = _parse(args, default=Train(read_config(command.resume), command.resume))
+    resumed = _value_of("--resume", args) if {*args[:1]} == {"train"} else None
+    # A run's own configuration gives the defaults, so that only options that were typed change it
+    config = None if resumed is None else read_config(Path(resumed))
+    named = _value_of("--model", args) if {*args[:1]} & {"train", "tune", "roofline", "profile"} else None
+    model = registry.find(named or (config.model if config else "pix2pix"))
+    if config is not None and config.model != model.name:
+        raise InputError(f"model: got {model.name}, but {resumed} was trained as {config.model}; drop the option")
+    kind = commands_of(model)
+    default = {} if config is None else {"default": Train(config, Path(str(resumed)))}
+    command: Any = tyro.cli(kind, prog="fastp2p", args=args, config=(OmitArgPrefixes,), **default)  # type: ignore[call-overload]
+    assert isinstance(command, Train | Translate | Evaluate | Convert | Tune | Roofline | Profile | Info)
     return command
 
 
-def _parse(args: Sequence[str], **options: object) -> AnyCommand:
-    command = tyro.cli(Command, prog="fastp2p", args=args, config=(OmitArgPrefixes,), **options)  # type: ignore[call-overload]
-    assert isinstance(command, AnyCommand)
-    return command
+def _value_of(option: str, args: Sequence[str]) -> str | None:
+    """What is given for an option, before the others are known: they depend on it."""
+    for arg, following in zip(args, [*args[1:], None], strict=True):
+        if arg == option:
+            return following
+        if arg.startswith(f"{option}="):
+            return arg.partition("=")[2]
+    return None
 
 
 def main(args: Sequence[str] | None = None) -> int:

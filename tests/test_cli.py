@@ -12,8 +12,8 @@ from conftest import TINY, random_image
 
 from fastp2p import ops
 from fastp2p.commands.info import version_of
-from fastp2p.config import TrainConfig
 from fastp2p.models.pix2pix.networks import UnetGenerator
+from fastp2p.models.pix2pix.options import Pix2PixConfig
 from fastp2p.ops.extension import describe_extension
 
 
@@ -76,9 +76,9 @@ def test_help_gives_every_option_with_its_text(fastp2p):
     done = fastp2p("train", "--help")
     assert done.returncode == 0
     text = " ".join(done.stdout.replace("│", " ").split())
-    for field in dataclasses.fields(TrainConfig):
+    for field in dataclasses.fields(Pix2PixConfig):
         assert f"--{field.name.replace('_', '-')}" in text, field.name
-    assert text.count("Source: ") == len(dataclasses.fields(TrainConfig))
+    assert text.count("Source: ") == len(dataclasses.fields(Pix2PixConfig))
     for unit in ("px", "Minutes", "Steps", "Epochs"):
         assert unit in text
 

@@ -1,7 +1,8 @@
 import pytest
 
-from fastp2p.config import TrainConfig, levels_of
 from fastp2p.errors import InputError
+from fastp2p.models.pix2pix.networks import levels_of
+from fastp2p.models.pix2pix.options import Pix2PixConfig
 
 
 @pytest.mark.parametrize(("name", "levels"), [("unet_256", 8), ("unet_128", 7), ("unet_4", 2), ("unet_4096", 12)])
@@ -45,28 +46,28 @@ def test_levels_of_refuses(name: str):
 )
 def test_bad_values_say_got_and_expected(fields: dict, message: str):
     with pytest.raises(InputError, match=message.replace("(", r"\(")):
-        TrainConfig(**fields)
+        Pix2PixConfig(**fields)
 
 
 def test_resolve_is_the_paper_s_recipe_on_own_data():
-    config = TrainConfig(data="facades").resolve("cpu", "bf16")
+    config = Pix2PixConfig(data="facades").resolve("cpu", "bf16")
     assert (config.netG, config.ngf, config.ndf, config.gan_mode) == ("unet_256", 64, 64, "vanilla")
     assert (config.load_size, config.crop_size, config.n_epochs, config.n_epochs_decay) == (286, 256, 100, 100)
 
 
 def test_resolve_keeps_what_was_given():
-    config = TrainConfig(ngf=8, crop_size=64).resolve("cpu", "bf16")
+    config = Pix2PixConfig(ngf=8, crop_size=64).resolve("cpu", "bf16")
     assert (config.ngf, config.crop_size, config.load_size) == (8, 64, 72)  # load_size at the recipe's ratio
-    assert TrainConfig(load_size=286).resolve("cpu", "bf16").crop_size == 256
+    assert Pix2PixConfig(load_size=286).resolve("cpu", "bf16").crop_size == 256
 
 
 def test_resolve_takes_the_full_net_on_a_gpu():
-    config = TrainConfig().resolve("cuda", "bf16")
+    config = Pix2PixConfig().resolve("cuda", "bf16")
     assert (config.netG, config.ngf, config.ndf, config.gan_mode) == ("unet_128", 64, 64, "vanilla")
 
 
 def test_lr_factor_is_upstream_s_linear_policy():
-    config = TrainConfig(data="facades").resolve("cpu", "bf16")
+    config = Pix2PixConfig(data="facades").resolve("cpu", "bf16")
     assert config.lr_factor(1) == config.lr_factor(100) == 1
     assert config.lr_factor(101) == 1 - 1 / 101
     assert config.lr_factor(200) == pytest.approx(0.0099, abs=1e-4)
@@ -76,4 +77,4 @@ def test_lr_factor_is_upstream_s_linear_policy():
     ("fused", "auto", "bf16"), ("reference", "auto", "fp32"), ("fused", "fp16", "fp16"), ("reference", "fp64", "fp64"),
 ])  # fmt: skip
 def test_resolve_decides_the_precision(engine: str, precision: str, expected: str):
-    assert TrainConfig(engine=engine, precision=precision).resolve("cpu", "bf16").precision == expected
+    assert Pix2PixConfig(engine=engine, precision=precision).resolve("cpu", "bf16").precision == expected

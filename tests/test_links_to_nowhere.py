@@ -7,11 +7,13 @@ import torch
 
 from fastp2p.commands import profile
 from fastp2p.commands.convert import convert
-from fastp2p.config import TrainConfig
 from fastp2p.errors import InputError
 from fastp2p.files import is_there
-from fastp2p.models.checkpoint import GeneratorSpec, save_generator
+from fastp2p.models.checkpoint import save_generator
+from fastp2p.models.pix2pix.generator import UnetGeneratorSpec
+from fastp2p.models.pix2pix.model import MODEL as PIX2PIX
 from fastp2p.models.pix2pix.networks import UnetGenerator
+from fastp2p.models.pix2pix.options import Pix2PixConfig
 from fastp2p.ops import kernel_choices
 from fastp2p.train.loop import load_saved
 from fastp2p.train.recorder import Recorder
@@ -49,7 +51,7 @@ def test_a_run_s_statistics(tmp_path: Path):
     """A new file took the link's place."""
     path = linked(tmp_path, "stats.jsonl")
     with pytest.raises(InputError, match=rf"stats\.jsonl: {GONE}; move it away to go on without its lines"):
-        Recorder(tmp_path, 5, "vanilla", print)
+        Recorder(tmp_path, 5, PIX2PIX, Pix2PixConfig().resolve("cpu", "bf16"), print)
     assert path.is_symlink()
 
 
@@ -65,7 +67,10 @@ def test_a_run_s_configuration(tmp_path: Path):
     linked(tmp_path, "config.json")
     with pytest.raises(InputError, match=rf"config\.json: {GONE}"):
         read_config(tmp_path)
-    with pytest.raises(InputError, match=r"--resume .* continues the run in it"), new_folder(TrainConfig(out=tmp_path)):
+    with (
+        pytest.raises(InputError, match=r"--resume .* continues the run in it"),
+        new_folder(Pix2PixConfig(out=tmp_path)),
+    ):
         pass
 
 
@@ -81,7 +86,7 @@ def test_the_choices_kept_on_this_machine(own_cache: None):
 def test_what_convert_and_profile_would_write(tmp_path: Path):
     """The link was replaced, as if nothing had been there."""
     save_generator(
-        tmp_path / "g.safetensors", UnetGenerator(levels=4, ngf=4).state_dict(), GeneratorSpec(levels=4, ngf=4)
+        tmp_path / "g.safetensors", UnetGenerator(levels=4, ngf=4).state_dict(), UnetGeneratorSpec(levels=4, ngf=4)
     )
     target, trace = linked(tmp_path, "g.pth"), linked(tmp_path, "trace.json")
     with pytest.raises(InputError, match="exists; choose another name"):

@@ -2,16 +2,13 @@
 
 from pathlib import Path
 
-from fastp2p.config import MAX_SIDE, Direction, Dropout
+from fastp2p.config import MAX_SIDE, Direction
 from fastp2p.errors import InputError
 from fastp2p.files import is_there
-from fastp2p.models.checkpoint import (
-    GeneratorSpec,
-    load_generator,
-    read_upstream_generator,
-    save_generator,
-    write_upstream_generator,
-)
+from fastp2p.models.checkpoint import load_generator, save_generator
+from fastp2p.models.pix2pix.convert import read_upstream_generator, write_upstream_generator
+from fastp2p.models.pix2pix.generator import UnetGeneratorSpec
+from fastp2p.models.pix2pix.networks import Dropout
 
 
 def convert(
@@ -21,7 +18,7 @@ def convert(
     dropout: Dropout = "upstream",
     direction: Direction = "AtoB",
     crop_size: int | None = None,
-) -> GeneratorSpec:
+) -> UnetGeneratorSpec:
     """Convert a generator; the suffixes say which way: .pth -> .safetensors or .safetensors -> .pth.
 
     The weights must fit the network exactly, name by name and shape by shape. Depth, widths and norm are read off the
@@ -44,11 +41,14 @@ def convert(
         raise InputError(f"convert: {target} exists; choose another name, or move it away")
     match source.suffix, target.suffix:
         case ".pth", ".safetensors":
-            netG, spec = read_upstream_generator(source, dropout=dropout, direction=direction, crop_size=crop_size)
-            save_generator(target, netG.state_dict(), spec)
+            read, made = read_upstream_generator(source, dropout=dropout, direction=direction, crop_size=crop_size)
+            save_generator(target, read.state_dict(), made)
+            return made
         case ".safetensors", ".pth":
             netG, spec = load_generator(source)
+            if not isinstance(spec, UnetGeneratorSpec):
+                raise InputError(f"convert: {source} is a generator of {spec.model}; expected one of pix2pix")
             write_upstream_generator(target, netG.state_dict())
+            return spec
         case got:
             raise InputError(f"convert: got {got[0]!r} -> {got[1]!r}, expected .pth -> .safetensors or back")
-    return spec

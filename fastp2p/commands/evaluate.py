@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastp2p.config import Device, Direction, NormStats
+from fastp2p.config import Device, Direction
 from fastp2p.data import PairFormat, eval_batches, load_split
 from fastp2p.data.images import bad_file_lines
 from fastp2p.data.sources.folders import passed_over
 from fastp2p.device import choose_device
 from fastp2p.models.checkpoint import load_image_generator
+from fastp2p.models.generate import NormStats
 from fastp2p.models.metrics import evaluate_generator
 
 

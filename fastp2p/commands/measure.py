@@ -17,13 +17,14 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from fastp2p.commands.info import version_of
-from fastp2p.config import ResolvedConfig, TrainConfig
+from fastp2p.config import ResolvedConfig, RunConfig
 from fastp2p.count.ceilings import Ceilings, measure_ceilings
 from fastp2p.count.cost import Cost, count_step
 from fastp2p.data import Crops
 from fastp2p.device import best_precision, choose_device
 from fastp2p.engine.ranges import PARTS, part
 from fastp2p.errors import InputError
+from fastp2p.models import registry
 from fastp2p.ops import kernel_choices
 from fastp2p.train.state import TrainState
 from fastp2p.tuner.contest import why_not
@@ -83,7 +84,7 @@ class Workload:
         InputError: when they do not fit each other or this machine.
     """
 
-    def __init__(self, config: TrainConfig):
+    def __init__(self, config: RunConfig):
         self.device = choose_device(config.device)
         torch.backends.cudnn.deterministic = True  # as in training
         self.config = config.resolve(self.device.type, best_precision(self.device))
@@ -152,7 +153,7 @@ class Workload:
         with record_function(STEP):
             with part("augment"):
                 images = self.crops.cut(self.device)
-            self.step(*images)
+            self.step.train(images)
 
 
 @contextmanager
@@ -185,11 +186,8 @@ def _random_crops(config: ResolvedConfig, device: torch.device) -> Crops:
 
 def describe(config: ResolvedConfig) -> str:
     """What is trained, in a line."""
-    layers = f", n_layers_D {config.n_layers_D}" if config.netD == "n_layers" else ""
-    return (
-        f"{config.netG}, ngf {config.ngf}; netD {config.netD}{layers}, ndf {config.ndf}; norm {config.norm}; "
-        f"{config.crop_size} px, batch size {config.batch_size}, {config.precision}"
-    )
+    summary = registry.find(config.model).summary(config)
+    return f"{summary}; {config.crop_size} px, batch size {config.batch_size}, {config.precision}"
 
 
 def heading(machine: Machine, config: ResolvedConfig, kernels: Kernels, ceilings: Ceilings) -> list[str]:
@@ -312,10 +310,12 @@ def about(
     machine: Machine | None, config: ResolvedConfig, kernels: Kernels | None, ceilings: Ceilings
 ) -> dict[str, Any]:
     """What was measured where, for JSON."""
-    fields = ("netG", "ngf", "netD", "n_layers_D", "ndf", "norm", "input_nc", "output_nc", "crop_size")
+    workload = {
+        name: getattr(config, name) for name in ("input_nc", "output_nc", "crop_size", "batch_size", "precision")
+    }
     return {
         "machine": None if machine is None else asdict(machine),
-        "networks": {name: getattr(config, name) for name in (*fields, "batch_size", "precision")},
+        "networks": {"model": config.model, **registry.find(config.model).own_options(config), **workload},
         "convolutions": None if kernels is None else asdict(kernels),
         "ceilings": asdict(ceilings),
     }

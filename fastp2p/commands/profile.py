@@ -22,7 +22,7 @@ from fastp2p.commands.measure import (
     kernels_of,
     table,
 )
-from fastp2p.config import ResolvedConfig, TrainConfig
+from fastp2p.config import ResolvedConfig, RunConfig
 from fastp2p.count.ceilings import Ceilings
 from fastp2p.count.cost import Cost, Sum
 from fastp2p.engine.ranges import PARTS
@@ -119,7 +119,7 @@ class Profile:
 
 
 def profile_step(
-    config: TrainConfig, *, trace: Path = Path("fastp2p-trace.json.gz"), steps: int = 5, overwrite: bool = False
+    config: RunConfig, *, trace: Path = Path("fastp2p-trace.json.gz"), steps: int = 5, overwrite: bool = False
 ) -> Profile:
     """Run some training steps under torch.profiler, and write their timeline.
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fastp2p.commands.measure import Kernels, Machine, Spread, Workload, about, check_steps, describe, heading, table
-from fastp2p.config import ResolvedConfig, TrainConfig
+from fastp2p.config import ResolvedConfig, RunConfig
 from fastp2p.count.ceilings import Ceilings
 from fastp2p.count.cost import Cost, StepFloor, Sum, count_step, step_floor
 from fastp2p.errors import InputError
@@ -181,7 +181,7 @@ def _short(ratio: float) -> str:
     return f"{ratio:.2f}" if ratio < 1000 else f"{ratio:.0f}"
 
 
-def measure_roofline(config: TrainConfig, *, steps: int = 5) -> Roofline:
+def measure_roofline(config: RunConfig, *, steps: int = 5) -> Roofline:
     """Measure this machine's ceilings, and the step's calls beside what they must do.
 
     Each call is timed in the step, under torch.profiler, so that its operands are as warm as they are in training; the
@@ -208,7 +208,7 @@ def measure_roofline(config: TrainConfig, *, steps: int = 5) -> Roofline:
     return Roofline(workload.config, ceilings, costs, step_floor(costs, ceilings), measured)
 
 
-def count_roofline(config: TrainConfig, *, tflop_per_sec: float, gb_per_sec: float) -> Roofline:
+def count_roofline(config: RunConfig, *, tflop_per_sec: float, gb_per_sec: float) -> Roofline:
     """The floors on another machine: nothing is run or measured, and no memory taken.
 
     Args:

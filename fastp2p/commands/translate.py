@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from fastp2p import terminal
-from fastp2p.config import Device, NormStats
+from fastp2p.config import Device
 from fastp2p.data.images import bad_files_message, read_image, resize, to_image, to_png, to_tensor
 from fastp2p.data.sources.folders import Contents, list_folder, passed_over, why_unreadable
 from fastp2p.device import choose_device, memory_bytes
 from fastp2p.errors import InputError, WriteError, printable
 from fastp2p.files import write_atomically
 from fastp2p.models.checkpoint import load_image_generator
-from fastp2p.models.generate import generate
+from fastp2p.models.generate import NormStats, generate
 from fastp2p.terminal import Say
 from fastp2p.train.run_folder import make_folder
 
@@ -79,7 +79,7 @@ def translate(
             continue
         width, height = image.size if size is None else (size, size)
         # What the outermost level holds at once, in float32: with less memory the system would kill the process
-        least = 4 * width * height * (spec.input_nc + spec.output_nc + spec.ngf * 3 // 4)
+        least = 4 * width * height * spec.channels_at_full_size
         if least > memory_bytes(chosen):
             bad[str(file)] = f"{width}x{height} px take {least / 2**30:.0f} GiB at least; use a smaller --size"
             continue

@@ -5,7 +5,7 @@ import math
 import torch
 
 from fastp2p import terminal
-from fastp2p.config import TrainConfig
+from fastp2p.config import RunConfig
 from fastp2p.device import best_precision, choose_device, describe_device
 from fastp2p.errors import InputError
 from fastp2p.ops import kernel_choices
@@ -17,7 +17,7 @@ from fastp2p.tuner.operations import Operation, operations
 from fastp2p.tuner.store import candidates_of, tuned
 
 
-def tune_networks(config: TrainConfig, *, again: bool, say: Say = terminal.say) -> str:
+def tune_networks(config: RunConfig, *, again: bool, say: Say = terminal.say) -> str:
     """Measure what a training run with this configuration takes.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Folders and files -> pairs -> resident uint8 -> batches (real_A, real_B)."""
+"""Folders and files -> pairs -> resident uint8 -> batches of named images."""
 
 from fastp2p.data.crops import Crops
 from fastp2p.data.feed import (

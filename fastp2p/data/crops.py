@@ -26,14 +26,18 @@ class Crops:
         """Write the batch's own pairs, and no others, into `out`: (N, H, W, C) uint8 on the pairs' device."""
         torch.index_select(self.pairs, 0, self.index, out=out)
 
-    def cut(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    @property
+    def shapes(self) -> dict[str, tuple[int, int, int]]:
+        """(C, H, W) of each image that `cut` gives, by name."""
+        channels = {"A": self.input_nc, "B": self.pairs.shape[3] - self.input_nc}
+        return {name: (n, self.crop_size, self.crop_size) for name, n in channels.items()}
+
+    def cut(self, device: torch.device | str) -> dict[str, Tensor]:
         """Cut them out where the pairs are, and move them to the device.
 
         Returns:
-            real_A, real_B: (N, C, crop_size, crop_size) float32 in [-1, 1], channels_last.
+            A, B: (N, C, crop_size, crop_size) float32 in [-1, 1], channels_last; A is the input.
         """
         # Without augment()'s checks: these draws fit by construction, and checking would wait for a GPU.
-        real_A, real_B = torch.ops.fastp2p.augment(
-            self.pairs, self.index, self.offset, self.flip, self.crop_size, self.input_nc
-        )
-        return real_A.to(device), real_B.to(device)
+        A, B = torch.ops.fastp2p.augment(self.pairs, self.index, self.offset, self.flip, self.crop_size, self.input_nc)
+        return {"A": A.to(device), "B": B.to(device)}

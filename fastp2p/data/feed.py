@@ -1,4 +1,4 @@
-"""Pairs -> uint8 tensors, resident or streamed -> batches (real_A, real_B)."""
+"""Pairs -> uint8 tensors, resident or streamed -> batches of named images."""
 
 import contextlib
 import itertools
@@ -201,11 +201,11 @@ def eval_batches(
     indices: Sequence[int] | None = None,
     batch_size: int = 8,
     device: torch.device | str = "cpu",
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[dict[str, Tensor]]:
     """These pairs (None: all) in order, whole and unflipped.
 
     Yields:
-        real_A, real_B: (N, C, load_size, load_size) float32 in [-1, 1], on the device, contiguous. When streaming with
+        A, B: (N, C, load_size, load_size) float32 in [-1, 1], on the device, contiguous. When streaming with
             skip_bad, without the pairs that cannot be read any more.
 
     Raises:
@@ -218,8 +218,7 @@ def eval_batches(
     for batch in crops:
         if len(batch):
             left += len(batch)
-            real_A, real_B = batch.cut(device)
-            yield real_A.contiguous(), real_B.contiguous()
+            yield {name: images.contiguous() for name, images in batch.cut(device).items()}
     if wanted and not left:
         raise UnreadablePair(f"data: none of the {len(wanted)} pairs can be read any more; bring them back")
 

@@ -28,7 +28,7 @@ class TrainData:
 
     train: PairDataset
     val: PairDataset | None
-    panel: list[tuple[Tensor, Tensor]]  # (real_A, real_B), each (1, C, crop_size, crop_size), on the device
+    panel: list[dict[str, Tensor]]  # images A and B, each (1, C, crop_size, crop_size), on the device
 
     @property
     def fingerprint(self) -> str:

@@ -1,13 +1,13 @@
 """The whole step as one CUDA graph: a replay costs the host a few microseconds, whatever the number of kernels."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastp2p.data import Crops
-from fastp2p.errors import InputError
+from fastp2p.engine.step import LossValues, Step
 
 WARM_UP = 3  # ordinary steps of each batch size before its graph is captured: kernels compile, the allocator settles
 MAIN_PRIORITY = -1  # the graph's main chain has it; streams have 0 by default, as the branch beside it has
@@ -29,11 +29,11 @@ class Recorded:
     inputs: "GraphInputs"
     calls: int = 0
     graph: torch.cuda.CUDAGraph | None = None
-    losses: Any | None = None
+    losses: LossValues | None = None
 
 
 class GraphedStep:
-    """A FusedStep on a CUDA GPU, augment included, as one graph for each batch size: crops -> losses.
+    """A step on a CUDA GPU, augment included, as one graph for each batch size: crops -> losses.
 
     The first calls of a batch size are ordinary steps, and then the step is captured and replayed; either way every
     call is one step of training. The losses are overwritten by the next call: add them up on the device, or read them.
@@ -42,23 +42,18 @@ class GraphedStep:
         step: on a CUDA device.
     """
 
-    def __init__(self, step: Any):
+    def __init__(self, step: Step):
         self.step = step
-        self.device = step.rng.device
+        self.device = step.device
         # A graph cannot be captured on the default stream. Its main chain comes first (a lower number is a higher
         # priority, and kernels keep it in the graph): or each small kernel would queue behind the branch's large grids
         self.stream = torch.cuda.Stream(self.device, priority=MAIN_PRIORITY)
         self.pool = torch.cuda.graph_pool_handle()  # graphs never run side by side, so they share memory
         self.recorded: dict[Key, Recorded] = {}
 
-    def __call__(self, crops: Crops) -> Any:
+    def __call__(self, crops: Crops) -> LossValues:
         """One step of training. Raises InputError where the crops are of another size than the step's."""
-        size, channels = (crops.crop_size, crops.crop_size), (crops.input_nc, crops.pairs.shape[3] - crops.input_nc)
-        if size != self.step.size or channels != self.step.channels:
-            raise InputError(
-                f"engine: got crops of {crops.crop_size} px and {channels} channels, but this step was made for "
-                f"{self.step.size} px and {self.step.channels}"
-            )
+        self.step.check(crops.shapes)
         outside = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(outside)
         with torch.cuda.stream(self.stream):
@@ -73,15 +68,15 @@ class GraphedStep:
         outside.wait_stream(self.stream)
         return losses
 
-    def _run(self, recorded: Recorded) -> Any:
+    def _run(self, recorded: Recorded) -> LossValues:
         recorded.calls += 1
         if recorded.calls <= WARM_UP:
-            return self.step.launch(*recorded.inputs.crops.cut(self.device))
+            return self.step.launch(recorded.inputs.crops.cut(self.device))
         if recorded.graph is None:
             graph = torch.cuda.CUDAGraph()
             # Threads that decode images or write checkpoints need know nothing of it
             with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
-                recorded.losses = self.step.launch(*recorded.inputs.crops.cut(self.device))
+                recorded.losses = self.step.launch(recorded.inputs.crops.cut(self.device))
             recorded.graph = graph
         recorded.graph.replay()
         assert recorded.losses is not None

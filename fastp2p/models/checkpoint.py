@@ -1,4 +1,4 @@
-"""State in, state out: the run's checkpoint, self-describing generators, upstream's files.
+"""State in, state out: the run's checkpoint, and self-describing generators.
 
 Nothing here is unpickled in full: safetensors, and torch.load(weights_only=True).
 """
@@ -6,26 +6,24 @@ Nothing here is unpickled in full: safetensors, and torch.load(weights_only=True
 import hashlib
 import io
 import json
-import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastp2p.config import MAX_LEVELS, MAX_SIDE, Direction, Dropout, Norm, NormStats
 from fastp2p.errors import InputError
 from fastp2p.files import check_file, write_atomically
+from fastp2p.models import registry
+from fastp2p.models.generator_spec import GeneratorSpec
 from fastp2p.models.pickled import load_pickled_tensors
-from fastp2p.models.pix2pix.networks import UnetGenerator
 from fastp2p.terminal import Say, warn
 
 CHECKSUM = "sha256"  # of the content, beside it; files of earlier versions have none
-MAX_CHANNELS = 4096  # of an image or a first layer; a small file that claims more is damaged
 
 # Raised when the meaning of a file's contents changes
 CHECKPOINT_FORMAT = 2
@@ -38,7 +36,7 @@ StateDict = Mapping[str, Tensor]
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write tensors, numbers, strings and containers of them, with a checksum of all, atomically."""
     state = {"format": CHECKPOINT_FORMAT, **_on_cpu(state)}
-    write_atomically(path, _serialised(state | {CHECKSUM: checksum(state)}))
+    write_atomically(path, serialised(state | {CHECKSUM: checksum(state)}))
 
 
 def _on_cpu(state: Any) -> Any:
@@ -69,7 +67,7 @@ def checksum(state: Any) -> str:
     return digest.hexdigest()
 
 
-def _serialised(state: dict[str, Any]) -> bytes:
+def serialised(state: dict[str, Any]) -> bytes:
     """What torch.save writes, with the checksums that loading looks at, whatever the program has set.
 
     It is made in memory: a full disk then fails in our own write, with a clean error.
@@ -112,58 +110,9 @@ def check_checksum(path: Path, found: Any, content: Any, say: Say) -> None:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class GeneratorSpec:
-    """All that is needed to rebuild a generator and to feed it: the metadata of netG.safetensors."""
-
-    levels: int
-    ngf: int
-    input_nc: int = 3
-    output_nc: int = 3
-    norm: Norm = "batch"
-    dropout: Dropout = "upstream"
-    norm_stats: NormStats = "image"  # what batch norm is to normalise with when images are generated
-    direction: Direction = "AtoB"
-    crop_size: int = 256  # px, in training; images are resized to it for evaluation
-    data: str = ""  # where the training pairs came from
-    step: int = 0  # training steps taken
-
-    def __post_init__(self) -> None:
-        for name, (least, most) in _RANGES.items():
-            value = getattr(self, name)
-            if type(value) is not int or not least <= value <= most:
-                raise InputError(f"{name}: got {value!r:.60}, expected a whole number from {least} to {most}")
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                got = f"{getattr(self, name)!r:.60}"
-                raise InputError(f"{name}: got {got}, expected one of {', '.join(choices)}")
-        if not isinstance(self.data, str):
-            raise InputError(f"data: got {self.data!r:.60}, expected a text")
-
-    def build(self) -> UnetGenerator:
-        """The generator, with weights yet to be loaded."""
-        return UnetGenerator(
-            self.input_nc, self.output_nc, levels=self.levels, ngf=self.ngf, norm=self.norm, dropout=self.dropout
-        )
-
-
-_RANGES = {
-    "levels": (2, MAX_LEVELS),
-    "ngf": (1, MAX_CHANNELS),
-    "input_nc": (1, MAX_CHANNELS),
-    "output_nc": (1, MAX_CHANNELS),
-    "crop_size": (1, MAX_SIDE),
-    "step": (0, 2**53),
-}
-_CHOICES = {
-    name: get_args(choices)
-    for name, choices in (("norm", Norm), ("dropout", Dropout), ("norm_stats", NormStats), ("direction", Direction))
-}
-
-
 def save_generator(path: Path, state_dict: StateDict, spec: GeneratorSpec) -> None:
     """Write netG.safetensors, atomically: the weights, and in the header's metadata how to use them, and a checksum."""
-    described = json.dumps({"version": GENERATOR_FORMAT, "range": RANGE, **asdict(spec)})
+    described = json.dumps({"version": GENERATOR_FORMAT, "range": RANGE, "model": spec.model, **asdict(spec)})
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state_dict.items()}
     metadata = {"format": "pt", "fastp2p": described, CHECKSUM: checksum([described, dict(sorted(tensors.items()))])}
     content = safetensors.torch.save(tensors, metadata)
@@ -174,7 +123,7 @@ def save_generator(path: Path, state_dict: StateDict, spec: GeneratorSpec) -> No
     write_atomically(path, b"".join((len(header).to_bytes(8, "little"), header, memoryview(content)[end:])))
 
 
-def load_generator(path: Path, say: Say = warn) -> tuple[UnetGenerator, GeneratorSpec]:
+def load_generator(path: Path, say: Say = warn) -> tuple[nn.Module, GeneratorSpec]:
     """Read a generator that `save_generator` wrote, on the CPU.
 
     Args:
@@ -193,18 +142,18 @@ def load_generator(path: Path, say: Say = warn) -> tuple[UnetGenerator, Generato
             metadata = file.metadata() or {}
             spec = _read_spec(path, metadata)
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            netG = _build_to_fit(path, spec, {name: tuple(slice.get_shape()) for name, slice in slices.items()})
+            netG = build_to_fit(path, spec, {name: tuple(slice.get_shape()) for name, slice in slices.items()})
             state_dict = {name: file.get_tensor(name).clone() for name in slices}  # a mapped file may be cut
     except (OSError, safetensors.SafetensorError) as error:
         hint = "; upstream's .pth files are read by fastp2p convert" if path.suffix == ".pth" else ""
         raise InputError(f"{path}: cannot be read as .safetensors ({error}){hint}") from error
     content = [metadata["fastp2p"], dict(sorted(state_dict.items()))]
     check_checksum(path, metadata.get(CHECKSUM), content, say)
-    _fill(netG, state_dict, path)
+    fill(netG, state_dict, path)
     return netG, spec
 
 
-def load_image_generator(path: Path, say: Say = warn) -> tuple[UnetGenerator, GeneratorSpec]:
+def load_image_generator(path: Path, say: Say = warn) -> tuple[nn.Module, GeneratorSpec]:
     """`load_generator`, for images.
 
     Raises:
@@ -226,7 +175,8 @@ def _read_spec(path: Path, metadata: Mapping[str, str]) -> GeneratorSpec:
     try:
         described = dict(json.loads(metadata["fastp2p"]))
         version, value_range = described.pop("version"), described.pop("range")
-        spec = GeneratorSpec(**described)
+        model = described.pop("model", "pix2pix")  # which earlier versions did not write
+        spec = registry.find(model).generator_spec(**described)
     except (ValueError, TypeError, KeyError, RecursionError, InputError) as error:
         raise InputError(f"{path}: its fastp2p metadata is damaged, or of another version: {error}") from error
     if (type(version), version, value_range) != (int, GENERATOR_FORMAT, RANGE):
@@ -237,7 +187,7 @@ def _read_spec(path: Path, metadata: Mapping[str, str]) -> GeneratorSpec:
     return spec
 
 
-def _build_to_fit(path: Path, spec: GeneratorSpec, shapes: Mapping[str, tuple[int, ...]]) -> UnetGenerator:
+def build_to_fit(path: Path, spec: GeneratorSpec, shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:
     """The generator without memory for its weights. Raises InputError where a file's shapes are not its own."""
     with torch.device("meta"):
         netG = spec.build()
@@ -263,7 +213,7 @@ def check_fit(net: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]], path:
 _NOT_READ = {torch.bool, torch.float4_e2m1fn_x2}  # a byte of the latter packs two numbers, which no operator unpacks
 
 
-def _fill(netG: UnetGenerator, state_dict: StateDict, path: Path) -> None:
+def fill(netG: nn.Module, state_dict: StateDict, path: Path) -> None:
     """Give a generator without memory its weights. Raises InputError where they are no numbers to compute with."""
     for name, own in netG.state_dict().items():
         got = state_dict[name].dtype  # a float may count batches: nobody reads that number
@@ -288,61 +238,3 @@ def _fill(netG: UnetGenerator, state_dict: StateDict, path: Path) -> None:
                 "another copy"
             )
     netG.load_state_dict(fitting, strict=True, assign=True)
-
-
-def read_upstream_generator(
-    path: Path, *, dropout: Dropout, direction: Direction, crop_size: int | None
-) -> tuple[UnetGenerator, GeneratorSpec]:
-    """Read upstream's latest_net_G.pth; depth, widths and norm are read off the weights.
-
-    `module.` (DataParallel) and `_orig_mod.` (torch.compile) are stripped from the names. Files from before 2018 lack
-    num_batches_tracked; it is added as 0.
-
-    Raises:
-        InputError: when the file is no U-Net generator of upstream's, with what it looks like instead.
-    """
-    loaded = load_pickled_tensors(path, "upstream's latest_net_G.pth")
-    tensors = isinstance(loaded, dict) and all(isinstance(value, Tensor) for value in loaded.values())
-    if not tensors or not all(isinstance(name, str) for name in loaded):
-        raise InputError(f"{path}: got {type(loaded).__name__}, expected a bare state_dict such as latest_net_G.pth")
-    state_dict = {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in loaded.items()}
-    first, last = state_dict.get("model.model.0.weight"), state_dict.get("model.model.3.weight")
-    if first is None or last is None or first.ndim != 4 or last.ndim != 4:
-        looks_like = {"model.0.weight": "a PatchGAN discriminator", "model.1.weight": "a ResNet generator"}
-        kind = next((kind for name, kind in looks_like.items() if name in state_dict), "something else")
-        raise InputError(
-            f"{path}: looks like {kind}, expected a U-Net generator (upstream's --netG unet_256 or unet_128)"
-        )
-
-    levels = max(name.count("model.") for name in state_dict) - 1  # each level nests one Sequential deeper
-    has_averages = any("running_mean" in name for name in state_dict)
-    has_bias = "model.model.0.bias" in state_dict
-    if has_averages and has_bias:  # instance norm of before PyTorch 0.4, whose averages nobody reads
-        state_dict = {name: value for name, value in state_dict.items() if not name.endswith(_AVERAGES)}
-    norm: Norm = "instance" if has_bias else "batch" if has_averages else "none"
-    for name in [name for name in state_dict if name.endswith("running_mean")]:
-        state_dict.setdefault(name.replace("running_mean", "num_batches_tracked"), torch.tensor(0))
-    try:
-        spec = GeneratorSpec(
-            levels=levels,
-            ngf=first.shape[0],
-            input_nc=first.shape[1],
-            output_nc=last.shape[1],
-            norm=norm,
-            dropout=dropout,
-            direction=direction,
-            crop_size=2**levels if crop_size is None else crop_size,
-        )
-    except InputError as error:
-        raise InputError(f"{path}: is no U-Net generator of upstream's: {error}") from error
-    netG = _build_to_fit(path, spec, {name: tuple(value.shape) for name, value in state_dict.items()})
-    _fill(netG, {name: value.clone() for name, value in state_dict.items()}, path)
-    return netG, spec
-
-
-_AVERAGES = ("running_mean", "running_var", "num_batches_tracked")
-
-
-def write_upstream_generator(path: Path, state_dict: StateDict) -> None:
-    """Write a bare state_dict as upstream's latest_net_G.pth, atomically."""
-    write_atomically(path, _serialised(dict(state_dict)))

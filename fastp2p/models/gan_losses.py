@@ -1,24 +1,13 @@
-"""The objective in the paper's words: arg min_G max_D L_cGAN(G, D) + lambda_L1 * L_L1(G) (Isola et al., eq. 4)."""
+"""Adversarial losses of a map of logits: vanilla, lsgan, hinge."""
 
 from collections.abc import Callable
-from typing import Generic, NamedTuple, TypeVar, get_args
+from typing import get_args
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastp2p.config import GanMode
 from fastp2p.errors import InputError
-
-Scalar = TypeVar("Scalar", Tensor, float)
-
-
-class Losses(NamedTuple, Generic[Scalar]):
-    """The four losses of one step, as tensors () or as floats."""
-
-    loss_G_GAN: Scalar
-    loss_G_L1: Scalar  # times lambda_L1
-    loss_D_real: Scalar
-    loss_D_fake: Scalar
+from fastp2p.ops.patch_loss import GanMode
 
 
 class GANLoss:
@@ -53,27 +42,3 @@ class GANLoss:
 
 # The value of loss_D_real and loss_D_fake (and, but for hinge, of loss_G_GAN) where D can only guess.
 BALANCE: dict[GanMode, float] = {"vanilla": 0.693, "lsgan": 0.25, "hinge": 1.0}
-
-
-def read_losses(losses: Losses[float], gan_mode: GanMode) -> tuple[str, bool]:
-    """One line that says who is winning, and whether it should be a warning.
-
-    Near balance D can only guess. When D's loss (the mean of real and fake) or G's is under a tenth of balance, that
-    player has won and the other one learns little from it any more. Hinge's loss_G_GAN has no lower end; there G has
-    won when loss_D_fake is over three times balance. Losses far above balance, without a winner who may explain them,
-    are those of a training that runs away.
-    """
-    balance = BALANCE[gan_mode]
-    loss_D = (losses.loss_D_real + losses.loss_D_fake) / 2
-    G_has_won = losses.loss_D_fake > 3 * balance if gan_mode == "hinge" else losses.loss_G_GAN < balance / 10
-    runs_away = loss_D > (10 if G_has_won else 3) * balance or abs(losses.loss_G_GAN) > 100 * balance
-    text = f"loss_D {loss_D:.2f}, balance is {balance:.2g}: "
-    if loss_D < balance / 10:
-        return text + "D has won, G learns from L1 alone. Try a smaller --ndf or --n-layers-D, or more data.", True
-    if runs_away:
-        return text + "the losses are far above it, training runs away. Start again with a lower --lr.", True
-    if G_has_won:
-        return text + "G has won, D no longer tells fake from real. Try a larger --ndf, or check the pairs.", True
-    if loss_D < balance / 2:
-        return text + "D is ahead, which is usual.", False
-    return text + "both players are in the game.", False

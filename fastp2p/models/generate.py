@@ -1,12 +1,13 @@
 """A trained generator's images, for looking at."""
 
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from fastp2p.config import NormStats
 from fastp2p.errors import InputError
+
+NormStats = Literal["image", "batch", "running"]
 
 
 @torch.no_grad()

@@ -1,12 +1,11 @@
 """How close fake_B is to real_B: L1, PSNR and SSIM, per image."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from fastp2p.config import NormStats
 from fastp2p.errors import InputError
-from fastp2p.models.generate import generate
+from fastp2p.models.generate import NormStats, generate
 
 METRICS = ("L1", "PSNR", "SSIM")
 SSIM_WINDOW = 11  # px
@@ -42,14 +41,15 @@ def score(fake_B: Tensor, real_B: Tensor) -> dict[str, Tensor]:
 
 def evaluate_generator(
     netG: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[Mapping[str, Tensor]],
     *,
     norm_stats: NormStats = "image",
     dropout: bool = False,
 ) -> dict[str, list[float]]:
-    """Score netG on batches (real_A, real_B): metric -> one value per image, in order."""
+    """Score netG on batches of images A and B: metric -> one value per image, in order."""
     values: dict[str, list[float]] = {name: [] for name in METRICS}
-    for real_A, real_B in batches:
-        for name, value in score(generate(netG, real_A, norm_stats=norm_stats, dropout=dropout), real_B).items():
+    for batch in batches:
+        fake_B = generate(netG, batch["A"], norm_stats=norm_stats, dropout=dropout)
+        for name, value in score(fake_B, batch["B"]).items():
             values[name] += value.tolist()
     return values

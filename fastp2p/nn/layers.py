@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastp2p import ops
-from fastp2p.config import GanMode, Norm
 from fastp2p.errors import InputError
 from fastp2p.nn.block import Convolution, Normalisation, run_block
+from fastp2p.nn.norm import Norm
 from fastp2p.ops.activation import ACTIVATIONS, Activation, activate, activation_index
-from fastp2p.ops.patch_loss import Kind
+from fastp2p.ops.patch_loss import GanMode, Kind
 
 
 class _Block(nn.Module):

@@ -1,13 +1,15 @@
 """Normalisation layers by name, and batch norm over each image alone."""
 
 from collections.abc import Callable
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from fastp2p.config import Norm
 from fastp2p.errors import InputError
+
+Norm = Literal["batch", "instance", "none"]
+Statistics = Literal["batch", "sample"]
 
 
 def norm_layer(norm: Norm) -> Callable[[int], nn.Module]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from fastp2p.errors import InputError
 from fastp2p.ops import library
 
+GanMode = Literal["vanilla", "lsgan", "hinge"]  # adversarial losses that are made of these
 Kind = Literal["bce", "square", "hinge", "linear", "l1"]
 KINDS: tuple[Kind, ...] = ("bce", "square", "hinge", "linear", "l1")  # the operator takes the index
 

@@ -13,16 +13,13 @@ import torch
 from tqdm import tqdm
 
 from fastp2p import terminal
-from fastp2p.config import ResolvedConfig, TrainConfig
+from fastp2p.config import ResolvedConfig, RunConfig
 from fastp2p.data import Crops, batches_per_epoch, eval_batches, train_crops
 from fastp2p.data.splits import TrainData, load_train_data
 from fastp2p.device import best_precision, choose_device
 from fastp2p.errors import InputError, TrainingDiverged
 from fastp2p.files import is_there, remove_leftovers
-from fastp2p.models.checkpoint import GeneratorSpec, load_checkpoint, save_checkpoint, save_generator
-from fastp2p.models.gan_losses import Losses, read_losses
-from fastp2p.models.generate import generate
-from fastp2p.models.metrics import METRICS, evaluate_generator
+from fastp2p.models.checkpoint import load_checkpoint, save_checkpoint, save_generator
 from fastp2p.terminal import Say, progress, stop_signals
 from fastp2p.train.recorder import Recorder
 from fastp2p.train.report import describe
@@ -31,8 +28,8 @@ from fastp2p.train.state import TrainState
 from fastp2p.tuner.store import check_fit, check_kernels, choose_kernels, compile_step
 
 
-def train(config: TrainConfig, *, resume: bool = False, say: Say = terminal.say) -> Path:
-    """Train pix2pix, and leave everything about it in one run folder.
+def train(config: RunConfig, *, resume: bool = False, say: Say = terminal.say) -> Path:
+    """Train a model, and leave everything about it in one run folder.
 
     Args:
         config: all hyperparameters; what is None is chosen.
@@ -44,8 +41,8 @@ def train(config: TrainConfig, *, resume: bool = False, say: Say = terminal.say)
     notice of them.
 
     Returns:
-        The run folder: config.json, kernels.json, checkpoint.pt, netG.safetensors, netG_best.safetensors,
-        stats.jsonl, panel.png, panel/, losses.png, tensorboard/.
+        The run folder: config.json, kernels.json, checkpoint.pt, stats.jsonl, panel.png, panel/, losses.png,
+        tensorboard/, and NAME.safetensors and NAME_best.safetensors for each of the model's generators.
 
     Raises:
         InputError: when the configuration or the data cannot be used; nothing is written then. When an image can no
@@ -102,7 +99,7 @@ def train(config: TrainConfig, *, resume: bool = False, say: Say = terminal.say)
             compile_step(state.fused_step(resolved), batches, resolved.load_size, say)
 
         bar_format = "{desc} |{bar:5}| {n_fmt}/{total_fmt} ETA {remaining}{postfix}"  # fits 80 columns
-        recorder = stack.enter_context(Recorder(folder, state.step, resolved.gan_mode, say))
+        recorder = stack.enter_context(Recorder(folder, state.step, state.model, resolved, say))
         bar = progress(total=last_step, initial=state.step, mininterval=0.5, smoothing=0.1, bar_format=bar_format)
         with bar, stop_signals(say) as stop:
             run = Run(resolved, data, state, folder, recorder, bar, say)
@@ -111,9 +108,12 @@ def train(config: TrainConfig, *, resume: bool = False, say: Say = terminal.say)
 
     if state.step < last_step:
         say(f"Stopped and saved at step {state.step}. Go on with: fastp2p train --resume {quote(str(folder))}")
-    best = f" (best: netG_best.safetensors, val L1 {state.best_val_L1:.4f})" if state.best_val_L1 < math.inf else ""
-    say(f"Results in {folder}: panel.png, losses.png, stats.jsonl, netG.safetensors{best}")
-    say(f"Use it: fastp2p translate {quote(str(folder / 'netG.safetensors'))} IMAGES --out OUT")
+    name, *others = state.model.generators(resolved, state.nets, state.step)
+    score = f"val {state.model.scores[0]} {state.best_score:.4f}"
+    best = f" (best: {name}_best.safetensors, {score})" if state.best_score < math.inf else ""
+    files = ", ".join(f"{name}.safetensors" for name in (name, *others))
+    say(f"Results in {folder}: panel.png, losses.png, stats.jsonl, {files}{best}")
+    say(f"Use it: fastp2p translate {quote(str(folder / f'{name}.safetensors'))} IMAGES --out OUT")
     say(f"Curves: tensorboard --logdir {quote(str(folder))}")
     return folder
 
@@ -127,7 +127,8 @@ def load_saved(folder: Path, say: Say) -> dict[str, Any] | None:
     path = folder / "checkpoint.pt"
     if is_there(path):
         return load_checkpoint(path, say)
-    if is_there(folder / "netG.safetensors"):  # it is written after checkpoint.pt
+    # A generator is written after checkpoint.pt, and before it only what was best
+    if any(not path.stem.endswith("_best") for path in folder.glob("*.safetensors")):
         raise InputError(f"resume: {path} is missing, but the run had one; bring it back, or start a new run")
     say(f"{folder} had no checkpoint yet: beginning again at step 0")
     return None
@@ -201,7 +202,7 @@ class Run:
             self.panel()
         for crops in self.batches() if state.step < last_step else ():
             losses = step(crops)
-            state.loss_sums += torch.stack(losses)
+            state.loss_sums += torch.stack([*losses.values()])
             state.loss_steps += 1
             state.step += 1
             self.images += len(crops)
@@ -230,7 +231,7 @@ class Run:
         total, beside = time.monotonic() - self.started, self.beside
         return (
             f"{total:.1f} s: {total - sum(beside.values()):.1f} in steps, {beside['validate']:.1f} in scores of val "
-            f"and its best netG, {beside['panel']:.1f} in panels, {beside['save']:.1f} in saving"
+            f"and its best state, {beside['panel']:.1f} in panels, {beside['save']:.1f} in saving"
         )
 
     def out_of_time(self) -> bool:
@@ -242,7 +243,7 @@ class Run:
         """Crops from the state's step to the schedule's end; sets the learning rate."""
         done, first = divmod(self.state.step, self.steps_per_epoch)
         for epoch in range(done + 1, self.epochs + 1):
-            self.state.set_lr(self.config.lr * self.config.lr_factor(epoch))
+            self.state.lr = self.config.lr * self.config.lr_factor(epoch)
             self.bar.set_description_str(f"epoch {epoch}/{self.epochs}", refresh=False)
             yield from train_crops(
                 self.data.train,
@@ -264,23 +265,19 @@ class Run:
     def write_losses(self) -> None:
         """Mean losses to stats.jsonl and the status line; a warning when one player has won."""
         state = self.state
-        losses: Losses[float] = Losses(*(state.loss_sums / state.loss_steps).tolist())
-        if not all(map(math.isfinite, losses)):
-            self.diverged(f"the losses are {', '.join(f'{name} {v:.3g}' for name, v in losses._asdict().items())}")
+        losses = dict(zip(state.model.losses, (state.loss_sums / state.loss_steps).tolist(), strict=True))
+        if not all(map(math.isfinite, losses.values())):
+            self.diverged(f"the losses are {', '.join(f'{name} {value:.3g}' for name, value in losses.items())}")
 
         if state.loss_scale[0] < 1:
             self.diverged("gradients overflow float16 whatever the loss scale", remedy="--precision fp32")
 
         img_per_sec = self.images / max(time.monotonic() - self.logged, 1e-6)  # some clocks tick seldom
         self.images, self.logged = 0, time.monotonic()
-        epoch, lr = -(-state.step // self.steps_per_epoch), state.optimizer_G.param_groups[0]["lr"]
-        self.recorder.scalars(state.step, {"epoch": epoch, **losses._asdict(), "lr": lr, "img_per_sec": img_per_sec})
-        self.bar.set_postfix_str(
-            f"{img_per_sec:.1f} img/s, G {losses.loss_G_GAN:.2f} L1 {losses.loss_G_L1:.1f} "
-            f"D {losses.loss_D_real:.2f} {losses.loss_D_fake:.2f}",
-            refresh=False,
-        )
-        self.reading, is_warning = read_losses(losses, self.config.gan_mode)
+        epoch = -(-state.step // self.steps_per_epoch)
+        self.recorder.scalars(state.step, {"epoch": epoch, **losses, "lr": state.lr, "img_per_sec": img_per_sec})
+        self.bar.set_postfix_str(f"{img_per_sec:.1f} img/s, {state.model.status(losses)}", refresh=False)
+        self.reading, is_warning = state.model.read(losses, self.config)
         warning = self.reading.partition(": ")[2] if is_warning else ""  # without its numbers
         if warning and warning != self.warning:
             self.say(f"step {state.step}: warning: {self.reading}")
@@ -288,7 +285,7 @@ class Run:
 
     @untimed
     def validate(self) -> None:
-        """Score netG on val/, once per step, keep the best by L1, and say how it goes."""
+        """Score the state on val/, once per step, keep the best by the first score, and say how it goes."""
         state = self.state
         if self.validated_at == state.step:
             return
@@ -297,50 +294,40 @@ class Run:
             if self.reading:  # an epoch may be shorter than --log-steps
                 self.say(f"step {state.step}: {self.reading}")
             return
-        values = evaluate_generator(state.netG, eval_batches(self.data.val, device=state.device))
-        means = {name: sum(values[name]) / len(values[name]) for name in METRICS}
-        if not math.isfinite(means["L1"]):
+        means = state.model.score(state.nets, eval_batches(self.data.val, device=state.device))
+        first, *others = state.model.scores
+        if not math.isfinite(means[first]):
             self.diverged("the generator's output is not finite")
         self.recorder.scalars(state.step, {f"val_{name}": value for name, value in means.items()})
-        best = means["L1"] < state.best_val_L1
+        best = means[first] < state.best_score
         if best:
-            state.best_val_L1 = means["L1"]
-            save_generator(self.folder / "netG_best.safetensors", state.netG.state_dict(), self.spec())
-        scores = f"PSNR {means['PSNR']:.2f} dB, SSIM {means['SSIM']:.4f}"
+            state.best_score = means[first]
+            self.save_generators("_best")
+        scores = "".join(f", {name} {format_score(name, means[name])}" for name in others)
         reading = f"; {self.reading}" if self.reading else ""
-        self.say(f"step {state.step}: val L1 {means['L1']:.4f}{' (best)' if best else ''}, {scores}{reading}")
+        self.say(f"step {state.step}: val {first} {means[first]:.4f}{' (best)' if best else ''}{scores}{reading}")
 
     @untimed
     def panel(self) -> None:
-        """Draw the fixed pairs: input, output, target."""
-        rows = [(A[0], generate(self.state.netG, A)[0], B[0]) for A, B in self.data.panel]
-        self.recorder.panel(self.state.step, rows)
+        """Draw the fixed images, and what becomes of them."""
+        rows = [self.state.model.panel(self.state.nets, batch) for batch in self.data.panel]
+        self.recorder.panel(self.state.step, [{caption: x[0] for caption, x in row.items()} for row in rows])
 
     @untimed
     def save(self) -> None:
-        """Write checkpoint.pt and netG.safetensors, unless the state is not worth keeping."""
+        """Write checkpoint.pt and the generators' files, unless the state is not worth keeping."""
         if not self.state.is_finite():
             self.diverged("a loss or a weight is not finite")
         self.recorder.flush()  # a run that goes on from here draws no earlier panel
         save_checkpoint(self.folder / "checkpoint.pt", self.state.as_dict())
-        save_generator(self.folder / "netG.safetensors", self.state.netG.state_dict(), self.spec())
+        self.save_generators()
         self.saved = time.monotonic()
 
-    def spec(self) -> GeneratorSpec:
-        """How to rebuild and feed the generator as it is now."""
-        config = self.config
-        return GeneratorSpec(
-            levels=self.state.netG.levels,
-            ngf=config.ngf,
-            input_nc=config.input_nc,
-            output_nc=config.output_nc,
-            norm=config.norm,
-            dropout=config.dropout,
-            direction=config.direction,
-            crop_size=config.crop_size,
-            data=config.data if config.data.startswith("builtin:") else Path(config.data).resolve().name,
-            step=self.state.step,
-        )
+    def save_generators(self, suffix: str = "") -> None:
+        """Write NAME.safetensors for each of the model's generators."""
+        state = self.state
+        for name, (net, spec) in state.model.generators(self.config, state.nets, state.step).items():
+            save_generator(self.folder / f"{name}{suffix}.safetensors", net.state_dict(), spec)
 
     def diverged(self, what: str, remedy: str | None = None) -> NoReturn:
         """Stop without saving, so that the last good checkpoint stays; the remedy is an option to go on with."""
@@ -351,3 +338,8 @@ class Run:
             f"step {self.state.step}: {what}; training stopped, {kept}. Go on more gently with: fastp2p train --resume "
             f"{quote(str(self.folder))} {remedy}\nIf that does not help, start anew with --norm instance."
         )
+
+
+def format_score(name: str, value: float) -> str:
+    """A score with its unit."""
+    return f"{value:.2f} dB" if name == "PSNR" else f"{value:.4f}"

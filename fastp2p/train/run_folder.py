@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from shlex import quote
 
-from fastp2p.config import TrainConfig
+from fastp2p.config import RunConfig
 from fastp2p.errors import InputError, WriteError
 from fastp2p.files import is_there, read_small, remove_leftovers, write_atomically
+from fastp2p.models import registry
 from fastp2p.terminal import Say
 
 # What may differ between a run and its continuation: limits, bookkeeping and places, but nothing that is learned from.
@@ -24,7 +25,7 @@ REMEDIES = {"lr", "precision"}
 
 
 @contextlib.contextmanager
-def new_folder(config: TrainConfig) -> Iterator[Path]:
+def new_folder(config: RunConfig) -> Iterator[Path]:
     """Make config.out, or the next free runs/DATA-NUMBER, and its config.json; locked as long as the `with` block.
 
     The lock comes before the look and the writing: of runs that start together each gets a folder with its own
@@ -48,7 +49,7 @@ def new_folder(config: TrainConfig) -> Iterator[Path]:
         yield folder
 
 
-def check_unused(config: TrainConfig) -> None:
+def check_unused(config: RunConfig) -> None:
     """Raise InputError where config.out is there and not empty, before anything takes its time."""
     if config.out is not None and config.out.is_dir():
         _check_empty(config.out)
@@ -70,7 +71,7 @@ def make_folder(folder: Path) -> None:
         raise InputError(f"out: {folder} cannot be made: {error.strerror}; choose another --out") from error
 
 
-def reopen_folder(config: TrainConfig, say: Say) -> Path:
+def reopen_folder(config: RunConfig, say: Say) -> Path:
     """Open config.out to go on with the run in it; nothing is written there.
 
     Raises:
@@ -118,7 +119,7 @@ def resume_advice(folder: Path) -> Iterator[None]:
         raise
 
 
-def read_config(folder: Path) -> TrainConfig:
+def read_config(folder: Path) -> RunConfig:
     """The configuration of the run in this folder.
 
     Raises:
@@ -129,12 +130,16 @@ def read_config(folder: Path) -> TrainConfig:
         raise InputError(f"resume: {folder} is no run folder (it has no config.json)")
     content = read_small(path)
     try:
-        return TrainConfig(**json.loads(content) | {"out": folder})
+        fields = json.loads(content)
+        if not isinstance(fields, dict):
+            raise ValueError(f"it holds {fields!r:.60}, expected settings by name")
+        model = registry.find(fields.get("model", "pix2pix"))  # earlier versions knew no other, and wrote none
+        return model.config(**fields | {"out": folder})
     except (ValueError, TypeError, RecursionError, InputError) as error:
         raise InputError(f"{path}: cannot be read as a configuration of this version: {error}") from error
 
 
-def write_config(folder: Path, config: TrainConfig) -> None:
+def write_config(folder: Path, config: RunConfig) -> None:
     """Write config.json. Raises WriteError."""
     fields = {name: value for name, value in config.as_dict().items() if name != "out"}  # a folder may be moved
     if not config.data.startswith("builtin:"):

@@ -6,14 +6,15 @@ import pytest
 
 from fastp2p.commands.evaluate import evaluate, format_table, to_json
 from fastp2p.data import PairDataset, PairFormat, eval_batches, load_split
-from fastp2p.models.checkpoint import GeneratorSpec, load_generator, save_generator
+from fastp2p.models.checkpoint import load_generator, save_generator
 from fastp2p.models.generate import generate
 from fastp2p.models.metrics import score
+from fastp2p.models.pix2pix.generator import UnetGeneratorSpec
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    spec = GeneratorSpec(levels=3, ngf=4, direction="BtoA", crop_size=32)
+    spec = UnetGeneratorSpec(levels=3, ngf=4, direction="BtoA", crop_size=32)
     save_generator(tmp_path / "netG.safetensors", spec.build().state_dict(), spec)
     return tmp_path / "netG.safetensors"
 
@@ -21,7 +22,7 @@ def model(tmp_path: Path) -> Path:
 def test_scores_are_the_metrics_of_the_model_s_direction_and_size(model: Path, aligned: Path):
     result = evaluate(model, str(aligned))
     assert (result["direction"], result["size"], result["images"]) == ("BtoA", 32, 2)
-    real_A, real_B = next(eval_batches(load_split(str(aligned), "val", PairFormat("BtoA", 32))))
+    real_A, real_B = next(eval_batches(load_split(str(aligned), "val", PairFormat("BtoA", 32)))).values()
     expected = score(generate(load_generator(model)[0], real_A), real_B)
     for name, values in expected.items():
         assert result["metrics"][name]["mean"] == pytest.approx(values.mean().item())

@@ -12,8 +12,9 @@ from PIL import Image
 
 from fastp2p.commands.translate import translate
 from fastp2p.errors import InputError
-from fastp2p.models.checkpoint import GeneratorSpec, save_generator
+from fastp2p.models.checkpoint import save_generator
 from fastp2p.models.generate import generate
+from fastp2p.models.pix2pix.generator import UnetGeneratorSpec
 from fastp2p.nn.init import init_weights
 from fastp2p.train.recorder import to_image
 
@@ -21,7 +22,7 @@ from fastp2p.train.recorder import to_image
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     torch.manual_seed(0)
-    spec = GeneratorSpec(levels=5, ngf=4, dropout="paper")
+    spec = UnetGeneratorSpec(levels=5, ngf=4, dropout="paper")
     netG = spec.build()
     init_weights(netG, 0.2)
     save_generator(tmp_path / "netG.safetensors", netG.state_dict(), spec)
@@ -121,7 +122,7 @@ def test_conversions_and_missing_dropout_are_said(model: Path, tmp_path: Path):
     said: list[str] = []
     translate(model, [tmp_path / "x.png"], tmp_path / "out", say=said.append)
     assert said[0].endswith("(converted: palette)")
-    spec = GeneratorSpec(levels=3, ngf=4, dropout="upstream")
+    spec = UnetGeneratorSpec(levels=3, ngf=4, dropout="upstream")
     save_generator(tmp_path / "shallow.safetensors", spec.build().state_dict(), spec)
     translate(tmp_path / "shallow.safetensors", [tmp_path / "x.png"], tmp_path / "o", dropout=True, say=said.append)
     assert "--dropout changes nothing: this generator has none" in said

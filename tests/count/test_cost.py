@@ -76,7 +76,7 @@ def run(step: FusedStep, n: int) -> Calls:
     crops = Crops(pairs, index, offset, torch.ones(n, dtype=torch.bool, device=device), side, step.channels[0])
     with Calls() as calls:
         with part("augment"):
-            real_A, real_B = crops.cut(device)
+            real_A, real_B = crops.cut(device).values()
         if device.type == "meta":  # which autocast does not know
             step._step(real_A, real_B)
         else:

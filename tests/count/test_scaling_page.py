@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastp2p.config import TrainConfig
 from fastp2p.count import H200, count_step, step_floor
 from fastp2p.count.cost import StepFloor
 from fastp2p.count.memory import estimate_fused_step_memory
+from fastp2p.models.pix2pix.options import Pix2PixConfig
 from fastp2p.models.pix2pix.step import FusedStep
 from fastp2p.nn.init import count_parameters
 from fastp2p.train.state import TrainState
@@ -29,7 +29,7 @@ def rows(title: str) -> Iterator[list[float]]:
 
 
 def step_of(netG: str = "unet_256", crop_size: int = 256, width: int = 64) -> FusedStep:
-    config = TrainConfig(data="pairs", netG=netG, crop_size=crop_size, load_size=crop_size, ngf=width, ndf=width)
+    config = Pix2PixConfig(data="pairs", netG=netG, crop_size=crop_size, load_size=crop_size, ngf=width, ndf=width)
     resolved = config.resolve("cuda", "bf16")
     with torch.device("meta"):
         return TrainState.new(resolved, torch.device("meta"), "").fused_step(resolved)
@@ -89,10 +89,10 @@ def test_with_the_width():
 
 def test_on_eight_gpus():
     alone = step_of()
-    config = TrainConfig(data="pairs").resolve("cuda", "bf16")
+    config = Pix2PixConfig(data="pairs").resolve("cuda", "bf16")
     with torch.device("meta"):
         state = TrainState.new(config, torch.device("meta"), "")
-        nets = (state.netG, state.netD, state.optimizer_G, state.optimizer_D)
+        nets = (*state.nets.values(), *state.optimizers.values())
         shared = FusedStep(*nets, size=(256, 256), dtype=torch.bfloat16, reduce=lambda grad: None)
     n_bytes = 4 * sum(map(count_parameters, alone.nets))
     exchange = 2 * (GPUS - 1) / GPUS * n_bytes / NVLINK

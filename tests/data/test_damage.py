@@ -124,7 +124,7 @@ def check_set(file: Path, content: bytes) -> None:
     file.write_bytes(content)
     dataset = load_split(str(file.parents[1]), "train", PairFormat("AtoB", 16), skip_bad=True)
     assert len(dataset) + len(dataset.skipped) == 3
-    assert sum(len(A) for A, _ in eval_batches(dataset)) == len(dataset) >= 2
+    assert sum(len(batch["A"]) for batch in eval_batches(dataset)) == len(dataset) >= 2
 
 
 def check_zip(file: Path, content: bytes) -> None:
@@ -134,7 +134,7 @@ def check_zip(file: Path, content: bytes) -> None:
     except InputError as error:
         assert_a_sentence(error)
     else:
-        assert sum(len(A) for A, _ in eval_batches(dataset)) == len(dataset) >= 1
+        assert sum(len(batch["A"]) for batch in eval_batches(dataset)) == len(dataset) >= 1
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ def test_jitter_equals_pil_bit_for_bit(aligned: Path):
     """Upstream's get_transform on each half: PIL bicubic resize, crop, flip, ToTensor, Normalize."""
     dataset = load_split(str(aligned), "train", FORMAT)
     order = epoch_order(5, 2, 6)
-    seen = [pair for batch in batches(dataset) for pair in zip(*batch, strict=True)]
+    seen = [pair for batch in batches(dataset) for pair in zip(*batch.values(), strict=True)]
     for i, (real_A, real_B) in zip(order, seen, strict=True):
         both = Image.open(aligned / "train" / f"{i}.png")
         top, left, flipped = jitter(5, 2, int(i), span=4, flip=True)
@@ -45,7 +45,7 @@ def test_streamed_equals_resident(aligned: Path):
     assert resident.resident is not None
     assert streamed.resident is None
     for one, other in zip(batches(resident), batches(streamed), strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(one.values(), other.values(), strict=True))
 
 
 def test_what_does_not_fit_is_streamed(aligned: Path, monkeypatch: pytest.MonkeyPatch):
@@ -80,28 +80,28 @@ def test_an_epoch_can_be_entered_anywhere(aligned: Path, stream: str):
     for first in range(len(whole) + 1):
         rest = batches(dataset, first=first)
         assert len(rest) == len(whole) - first
-        assert all(torch.equal(a[0], b[0]) for a, b in zip(rest, whole[first:], strict=True))
+        assert all(torch.equal(a["A"], b["A"]) for a, b in zip(rest, whole[first:], strict=True))
 
 
 def test_last_batch_is_smaller(aligned: Path):
     dataset = load_split(str(aligned), "train", FORMAT)
-    assert [len(A) for A, _ in batches(dataset, batch_size=4)] == [4, 2]
+    assert [len(batch["A"]) for batch in batches(dataset, batch_size=4)] == [4, 2]
     assert batches_per_epoch(dataset, 4) == 2
 
 
 def test_direction_swaps_input_and_target(aligned: Path):
     forward = list(eval_batches(load_split(str(aligned), "val", FORMAT)))
     backward = list(eval_batches(load_split(str(aligned), "val", replace(FORMAT, direction="BtoA"))))
-    assert torch.equal(forward[0][0], backward[0][1])
-    assert torch.equal(forward[0][1], backward[0][0])
+    assert torch.equal(forward[0]["A"], backward[0]["B"])
+    assert torch.equal(forward[0]["B"], backward[0]["A"])
 
 
 def test_channel_counts_follow_the_direction(aligned: Path):
     format = PairFormat("BtoA", 36, input_nc=1, output_nc=3)
-    real_A, real_B = next(eval_batches(load_split(str(aligned), "val", format)))
+    real_A, real_B = next(eval_batches(load_split(str(aligned), "val", format))).values()
     assert real_A.shape[1] == 1
     assert real_B.shape[1] == 3
-    colour = next(eval_batches(load_split(str(aligned), "val", replace(format, input_nc=3))))[0]
+    colour = next(eval_batches(load_split(str(aligned), "val", replace(format, input_nc=3))))["A"]
     luma = (colour * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
     assert (luma - real_A).abs().max() < 3 / 127.5  # each is rounded to 8 bits, before and after resizing
 
@@ -109,7 +109,7 @@ def test_channel_counts_follow_the_direction(aligned: Path):
 def test_odd_width_splits_as_upstream(tmp_path: Path):
     (tmp_path / "val").mkdir()
     random_image(81, 40).save(tmp_path / "val" / "x.png")
-    A, B = next(eval_batches(load_split(str(tmp_path), "val", FORMAT)))
+    A, B = next(eval_batches(load_split(str(tmp_path), "val", FORMAT))).values()
     both = Image.open(tmp_path / "val" / "x.png")
     for x, half in ((A, (0, 0, 40, 40)), (B, (40, 0, 81, 40))):
         expected = both.crop(half).resize((36, 36), Image.Resampling.BICUBIC)
@@ -154,7 +154,7 @@ def test_skip_bad_trains_on_the_rest(damaged: Path, stream: str):
     dataset = load_split(str(damaged), "train", replace(FORMAT, min_side=16), skip_bad=True, stream=stream)
     assert [pair.name for pair in dataset.pairs] == [f"train/{i}" for i in range(4)]
     assert len(dataset.skipped) == 6
-    clean = [A for A, _ in eval_batches(dataset, batch_size=1)]
+    clean = [batch["A"] for batch in eval_batches(dataset, batch_size=1)]
     for i, A in enumerate(clean):
         image = Image.open(damaged / "train" / "A" / f"{i}.jpg").resize((36, 36), Image.Resampling.BICUBIC)
         assert np.array_equal(((A[0] + 1) * 127.5).round().permute(1, 2, 0).numpy(), np.asarray(image))
@@ -185,7 +185,7 @@ def test_another_pair_stands_in_for_a_vanished_one(aligned: Path):
         rest = batches(dataset, batch_size=1)
         assert len(rest) == 6
         for i, before, after in zip(order, whole, rest, strict=True):
-            assert torch.equal(before[0], after[0]) == (i not in (3, 4))
+            assert torch.equal(before["A"], after["A"]) == (i not in (3, 4))
     assert sorted(said) == [f"skipped train/{i}.png: cannot be read: No such file or directory" for i in (3, 4)]
     assert [pair.name for pair in dataset.pairs if pair.name in dataset.skipped] == ["train/3.png", "train/4.png"]
 
@@ -196,10 +196,10 @@ def test_another_pair_stands_in_for_a_vanished_one(aligned: Path):
 
 def test_scores_do_without_a_vanished_pair(aligned: Path):
     dataset = load_split(str(aligned), "train", FORMAT, stream="always", skip_bad=True)
-    whole = [A for A, _ in eval_batches(dataset, batch_size=1)]
+    whole = [batch["A"] for batch in eval_batches(dataset, batch_size=1)]
     for i in (0, 1, 3):
         (aligned / "train" / f"{i}.png").unlink()
-    rest = [A for A, _ in eval_batches(dataset, batch_size=2)]
+    rest = [batch["A"] for batch in eval_batches(dataset, batch_size=2)]
     assert [len(A) for A in rest] == [1, 2]  # of 0 and 1, none is left
     assert torch.equal(torch.cat(rest), torch.cat([whole[i] for i in (2, 4, 5)]))
 
@@ -344,7 +344,7 @@ def test_builtin_set():
 def test_facades(facades: Path):
     dataset = load_split(str(facades), "val", PairFormat("BtoA", 256))
     assert len(dataset) == 68
-    labels = next(eval_batches(dataset))[0][0]
+    labels = next(eval_batches(dataset))["A"][0]
     assert labels[2].max() > labels[0].median()  # the label image is mostly blue
 
 

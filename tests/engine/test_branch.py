@@ -19,7 +19,7 @@ def test_the_main_chain_comes_before_the_branch(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    step: Any = SimpleNamespace(rng=SimpleNamespace(device=torch.device("cuda")))
+    step: Any = SimpleNamespace(device=torch.device("cuda"))
     main, beside = GraphedStep(step).stream, Branch(torch.device("cuda")).stream
     assert beside is not None
     assert main.priority < beside.priority

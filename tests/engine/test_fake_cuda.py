@@ -17,11 +17,11 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastp2p.config import TrainConfig
 from fastp2p.data import Crops
 from fastp2p.engine import GraphedStep
 from fastp2p.engine.graph import WARM_UP
 from fastp2p.models.pix2pix.networks import PatchDiscriminator, UnetGenerator
+from fastp2p.models.pix2pix.options import Pix2PixConfig
 from fastp2p.models.pix2pix.step import FusedStep
 from fastp2p.train import loop
 from fastp2p.train.state import TrainState
@@ -196,7 +196,7 @@ def test_the_trainer_s_loop(
     watch: Watch, precision: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, aligned: Path
 ):
     """From batch to batch; what reads losses, draws or saves does wait, and is left out."""
-    config = TrainConfig(
+    config = Pix2PixConfig(
         data=str(aligned), out=tmp_path / "run", ngf=8, ndf=8, batch_size=2, n_epochs=8, precision=precision
     ).resolve("cuda", precision)
     with torch.device("cuda"), monkeypatch.context() as patch:

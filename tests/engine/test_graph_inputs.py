@@ -92,7 +92,7 @@ def test_only_the_batch_comes_over_and_none_is_overwritten(queue: LateCopies, st
     trained: list[tuple[Tensor, ...]] = []
 
     def train() -> None:
-        trained.append(tuple(x.clone() for x in inputs.crops.cut("cpu")))
+        trained.append(tuple(x.clone() for x in inputs.crops.cut("cpu").values()))
 
     for crops in batches:
         before = queue.n_bytes
@@ -104,7 +104,7 @@ def test_only_the_batch_comes_over_and_none_is_overwritten(queue: LateCopies, st
     assert queue.done < len(queue.waiting) - 4, "nothing was late"
     queue.run(len(queue.waiting))
     for ours, crops in zip(trained, batches, strict=True):
-        assert all(map(torch.equal, ours, crops.cut("cpu")))
+        assert all(map(torch.equal, ours, crops.cut("cpu").values()))
 
 
 def test_pairs_on_the_device_stay_where_they_are(queue: LateCopies, monkeypatch: pytest.MonkeyPatch):

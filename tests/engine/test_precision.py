@@ -8,7 +8,7 @@ from helpers.nets import Trained, batches, small_nets
 from torch import Tensor, nn
 
 from fastp2p.engine import LossScale
-from fastp2p.models.gan_losses import Losses
+from fastp2p.models.pix2pix.losses import Losses
 from fastp2p.models.pix2pix.networks import PatchDiscriminator, UnetGenerator
 from fastp2p.nn.init import init_weights
 

@@ -20,6 +20,7 @@ import torch
 
 from fastp2p.cli import main
 from fastp2p.models.checkpoint import load_checkpoint, load_generator
+from fastp2p.models.pix2pix.model import MODEL as PIX2PIX
 from fastp2p.train.recorder import read_stats
 
 SHIM = ctypes.CDLL(None)  # preloaded
@@ -68,7 +69,7 @@ def flat(state: Any, name: str = "") -> dict[str, Any]:
 
 def content(folder: Path) -> dict[str, Any]:
     """All of a run that does not depend on the clock."""
-    stats, damaged = read_stats(folder / "stats.jsonl")
+    stats, damaged = read_stats(folder / "stats.jsonl", PIX2PIX)
     pictures = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.png")}
     return {
         "checkpoint": flat(load_checkpoint(folder / "checkpoint.pt")),

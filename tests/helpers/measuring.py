@@ -4,16 +4,16 @@ from typing import Any
 
 import pytest
 
-from fastp2p.config import TrainConfig
 from fastp2p.count import ceilings as ceilings_module
+from fastp2p.models.pix2pix.options import Pix2PixConfig
 
 # The smallest networks, as the command takes them
 NETWORKS = ["--netG", "unet_8", "--ngf", "4", "--netD", "pixel", "--ndf", "4", "--crop-size", "32", "--device", "cpu"]
 
 
-def tiny(**options: Any) -> TrainConfig:
+def tiny(**options: Any) -> Pix2PixConfig:
     sizes: dict[str, Any] = {"netG": "unet_8", "ngf": 4, "ndf": 4, "netD": "pixel", "crop_size": 32}
-    return TrainConfig(**sizes | {"device": "cpu", "batch_size": 2} | options)
+    return Pix2PixConfig(**sizes | {"device": "cpu", "batch_size": 2} | options)
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,8 @@ from helpers.on_device import generator
 from torch import Tensor, nn
 
 from fastp2p.errors import InputError
-from fastp2p.models.gan_losses import GANLoss, Losses
+from fastp2p.models.gan_losses import GANLoss
+from fastp2p.models.pix2pix.losses import Losses
 from fastp2p.models.pix2pix.networks import PatchDiscriminator, UnetGenerator
 from fastp2p.models.pix2pix.reference import train_step
 from fastp2p.models.pix2pix.step import FusedStep

@@ -12,13 +12,13 @@ import torch
 from conftest import TINY
 
 from fastp2p.cli import parse
-from fastp2p.config import TrainConfig
 from fastp2p.models.checkpoint import load_checkpoint
+from fastp2p.models.pix2pix.options import Pix2PixConfig
 from fastp2p.train.loop import train
 from fastp2p.train.run_folder import read_config
 
 
-def config(data: Path, out: Path, *options: str) -> TrainConfig:
+def config(data: Path, out: Path, *options: str) -> Pix2PixConfig:
     """The tiny run's configuration, through the command line's own parser."""
     return parse(["train", *TINY, "--data", str(data), "--out", str(out), "--log-steps", "2", *options]).config
 

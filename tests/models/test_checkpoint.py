@@ -12,14 +12,9 @@ import safetensors
 import torch
 
 from fastp2p.errors import InputError
-from fastp2p.models.checkpoint import (
-    GeneratorSpec,
-    load_checkpoint,
-    load_generator,
-    save_checkpoint,
-    save_generator,
-)
+from fastp2p.models.checkpoint import load_checkpoint, load_generator, save_checkpoint, save_generator
 from fastp2p.models.generate import generate
+from fastp2p.models.pix2pix.generator import UnetGeneratorSpec
 from fastp2p.models.pix2pix.networks import UnetGenerator
 
 
@@ -123,7 +118,7 @@ except WriteError as error:
 
 @pytest.mark.parametrize("norm", ["batch", "instance"])
 def test_generator_describes_itself(tmp_path: Path, norm: str):
-    spec = GeneratorSpec(
+    spec = UnetGeneratorSpec(
         levels=4, ngf=6, input_nc=1, norm=norm, dropout="paper", direction="BtoA", crop_size=64, step=9
     )
     netG = spec.build()
@@ -155,7 +150,7 @@ def test_bad_generator_files_are_told(tmp_path: Path):
         save_file({"w": torch.zeros(1)}, path, {"fastp2p": metadata})
         with pytest.raises(InputError, match="metadata is damaged, or of another version"):
             load_generator(path)
-    save_generator(path, UnetGenerator(levels=4, ngf=4).state_dict(), GeneratorSpec(levels=3, ngf=4))
+    save_generator(path, UnetGenerator(levels=4, ngf=4).state_dict(), UnetGeneratorSpec(levels=3, ngf=4))
     with pytest.raises(InputError, match="do not fit"):
         load_generator(path)
     torch.save({}, tmp_path / "latest_net_G.pth")

@@ -8,7 +8,8 @@ import torch
 
 from fastp2p.commands.convert import convert
 from fastp2p.errors import InputError
-from fastp2p.models.checkpoint import GeneratorSpec, load_generator, save_generator
+from fastp2p.models.checkpoint import load_generator, save_generator
+from fastp2p.models.pix2pix.generator import UnetGeneratorSpec
 from fastp2p.models.pix2pix.networks import UnetGenerator
 
 
@@ -25,7 +26,7 @@ def read_as_safetensors(state_dict: dict[str, torch.Tensor], folder: Path) -> Un
     """The network of a file with these weights and without a checksum."""
     folder.mkdir(exist_ok=True)
     save_generator(
-        folder / "own.safetensors", UnetGenerator(levels=4, ngf=4).state_dict(), GeneratorSpec(levels=4, ngf=4)
+        folder / "own.safetensors", UnetGenerator(levels=4, ngf=4).state_dict(), UnetGeneratorSpec(levels=4, ngf=4)
     )
     with safetensors.safe_open(folder / "own.safetensors", "pt") as file:
         described = file.metadata()["fastp2p"]
@@ -37,7 +38,7 @@ def test_a_generator_of_no_numbers_is_refused(tmp_path: Path):
     state_dict = {
         name: value.float() * torch.nan for name, value in UnetGenerator(levels=4, ngf=4).state_dict().items()
     }
-    save_generator(tmp_path / "g.safetensors", state_dict, GeneratorSpec(levels=4, ngf=4))
+    save_generator(tmp_path / "g.safetensors", state_dict, UnetGeneratorSpec(levels=4, ngf=4))
     with pytest.raises(InputError, match="holds NaN or infinity"):
         load_generator(tmp_path / "g.safetensors")
 

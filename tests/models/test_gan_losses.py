@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from fastp2p.errors import InputError
-from fastp2p.models.gan_losses import GANLoss, Losses, read_losses
+from fastp2p.models.gan_losses import GANLoss
+from fastp2p.models.pix2pix.losses import Losses, read_losses
 
 
 def test_vanilla_is_binary_cross_entropy():

@@ -63,7 +63,7 @@ def test_per_image():
 
 def test_evaluate_generator_covers_all_images():
     netG = UnetGenerator(levels=3, ngf=2)
-    batches = [(torch.rand(n, 3, 16, 16), torch.rand(n, 3, 16, 16)) for n in (2, 1)]
+    batches = [{name: torch.rand(n, 3, 16, 16) for name in "AB"} for n in (2, 1)]
     values = evaluate_generator(netG, batches)
     assert {name: len(v) for name, v in values.items()} == {"L1": 3, "PSNR": 3, "SSIM": 3}
     assert all(math.isfinite(x) for v in values.values() for x in v)

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from fastp2p.config import Engine, Precision, TrainConfig
+from fastp2p.config import Engine, Precision
+from fastp2p.models.pix2pix.model import MODEL as PIX2PIX
+from fastp2p.models.pix2pix.options import Pix2PixConfig
 from fastp2p.train.loop import train
 from fastp2p.train.recorder import read_stats
 
@@ -21,12 +23,12 @@ def test_facades_end_at_the_same_validation_l1(facades: Path, tmp_path: Path):
     """
 
     def score(engine: Engine, precision: Precision, seed: int) -> float:
-        config = TrainConfig(
+        config = Pix2PixConfig(
             data=str(facades), direction="BtoA", load_size=72, crop_size=64, netG="unet_64", ngf=16, ndf=16,
             n_epochs=5, n_epochs_decay=5, seed=seed, engine=engine, precision=precision, device="cpu",
             panel_steps=10**6, save_minutes=100, out=tmp_path / f"{engine}-{seed}",
         )  # fmt: skip
-        lines = read_stats(train(config) / "stats.jsonl")[0]
+        lines = read_stats(train(config) / "stats.jsonl", PIX2PIX)[0]
         return statistics.mean([line["val_L1"] for line in lines if "val_L1" in line][-5:])
 
     reference = [score("reference", "fp32", seed) for seed in SEEDS]

@@ -17,10 +17,11 @@ import torch
 from helpers.runs import assert_equal, config
 
 from fastp2p.commands.convert import convert
-from fastp2p.config import TrainConfig
 from fastp2p.errors import InputError
-from fastp2p.models.checkpoint import CHECKSUM, GeneratorSpec, load_checkpoint, load_generator, save_generator
+from fastp2p.models.checkpoint import CHECKSUM, load_checkpoint, load_generator, save_generator
+from fastp2p.models.pix2pix.generator import UnetGeneratorSpec
 from fastp2p.models.pix2pix.networks import UnetGenerator
+from fastp2p.models.pix2pix.options import Pix2PixConfig
 from fastp2p.ops import kernel_choices
 from fastp2p.ops.kernel_choices import Measured, Problem
 from fastp2p.train.loop import train
@@ -132,7 +133,7 @@ def test_metadata_that_claims_a_large_network_takes_no_memory(tmp_path: Path):
     path = tmp_path / "netG.safetensors"
     small = UnetGenerator(levels=4, ngf=4).state_dict()
     for claim in ({"ngf": 4096}, {"levels": 12, "ngf": 400}, {"output_nc": 4096}):
-        save_generator(path, small, GeneratorSpec(**{"levels": 4, "ngf": 4} | claim))
+        save_generator(path, small, UnetGeneratorSpec(**{"levels": 4, "ngf": 4} | claim))
         with pytest.raises(InputError, match="do not fit the network"):
             within_memory(lambda: load_generator(path))
     content = {
@@ -243,7 +244,7 @@ def test_configurations(run: Path, tmp_path: Path):
     """A config.json has no checksum: what is read is what it says, each number and text of it, or it is refused."""
     path = tmp_path / "config.json"
     content = (run / "config.json").read_bytes()
-    defaults = TrainConfig().as_dict()
+    defaults = Pix2PixConfig().as_dict()
 
     def read() -> None:
         found = read_config(tmp_path)

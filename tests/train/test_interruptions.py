@@ -17,6 +17,7 @@ from helpers.runs import assert_same_state, config, resume, start, wait_for
 
 from fastp2p.errors import InputError, TrainingDiverged
 from fastp2p.models.checkpoint import load_checkpoint
+from fastp2p.models.pix2pix.model import MODEL as PIX2PIX
 from fastp2p.terminal import stop_signals
 from fastp2p.train.loop import Run, train
 from fastp2p.train.recorder import read_stats
@@ -175,7 +176,7 @@ def test_a_run_killed_at_its_end_ends_as_the_unbroken_one(
     monkeypatch.undo()
     resume(folder)
     assert_same_state(unbroken, folder)
-    lines = [[strip(line) for line in read_stats(run / "stats.jsonl")[0][-2:]] for run in (unbroken, folder)]
+    lines = [[strip(line) for line in read_stats(run / "stats.jsonl", PIX2PIX)[0][-2:]] for run in (unbroken, folder)]
     assert lines[0] == lines[1]
     assert (folder / "panel.png").read_bytes() == (unbroken / "panel.png").read_bytes()
     assert (folder / "losses.png").exists()

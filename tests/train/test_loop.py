@@ -14,6 +14,7 @@ from PIL import Image
 
 from fastp2p.errors import InputError, TrainingDiverged
 from fastp2p.models.checkpoint import load_checkpoint, load_generator
+from fastp2p.models.pix2pix.model import MODEL as PIX2PIX
 from fastp2p.train import loop, report
 from fastp2p.train.loop import train
 from fastp2p.train.recorder import read_stats
@@ -33,7 +34,7 @@ def test_run_folder(unbroken: Path):
         *("config.json", "kernels.json", "checkpoint.pt", "netG.safetensors", "netG_best.safetensors"),
         *("stats.jsonl", "panel.png", "panel", "losses.png", "tensorboard"),
     }
-    stats = read_stats(unbroken / "stats.jsonl")[0]
+    stats = read_stats(unbroken / "stats.jsonl", PIX2PIX)[0]
     losses = [line for line in stats if "loss_G_L1" in line]
     scores = [line for line in stats if "val_L1" in line]
     assert [line["step"] for line in losses] == list(range(2, 19, 2))
@@ -42,7 +43,7 @@ def test_run_folder(unbroken: Path):
         *("step", "epoch", "loss_G_GAN", "loss_G_L1", "loss_D_real", "loss_D_fake", "lr", "img_per_sec")
     }
     assert [line["lr"] for line in losses[-3:-1]] == [pytest.approx(2e-4 * 0.5), pytest.approx(2e-4 * 0.25)]
-    assert min(line["val_L1"] for line in scores) == load_checkpoint(unbroken / "checkpoint.pt")["best_val_L1"]
+    assert min(line["val_L1"] for line in scores) == load_checkpoint(unbroken / "checkpoint.pt")["best_score"]
 
     best, last = load_generator(unbroken / "netG_best.safetensors")[1], load_generator(unbroken / "netG.safetensors")[1]
     assert last.step == 18
@@ -78,7 +79,9 @@ def test_resume_is_bit_exact(unbroken: Path, aligned: Path, tmp_path: Path, stop
 
 
 def logged_losses(run: Path) -> dict[int, float]:
-    return {line["step"]: line["loss_G_L1"] for line in read_stats(run / "stats.jsonl")[0] if "loss_G_L1" in line}
+    return {
+        line["step"]: line["loss_G_L1"] for line in read_stats(run / "stats.jsonl", PIX2PIX)[0] if "loss_G_L1" in line
+    }
 
 
 def test_engines_see_the_same_data(aligned: Path, tmp_path: Path):
@@ -87,7 +90,7 @@ def test_engines_see_the_same_data(aligned: Path, tmp_path: Path):
         train(config(aligned, tmp_path / engine, "--engine", engine, "--precision", "fp64"))
         for engine in ("fused", "reference")
     ]
-    lines = [read_stats(run / "stats.jsonl")[0] for run in runs]
+    lines = [read_stats(run / "stats.jsonl", PIX2PIX)[0] for run in runs]
     assert len(lines[0]) == len(lines[1])
     for one, other in zip(*lines, strict=True):
         numbers = {name: value for name, value in one.items() if name != "img_per_sec"}
@@ -283,7 +286,7 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(aligned: Path, tmp
 
         def poisoned(crops: Any) -> Any:
             losses = step(crops)
-            return losses._replace(loss_D_real=losses.loss_D_real * float("nan")) if next(calls) == 5 else losses
+            return losses | {"loss_D_real": losses["loss_D_real"] * float("nan")} if next(calls) == 5 else losses
 
         return poisoned
 
@@ -306,7 +309,7 @@ def test_img_per_sec_counts_training_alone(aligned: Path, tmp_path: Path, monkey
     draw, said = loop.Recorder.panel, []
     monkeypatch.setattr(loop.Recorder, "panel", lambda *args: (time.sleep(0.5), draw(*args))[1])
     folder = train(config(aligned, tmp_path / "run", "--panel-steps", "1", "--max-steps", "4"), say=said.append)
-    lines = [line for line in read_stats(folder / "stats.jsonl")[0] if "img_per_sec" in line]
+    lines = [line for line in read_stats(folder / "stats.jsonl", PIX2PIX)[0] if "img_per_sec" in line]
     assert len(lines) == 2
     assert all(line["img_per_sec"] > 2 * 2 / 0.9 for line in lines)  # 2 steps of 2 images; drawing takes 1 s of them
     (told,) = [line for line in said if " in panels" in line]

@@ -18,9 +18,9 @@ from conftest import TINY
 import fastp2p
 from fastp2p import files
 from fastp2p.cli import parse
-from fastp2p.config import TrainConfig
 from fastp2p.errors import InputError, WriteError
 from fastp2p.files import remove_leftovers
+from fastp2p.models.pix2pix.options import Pix2PixConfig
 from fastp2p.train.loop import train
 from fastp2p.train.run_folder import locked, new_folder, read_config
 
@@ -31,7 +31,7 @@ def test_runs_that_start_together_get_a_folder_each(tmp_path: Path, monkeypatch:
     together = Barrier(8)
 
     def start(number: int) -> tuple[Path, float]:
-        config = TrainConfig(data=str(tmp_path), lr=1e-4 * (number + 1))
+        config = Pix2PixConfig(data=str(tmp_path), lr=1e-4 * (number + 1))
         together.wait()
         with new_folder(config) as folder:
             together.wait()  # all have written
@@ -55,7 +55,7 @@ def test_a_number_that_another_takes_in_between_is_left(tmp_path: Path, monkeypa
         mkdir(path, *args, **options)
 
     monkeypatch.setattr(Path, "mkdir", other_is_faster)
-    with new_folder(TrainConfig(data="photos")) as folder:
+    with new_folder(Pix2PixConfig(data="photos")) as folder:
         assert (taken, folder) == ([Path("runs/photos-001")], Path("runs/photos-002"))
 
 
@@ -71,7 +71,7 @@ def test_a_number_that_another_locks_in_between_is_left(tmp_path: Path, monkeypa
                 other.enter_context(locked(path))
 
         monkeypatch.setattr(Path, "mkdir", other_locks)
-        with new_folder(TrainConfig(data="photos")) as folder:
+        with new_folder(Pix2PixConfig(data="photos")) as folder:
             assert folder == Path("runs/photos-002")
         assert list(Path("runs/photos-001").iterdir()) == []
 
@@ -79,10 +79,10 @@ def test_a_number_that_another_locks_in_between_is_left(tmp_path: Path, monkeypa
 PROCESS = """
 import sys
 from pathlib import Path
-from fastp2p.config import TrainConfig
+from fastp2p.models.pix2pix.options import Pix2PixConfig
 from fastp2p.files import remove_leftovers
 from fastp2p.train.run_folder import new_folder
-config = TrainConfig(data="photos", lr=float(sys.argv[1]))
+config = Pix2PixConfig(data="photos", lr=float(sys.argv[1]))
 print("ready", flush=True)
 sys.stdin.readline()
 with new_folder(config) as folder:
@@ -126,7 +126,7 @@ def test_a_folder_in_which_another_trains_keeps_its_config(tmp_path: Path):
     folder = tmp_path / "run"
     folder.mkdir()
     with locked(folder), pytest.raises(InputError, match="another process is training in"):  # noqa: SIM117
-        with new_folder(TrainConfig(data="photos", out=folder)):
+        with new_folder(Pix2PixConfig(data="photos", out=folder)):
             pass
     assert list(folder.iterdir()) == []
 
@@ -134,14 +134,14 @@ def test_a_folder_in_which_another_trains_keeps_its_config(tmp_path: Path):
 def test_a_killed_start_leaves_no_run(tmp_path: Path):
     """Its half-written config.json does not keep the same command from running."""
     (tmp_path / ".config.json.77.tmp").write_text("{")
-    with new_folder(TrainConfig(data="photos", out=tmp_path)) as folder:
+    with new_folder(Pix2PixConfig(data="photos", out=tmp_path)) as folder:
         assert [path.name for path in folder.iterdir()] == ["config.json"]
 
 
 def test_a_folder_with_files_is_refused(tmp_path: Path):
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(InputError, match=r"is not empty \(it holds files\); choose another --out"):  # noqa: SIM117
-        with new_folder(TrainConfig(data="photos", out=tmp_path)):
+        with new_folder(Pix2PixConfig(data="photos", out=tmp_path)):
             pass
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 

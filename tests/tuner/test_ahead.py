@@ -35,7 +35,7 @@ def launch_on_cpu(step: FusedStep) -> None:
     """As on a GPU, but for the device of the tensors."""
     real_A, real_B = torch.zeros(2, IMAGES, 3, SIZE, SIZE).contiguous(memory_format=torch.channels_last_3d)
     with engine._Launches(lambda operator: True, engine.by_rule):
-        step.launch(real_A, real_B)
+        step.launch({"A": real_A, "B": real_B})
 
 
 def launch_on_meta(step: FusedStep) -> None:

@@ -4,15 +4,28 @@ The architecture of Isola et al., "Image-to-Image Translation with Conditional A
 under the state_dict keys of junyanz/pytorch-CycleGAN-and-pix2pix, whose checkpoints load unchanged.
 """
 
-from typing import get_args
+import re
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from fastp2p.config import MAX_LEVELS, Dropout, NetD, Norm
 from fastp2p.errors import InputError
-from fastp2p.nn.norm import norm_layer
+from fastp2p.nn.norm import Norm, norm_layer
 from fastp2p.nn.padding import reflect_pad_to_multiple
+
+Dropout = Literal["upstream", "paper", "none"]
+NetD = Literal["basic", "n_layers", "pixel"]
+MAX_LEVELS = 12  # 4096 px; a deeper U-Net would only see padding
+
+
+def levels_of(netG: str) -> int:
+    """Number of U-Net levels of a name: unet_256 has 8, unet_128 has 7, unet_S has log2(S)."""
+    match = re.fullmatch(r"unet_(\d+)", netG)
+    side = int(match[1]) if match else 0
+    if side < 4 or side > 2**MAX_LEVELS or side & (side - 1):
+        raise InputError(f"netG: got {netG!r}, expected unet_S with S a power of two from 4 to 4096, such as unet_256")
+    return side.bit_length() - 1
 
 
 class UnetBlock(nn.Module):

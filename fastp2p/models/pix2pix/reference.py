@@ -4,7 +4,8 @@ from torch import Tensor, cat, nn
 from torch.nn.functional import l1_loss
 from torch.optim import Optimizer
 
-from fastp2p.models.gan_losses import GANLoss, Losses
+from fastp2p.models.gan_losses import GANLoss
+from fastp2p.models.pix2pix.losses import Losses
 
 
 def train_step(

@@ -1,23 +1,24 @@
 """The training step of pix2pix on fused operators: `fastp2p.models.pix2pix.reference.train_step` without autograd."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastp2p.config import GanMode
 from fastp2p.engine.arena import Arena, Reduce, dead_taps_move
 from fastp2p.engine.loss_scale import LossScale
 from fastp2p.engine.network import FusedNetwork
 from fastp2p.engine.plan import TANH, plan_network
 from fastp2p.engine.ranges import part
+from fastp2p.engine.step import Batch, LossValues
 from fastp2p.engine.supported import Supported, check_optimizer
 from fastp2p.errors import InputError
-from fastp2p.models.gan_losses import Losses
+from fastp2p.models.pix2pix.losses import Losses
 from fastp2p.models.pix2pix.networks import UnetGenerator
 from fastp2p.nn.padding import reflect_pad_to_multiple
-from fastp2p.ops.patch_loss import KINDS, Kind
+from fastp2p.ops.patch_loss import KINDS, GanMode, Kind
 
 operators = torch.ops.fastp2p
 
@@ -138,8 +139,12 @@ class FusedStep:
         Raises:
             InputError: when they do not fit each other, the networks or the size.
         """
+        return Losses(**self.train({"A": real_A, "B": real_B}))
+
+    def train(self, batch: Batch) -> LossValues:
+        """`__call__` on the named images A and B."""
+        images = real_A, _ = (batch["A"], batch["B"])
         expected = [(max(1, len(real_A)), channels, *self.size) for channels in self.channels]
-        images = (real_A, real_B)
         fit = [tuple(x.shape) for x in images] == expected and {x.device for x in images} == {self.rng.device}
         if not fit or not all(x.is_floating_point() for x in images):
             got = " and ".join(f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}" for x in images)
@@ -148,9 +153,16 @@ class FusedStep:
                 f"{self.rng.device}"
             )
         self.prepare()
-        losses = self.launch(real_A, real_B)
+        losses = self.launch(batch)
         self.conclude()
         return losses
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise InputError unless the step was made for images of these (C, H, W)."""
+        expected = {name: (channels, *self.size) for name, channels in zip("AB", self.channels, strict=True)}
+        if shapes != expected:
+            got, made_for = (", ".join(f"{name} {shape}" for name, shape in s.items()) for s in (shapes, expected))
+            raise InputError(f"engine: got images {got}, but this step was made for {made_for}")
 
     def prepare(self) -> None:
         """Before `launch`, and on the host: take over learning rates, and parameters changed in between.
@@ -170,11 +182,16 @@ class FusedStep:
         for net in (self.netG, self.netD):
             net.arena.conclude()
 
-    def launch(self, real_A: Tensor, real_B: Tensor) -> Losses[Tensor]:
+    @property
+    def device(self) -> torch.device:
+        """Where the step computes."""
+        return self.rng.device
+
+    def launch(self, batch: Batch) -> LossValues:
         """The step's work on the device, nothing else, so that a CUDA graph can hold it."""
         # Below autograd, since the operators' autograd layer, in Python, costs as much as a launch
         with torch._C._AutoDispatchBelowAutograd(), torch.autocast(self.rng.device.type, enabled=False):
-            return self._step(real_A, real_B)
+            return self._step(batch["A"], batch["B"])._asdict()
 
     def _step(self, real_A: Tensor, real_B: Tensor) -> Losses[Tensor]:
         """Isola et al., section 3.3 and equation 4, in upstream's order."""

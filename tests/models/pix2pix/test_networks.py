@@ -2,10 +2,15 @@ import pytest
 import torch
 from torch import nn
 
-from fastp2p.config import MAX_LEVELS
 from fastp2p.errors import InputError
 from fastp2p.models.generate import generate
-from fastp2p.models.pix2pix.networks import PatchDiscriminator, PixelDiscriminator, UnetGenerator, build_netD
+from fastp2p.models.pix2pix.networks import (
+    MAX_LEVELS,
+    PatchDiscriminator,
+    PixelDiscriminator,
+    UnetGenerator,
+    build_netD,
+)
 from fastp2p.nn.init import count_parameters, init_weights
 from fastp2p.nn.padding import reflect_pad_to_multiple
 

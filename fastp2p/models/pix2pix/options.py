@@ -1,0 +1,111 @@
+"""What a run of pix2pix is told beside what all runs are: each option with its default, unit and source."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fastp2p.config import BUILTIN, ResolvedConfig, RunConfig, Settings
+from fastp2p.errors import InputError
+from fastp2p.models.pix2pix.networks import Dropout, NetD, levels_of
+from fastp2p.nn.norm import Norm, Statistics
+from fastp2p.ops.patch_loss import GanMode
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pix2PixOptions(Settings):
+    """The networks and the objective."""
+
+    netG: str | None = None
+    """Generator: unet_S halves the side log2(S) times. None: unet_256, or for builtin:emoji unet_128, on a CPU
+    unet_32. Source: paper, appendix 6.1.1."""
+    ngf: int | None = None
+    """Channels of the generator's first layer. None: 64, or 32 for builtin:emoji on a CPU. Source: paper, appendix
+    6.1.1."""
+    netD: NetD = "basic"
+    """Discriminator: basic is the 70x70 PatchGAN, n_layers takes --n-layers-D, pixel judges each pixel alone. Source:
+    paper, appendix 6.1.2."""
+    ndf: int | None = None
+    """Channels of the discriminator's first layer. None: 64, or 16 for builtin:emoji on a CPU. Source: paper,
+    appendix 6.1.2."""
+    n_layers_D: int = 3
+    """Strided layers of --netD n_layers, 1 to 5: a patch of 16, 34, 70, 142 or 286 px. Source: upstream."""
+    norm: Norm = "batch"
+    """Normalisation layer of both networks. Source: paper, appendix 6.1."""
+    statistics: Statistics = "batch"
+    """Over what batch norm takes its statistics: the batch, or each sample alone, which at any batch size is what batch
+    size 1 does. Source: batch, upstream; sample, ours."""
+    dropout: Dropout = "upstream"
+    """Place of the decoder's Dropout(0.5): as upstream has it, one level deeper as in the paper, or none. Source:
+    upstream; paper, appendix 6.1.1."""
+    init_gain: float = 0.02
+    """Standard deviation of the initial weights. Source: paper, appendix 6.2."""
+    gan_mode: GanMode | None = None
+    """Adversarial loss. None: vanilla, or lsgan for builtin:emoji on a CPU, where a short run is smoother with it.
+    Source: vanilla, paper eq. 1; lsgan, Mao et al. 2017; hinge, Lim and Ye 2017."""
+    lambda_L1: float = 100.0
+    """Weight of the L1 loss. Source: paper, eq. 4 and section 3.3."""
+
+    def check(self) -> None:
+        super().check()
+        for name in ("ngf", "ndf"):
+            self.require(name, lambda value: value >= 1, "1 or more")
+            self.require(name, lambda value: value <= 4096, "at most 4096")
+        self.require("init_gain", lambda value: value > 0, "more than 0")
+        self.require("lambda_L1", lambda value: value >= 0, "0 or more")
+        for name in ("init_gain", "lambda_L1"):
+            self.require(name, math.isfinite, "a finite number")
+        self.require("n_layers_D", lambda value: 1 <= value <= 5, "1 to 5")
+        if self.netD != "n_layers" and self.n_layers_D != 3:
+            raise InputError(f"n_layers_D: got {self.n_layers_D} with netD {self.netD}; add --netD n_layers")
+        if self.statistics == "sample" and self.norm != "batch":
+            raise InputError(f"statistics: got sample with norm {self.norm}; it is for norm batch")
+        if self.netG is not None:
+            levels_of(self.netG)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pix2PixConfig(Pix2PixOptions, RunConfig):
+    """Train pix2pix on paired images.
+
+    The defaults are the paper's (Isola et al. 2017, "paper" in the options' sources) as upstream
+    (junyanz/pytorch-CycleGAN-and-pix2pix) implements them.
+    """
+
+    model: Literal["pix2pix"] = "pix2pix"
+    """What to train: pix2pix, paired image-to-image translation. Source: ours."""
+
+    def check(self) -> None:
+        super().check()
+        if self.crop_size is not None:
+            smallest = 11 if self.netD == "pixel" else max(11, 3 * 2**self.n_layers_D)  # 11: the window of SSIM
+            if self.crop_size < smallest:
+                raise InputError(
+                    f"crop_size: got {self.crop_size}, expected at least {smallest} px for this netD and SSIM; "
+                    "enlarge the crop, or take fewer layers with --netD n_layers --n-layers-D K"
+                )
+
+    def defaults(self, device_type: str) -> dict[str, Any]:
+        """The paper's settings; for a first look at the built-in set, others."""
+        chosen = super().defaults(device_type) | _PAPER
+        if self.data == BUILTIN:
+            chosen |= _EMOJI | (_EMOJI_CPU if device_type == "cpu" else {})
+        return chosen
+
+    @staticmethod
+    def resolved() -> "type[ResolvedPix2Pix]":
+        return ResolvedPix2Pix
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedPix2Pix(ResolvedConfig, Pix2PixConfig):
+    """A Pix2PixConfig in which everything is decided."""
+
+    netG: str
+    ngf: int
+    ndf: int
+    gan_mode: GanMode
+
+
+_PAPER = {"netG": "unet_256", "ngf": 64, "ndf": 64, "gan_mode": "vanilla"}
+_EMOJI = {"load_size": 143, "crop_size": 128, "netG": "unet_128", "n_epochs": 20, "n_epochs_decay": 20}
+_EMOJI_CPU = {"netG": "unet_32", "ngf": 32, "ndf": 16, "gan_mode": "lsgan", "n_epochs": 2, "n_epochs_decay": 8}
