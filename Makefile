@@ -11,11 +11,15 @@ CSRC := $(shell find csrc -name '*.*')
 train: .venv/installed
 	$(BIN)/fastp2p train
 
-# Interpreted kernels keep one core busy each, so two processes share those tests.
-INTERPRETED = TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ops tests/engine/test_kernels.py --numprocesses 2
+# Two processes share the tests, and no test measures. Each process has all threads, as a user has, so threads that wait
+# must not spin: they would take the other process's core.
+SHARED_OUT = --numprocesses 2 --dist worksteal
+TESTS = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(SHARED_OUT)
+# Interpreted kernels keep one core busy each.
+INTERPRETED = TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ops tests/engine/test_kernels.py $(SHARED_OUT)
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(TESTS) -m "not slow"
 	$(INTERPRETED) -m "not slow"
 
 lint: .venv/installed

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,28 @@ import torch
 from conftest import TINY, random_image
 
 from fastp2p import ops
+from fastp2p.cli import main
 from fastp2p.commands.info import version_of
 from fastp2p.models.pix2pix.networks import UnetGenerator
 from fastp2p.models.pix2pix.options import Pix2PixConfig
 from fastp2p.ops.extension import describe_extension
+
+
+@pytest.fixture
+def here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str]]:
+    """Run the command line in this process, in an empty folder, for its status and stderr.
+
+    What a command refuses takes no time, and a process of its own takes two seconds to start.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["fastp2p"])
+
+    def run(*args: str) -> tuple[int, str]:
+        return main(args), capsys.readouterr().err
+
+    return run
 
 
 def test_train_resume_translate_evaluate(fastp2p, aligned: Path, tmp_path: Path):
@@ -99,28 +118,41 @@ def test_help_gives_every_option_with_its_text(fastp2p):
         (["translate", "nothing.safetensors", 300 * "x", "--out", "o"], "nothing.safetensors: there is no such file"),
     ],
 )
-def test_wrong_input_is_told_in_words(fastp2p, tmp_path: Path, args: list[str], message: str):
-    done = fastp2p(*args)
-    assert done.returncode == 1
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+def test_wrong_input_is_told_in_words(here, tmp_path: Path, args: list[str], message: str):
+    status, errors = here(*args)
+    assert status == 1
+    assert message in errors
+    assert "Traceback" not in errors
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_process_tells_wrong_input_and_exits_with_1(fastp2p):
+    done = fastp2p("train", "--lr", "-1")
+    assert done.returncode == 1
+    assert done.stderr.startswith("fastp2p: lr: got -1.0, expected more than 0")
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("args", [["train", "--nonsense", "1"], ["train", "--ngf", "many"], ["paint"], []])
-def test_wrong_usage_exits_with_2(fastp2p, args: list[str]):
-    done = fastp2p(*args)
+def test_wrong_usage_exits_with_2(here, args: list[str]):
+    status, errors = here(*args)
+    assert status == 2
+    assert "Traceback" not in errors
+
+
+def test_a_process_of_wrong_usage_exits_with_2(fastp2p):
+    done = fastp2p("train", "--nonsense", "1")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"colour": 3}', "[1]"])
-def test_damaged_config_is_told(fastp2p, tmp_path: Path, content: str):
+def test_damaged_config_is_told(here, tmp_path: Path, content: str):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(content)
-    done = fastp2p("train", "--resume", "run")
-    assert done.returncode == 1
-    assert "config.json: cannot be read as a configuration" in done.stderr
+    status, errors = here("train", "--resume", "run")
+    assert status == 1
+    assert "config.json: cannot be read as a configuration" in errors
 
 
 @pytest.mark.slow

@@ -212,7 +212,8 @@ def test_rows_are_kept_before_the_workers_end(tmp_path: Path):
     (tmp_path / "test_measures.py").write_text(MEASURES.replace("ROW", repr(row("", 1.0))))
     out = tmp_path / "out.json"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "conftest", "-p", "no:cacheprovider", "test_measures.py"]
-    environment = os.environ | {"PYTHONPATH": str(team.HERE)}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment["PYTHONPATH"] = str(team.HERE)  # and in a worker of xdist, pytest-benchmark would measure nothing
     done = subprocess.run([*command, "--out", str(out)], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert "1 failed, 1 passed" in done.stdout
     assert "error" not in done.stdout

@@ -20,6 +20,8 @@ def _poisoned_empty(_device: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
     Python's torch.empty is replaced; what C++ asks for, PyTorch fills by itself in its deterministic mode.
     """
+    with torch.device("meta"):
+        torch.empty(())  # PyTorch lists its factory functions at the first use: it must find its own
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
     if torch.get_default_device().type != "cpu":
