@@ -28,6 +28,10 @@ def rows(title: str) -> Iterator[list[float]]:
             yield [float(cell.strip(" *x")) for cell in line.strip("|").split("|")]
 
 
+def prose() -> str:
+    return " ".join(PAGE.read_text().split())
+
+
 def step_of(netG: str = "unet_256", crop_size: int = 256, width: int = 64) -> FusedStep:
     config = Pix2PixConfig(data="pairs", netG=netG, crop_size=crop_size, load_size=crop_size, ngf=width, ndf=width)
     resolved = config.resolve("cuda", "bf16")
@@ -87,6 +91,18 @@ def test_with_the_width():
         assert_row(row, [row[0], parameters, gflop(step), one, sixteen, mib(step, 16)])
 
 
+def test_figures_in_the_text():
+    """Those that no table has: calls, memory, the parts of other steps."""
+    step, text = step_of(), prose()
+    assert f"The step is {len(count_step(step, 1))} calls" in text
+    assert f"{mib(step, 1) - (mib(step, 2) - mib(step, 1)):.0f} MiB for the parameters and Adam" in text
+    assert f"{mib(step, 2) - mib(step, 1):.0f} for each image" in text
+    large = floor_of(step_of(crop_size=512), 1)
+    assert f"{1e3 * large.arithmetic:.3f} of {1e3 * large.overlapped:.3f} ms" in text
+    n_bytes = 4 * sum(map(count_parameters, step.nets))
+    assert f"{n_bytes / 4e6:.1f} million gradients are {n_bytes / 1e6:.0f} MB" in text
+
+
 def test_on_eight_gpus():
     alone = step_of()
     config = Pix2PixConfig(data="pairs").resolve("cuda", "bf16")
@@ -96,6 +112,9 @@ def test_on_eight_gpus():
         shared = FusedStep(*nets, size=(256, 256), dtype=torch.bfloat16, reduce=lambda grad: None)
     n_bytes = 4 * sum(map(count_parameters, alone.nets))
     exchange = 2 * (GPUS - 1) / GPUS * n_bytes / NVLINK
+    one, eight = floor_of(alone, 1), floor_of(shared, 1)
+    passes = f"{1e3 * eight.adam:.3f} ms instead of {1e3 * one.adam:.3f}, and {1e3 * eight.weights:.3f} instead of"
+    assert f"{passes} {1e3 * one.weights:.3f} for reading weights" in prose()
     table = [*rows("On eight GPUs")]
     assert len(table) == 5
     for row in table:
