@@ -1,6 +1,7 @@
 """RunConfig: each setting that runs of all models share, with default, unit and source; the command line shows it."""
 
 import dataclasses
+import functools
 import math
 import numbers
 from collections.abc import Callable
@@ -178,10 +179,10 @@ class RunConfig(Workload):
             fields["precision"] = precision if self.engine == "fused" else "fp32"
         return self.resolved()(**fields | {name: value for name, value in chosen.items() if fields[name] is None})
 
-    @staticmethod
-    def resolved() -> "type[ResolvedConfig]":
-        """The class of what `resolve` gives: a model's own class names its own."""
-        return ResolvedConfig
+    @classmethod
+    def resolved(cls) -> "type[ResolvedConfig]":
+        """The class of what `resolve` gives; a model that says which of its options are decided names its own."""
+        return _resolved(cls)  # type: ignore[arg-type]  # mypy takes the instances' __hash__ for the class's
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as JSON knows them."""
@@ -201,6 +202,12 @@ class ResolvedConfig(RunConfig):
     def lr_factor(self, epoch: int) -> float:
         """Learning rate factor of a 1-based epoch: 1, then linearly down, never 0 (upstream's "linear" policy)."""
         return 1 - max(0, epoch - self.n_epochs) / (self.n_epochs_decay + 1)
+
+
+@functools.cache
+def _resolved(kind: type[RunConfig]) -> type[ResolvedConfig]:
+    bases = (ResolvedConfig, kind)
+    return dataclasses.make_dataclass(f"Resolved{kind.__name__}", [], bases=bases, frozen=True, kw_only=True)
 
 
 _AT_LEAST_ONE = ("load_size", "n_epochs", "max_steps", "log_steps", "panel_steps", "val_epochs")

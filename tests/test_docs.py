@@ -8,13 +8,13 @@ import shlex
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args, get_origin
 
 import pytest
 
 from fastp2p import cli
-from fastp2p.config import TrainConfig
 from fastp2p.models.gan_losses import BALANCE
+from fastp2p.models.pix2pix.options import Pix2PixConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -162,7 +162,7 @@ def commands(page: Path) -> list[str]:
 def test_commands_parse(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     run = tmp_path / "runs" / "DIR-001"
     run.mkdir(parents=True)
-    (run / "config.json").write_text(json.dumps(TrainConfig(data="DIR").as_dict()))
+    (run / "config.json").write_text(json.dumps(Pix2PixConfig(data="DIR").as_dict()))
     monkeypatch.chdir(tmp_path)
     for command in commands(page):
         try:
@@ -191,7 +191,7 @@ def test_scripts_and_targets_are_there(page: Path):
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "guide.md"], ids=lambda page: page.name)
 def test_named_options_are_there(page: Path):
-    kinds = [TrainConfig, *get_args(cli.AnyCommand)]
+    kinds = [get_origin(kind) or kind for kind in (Pix2PixConfig, *get_args(cli.AnyCommand))]
     names = {field.replace("_", "-") for kind in kinds for field in kind.__dataclass_fields__} | {"help"}
     for code in CODE.findall(prose(page)):
         if option := re.match(r"--(?:no-)?([\w-]+)", code):
@@ -199,7 +199,7 @@ def test_named_options_are_there(page: Path):
 
 
 def test_defaults_of_the_guide():
-    config = TrainConfig(data="pairs").resolve("cpu", "fp32")
+    config = Pix2PixConfig(data="pairs").resolve("cpu", "fp32")
     checked = 0
     for names, values, _ in cells(section(ROOT / "docs" / "guide.md", "## The recipe and its options")):
         fields = [name.strip(" `-").replace("-", "_") for name in names.split(",")]

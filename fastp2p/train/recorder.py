@@ -205,7 +205,7 @@ def draw_curves(stats_path: Path, path: Path, model: Model[Any], config: Resolve
         axes.set(title=curve.title, xlabel="step")
     if scores:
         where = [line["step"] for line in scores]
-        first, *_, last = model.scores
+        first, last = model.scores[0], model.scores[-1]
         validation.plot(where, [line[f"val_{first}"] for line in scores], "o-", color="tab:purple")
         validation.set_ylabel(f"{first}, lower is better", color="tab:purple")
         if last != first:

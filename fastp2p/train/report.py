@@ -11,13 +11,11 @@ from fastp2p.train.state import TrainState
 
 def describe(config: ResolvedConfig, state: TrainState, pairs: int, say: Say) -> None:
     """Print the networks' sizes, the device, and the memory that a step will take, before it takes it."""
-    first, *others = state.model.describe(config, state.nets)
-    say(first)
+    for line in state.model.describe(config, state.nets):
+        say(line)
     batch_size = min(config.batch_size, pairs)
     if batch_size < config.batch_size:
         say(f"warning: --batch-size {config.batch_size}, but there are only {pairs} pairs, so batches are of {pairs}")
-    for line in others:
-        say(line)
     need, mib = state.model.memory(config, state.nets, batch_size), 2**20
     say(
         f"{describe_device(state.device)}; engine {config.engine}, {describe_precision(config, state.device)}; "

@@ -66,7 +66,7 @@ def choose_kernels(step: FusedStep, images: int, kernels: str, folder: Path, say
     Args:
         step: whose networks are trained.
         images: of a batch.
-        kernels: as in TrainConfig.
+        kernels: as in RunConfig.
         folder: the run's.
         say: takes each line of report.
 

@@ -91,8 +91,8 @@ class Pix2PixConfig(Pix2PixOptions, RunConfig):
             chosen |= _EMOJI | (_EMOJI_CPU if device_type == "cpu" else {})
         return chosen
 
-    @staticmethod
-    def resolved() -> "type[ResolvedPix2Pix]":
+    @classmethod
+    def resolved(cls) -> "type[ResolvedPix2Pix]":
         return ResolvedPix2Pix
 
 
