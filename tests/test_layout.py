@@ -31,17 +31,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "cli": (*TRAIN, "train", "commands"),
     "__main__": ("cli",),
 }
-# The plan still knows the networks by their classes, and whoever counts or tunes knows pix2pix's step
-BELOW = {
-    ("engine/plan.py", "fastp2p.models.pix2pix.networks"),
-    ("engine/supported.py", "fastp2p.models.pix2pix.networks"),
-    ("count/cost.py", "fastp2p.models.pix2pix.calls"),
-    ("count/cost.py", "fastp2p.models.pix2pix.step"),
-    ("count/cost.py", "fastp2p.tuner.operations"),
-    ("count/memory.py", "fastp2p.models.pix2pix.networks"),
-    *((f"tuner/{name}.py", "fastp2p.models.pix2pix.step") for name in ("ahead", "operations", "store")),
-    *((f"tuner/{name}.py", "fastp2p.models.pix2pix.calls") for name in ("ahead", "operations")),
-}
+# The plan still knows the networks by their classes
+BELOW = {(f"engine/{name}.py", "fastp2p.models.pix2pix.networks") for name in ("plan", "supported")}
 MODULES = sorted([*(ROOT / "fastp2p").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 
 

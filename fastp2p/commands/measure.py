@@ -22,7 +22,7 @@ from fastp2p.count.ceilings import Ceilings, measure_ceilings
 from fastp2p.count.cost import Cost, count_step
 from fastp2p.data import Crops
 from fastp2p.device import best_precision, choose_device
-from fastp2p.engine.ranges import PARTS, part
+from fastp2p.engine.ranges import AUGMENT, part
 from fastp2p.errors import InputError
 from fastp2p.models import registry
 from fastp2p.ops import kernel_choices
@@ -151,7 +151,7 @@ class Workload:
 
     def _run_in_parts(self) -> None:
         with record_function(STEP):
-            with part("augment"):
+            with part(AUGMENT):
                 images = self.crops.cut(self.device)
             self.step.train(images)
 
@@ -234,8 +234,9 @@ class Profiled:
     def __init__(self, profiler: profile, costs: Sequence[Cost]):
         self.profiler, self.costs = profiler, costs
         self.on_gpu = ProfilerActivity.CUDA in profiler.activities
+        self.parts = list(dict.fromkeys(cost.call.part for cost in costs))  # in the order in which they run
         events: list[FunctionEvent] = list(profiler.events())
-        self.kernels = [e for e in events if e.device_type == DeviceType.CUDA and not _is_range(e)]
+        self.kernels = [e for e in events if e.device_type == DeviceType.CUDA and not self._is_range(e)]
         self.steps = [e for e in events if e.name == STEP and e.device_type == DeviceType.CPU]
         self.calls = [list(_operators(step)) for step in self.steps]  # of each step, in order
         expected = [PREFIX + cost.call.operator for cost in costs]
@@ -252,7 +253,7 @@ class Profiled:
 
     def ms(self, event: FunctionEvent) -> float:
         """Wall time on a CPU; on a GPU that of the kernels launched."""
-        us = sum(time for _, time in kernels_of(event)) if self.on_gpu else event.time_range.elapsed_us()
+        us = sum(time for _, time in self.kernels_of(event)) if self.on_gpu else event.time_range.elapsed_us()
         return float(us) / 1e3
 
     def idle_ms(self) -> float:
@@ -263,9 +264,16 @@ class Profiled:
             idle, end = idle + max(0.0, start - end), max(end, stop)
         return idle / 1e3 / len(self.steps)
 
+    def kernels_of(self, event: FunctionEvent) -> Iterator[tuple[str, float]]:
+        """The GPU kernels that an event and all below it launched, and their microseconds."""
+        if not self._is_range(event):  # a range has a shadow on the GPU, which is no kernel
+            for kernel in event.kernels:
+                yield kernel.name, kernel.duration
+        for child in event.cpu_children:
+            yield from self.kernels_of(child)
 
-def _is_range(event: FunctionEvent) -> bool:
-    return event.name == STEP or event.name in PARTS
+    def _is_range(self, event: FunctionEvent) -> bool:
+        return event.name == STEP or event.name in self.parts
 
 
 def _operators(event: FunctionEvent) -> Iterator[FunctionEvent]:
@@ -275,15 +283,6 @@ def _operators(event: FunctionEvent) -> Iterator[FunctionEvent]:
             yield child
         else:
             yield from _operators(child)
-
-
-def kernels_of(event: FunctionEvent) -> Iterator[tuple[str, float]]:
-    """The GPU kernels that an event and all below it launched, and their microseconds."""
-    if not _is_range(event):  # a range has a shadow on the GPU, which is no kernel
-        for kernel in event.kernels:
-            yield kernel.name, kernel.duration
-    for child in event.cpu_children:
-        yield from kernels_of(child)
 
 
 def insides_of(event: FunctionEvent) -> Iterator[tuple[str, float]]:

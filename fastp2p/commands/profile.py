@@ -19,13 +19,11 @@ from fastp2p.commands.measure import (
     check_steps,
     heading,
     insides_of,
-    kernels_of,
     table,
 )
 from fastp2p.config import ResolvedConfig, RunConfig
 from fastp2p.count.ceilings import Ceilings
 from fastp2p.count.cost import Cost, Sum
-from fastp2p.engine.ranges import PARTS
 from fastp2p.errors import InputError
 from fastp2p.files import is_there, write_atomically
 
@@ -175,7 +173,7 @@ def _parts(profiled: Profiled, ceilings: Ceilings) -> list[Share]:
     ms: dict[str, float] = defaultdict(float)
     for step in profiled.steps:
         for event in step.cpu_children:
-            if event.name in PARTS:
+            if event.name in profiled.parts:
                 ms[event.name] += profiled.ms(event)
     of_part: dict[str, list[Cost]] = {}
     for cost in profiled.costs:
@@ -204,7 +202,7 @@ def _insides(events: Sequence[FunctionEvent], profiled: Profiled) -> list[Share]
     calls: dict[str, int] = defaultdict(int)
     us: dict[str, float] = defaultdict(float)
     for event in events:
-        for name, time in kernels_of(event) if profiled.on_gpu else insides_of(event):
+        for name, time in profiled.kernels_of(event) if profiled.on_gpu else insides_of(event):
             name = "itself" if name.startswith(PREFIX) else name
             calls[name] += 1
             us[name] += time
@@ -214,7 +212,7 @@ def _insides(events: Sequence[FunctionEvent], profiled: Profiled) -> list[Share]
 
 def _rest(profiled: Profiled) -> Share:
     """What is of no operator: copies, on a CPU Python as well."""
-    apart = [event for step in profiled.steps for event in _apart(step)]
+    apart = [event for step in profiled.steps for event in _apart(step, profiled.parts)]
     insides = _insides(apart, profiled)
     n = len(profiled.steps)
     claimed = sum(profiled.ms(call) for calls in profiled.calls for call in calls)
@@ -224,10 +222,10 @@ def _rest(profiled: Profiled) -> Share:
     return Share("the rest", len(apart) / n, ms, insides=insides)
 
 
-def _apart(event: FunctionEvent) -> Iterator[FunctionEvent]:
+def _apart(event: FunctionEvent, parts: Sequence[str]) -> Iterator[FunctionEvent]:
     """What a step calls beside our operators."""
     for child in event.cpu_children:
-        if child.name in PARTS:
-            yield from _apart(child)
+        if child.name in parts:
+            yield from _apart(child, parts)
         elif not child.name.startswith(PREFIX):
             yield child

@@ -11,8 +11,8 @@ from fastp2p.commands.measure import Kernels, Machine, Spread, Workload, about, 
 from fastp2p.config import ResolvedConfig, RunConfig
 from fastp2p.count.ceilings import Ceilings
 from fastp2p.count.cost import Cost, StepFloor, Sum, count_step, step_floor
+from fastp2p.engine.record import Call
 from fastp2p.errors import InputError
-from fastp2p.models.pix2pix.calls import Call
 from fastp2p.train.state import TrainState
 
 WORST = 10  # calls that are named
@@ -51,7 +51,7 @@ class Roofline:
             row: dict[str, Any] = {
                 "part": call.part,
                 "net": call.net,
-                "layer": None if call.layer is None else call.layer.name,
+                "layer": call.layer,
                 "direction": call.direction,
                 "operator": call.operator,
                 "flop": cost.flop,
@@ -169,7 +169,7 @@ class Roofline:
 
 def _label(call: Call) -> str:
     """netD c4 forward, 2 images: D sees fake and real at once, and one of them alone for netG."""
-    return f"{call.name}, {call.images} {'image' if call.images == 1 else 'images'}" if call.net else call.name
+    return f"{call.name}, {call.images} {'image' if call.images == 1 else 'images'}" if call.images else call.name
 
 
 def _ratio(ms: float, floor: float) -> str:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from fastp2p.engine import kept_elements, plan_network
-from fastp2p.models.pix2pix.networks import UnetGenerator
+from fastp2p.engine.record import peak_bytes
+from fastp2p.engine.step import Step
 from fastp2p.nn.init import count_parameters
 
 STATE_BUFFERS = 4  # weight, gradient and Adam's two moments
@@ -18,34 +18,25 @@ class MemoryEstimate:
     """Bytes of one step."""
 
     state: int  # weights, gradients where they are kept, Adam's moments
-    activations: int  # what is kept for the backward passes at the step's peak: D's two passes and G's one
+    activations: int  # what is kept for the backward passes at the step's peak; with the fused engine all that is held
 
     @property
     def total(self) -> int:
         return self.state + self.activations
 
 
-def estimate_fused_step_memory(
-    netG: UnetGenerator, netD: nn.Module, *, batch_size: int, crop_size: int, dtype: torch.dtype
-) -> MemoryEstimate:
-    """Count the bytes of a step of the fused engine from its plans.
+def estimate_fused_step_memory(step: Step, batch_size: int) -> MemoryEstimate:
+    """Count the bytes of a step of the fused engine from a record of it; nothing is run or allocated.
 
-    A lower bound: activation gradients, of which a few live at a time, and scratch space come on top.
+    A lower bound: the operators' scratch space comes on top, and on a GPU gradients that the branch of weight gradients
+    holds.
 
     Args:
-        netG, netD: the networks, on any device.
-        batch_size, crop_size: the shape of real_A.
-        dtype: of computing.
+        step: on any device.
+        batch_size: the number of images.
     """
-    wide = torch.promote_types(dtype, torch.float32).itemsize
-    buffers = 4 if dtype == torch.float16 else 3  # weight, Adam's moments; in float16 gradients, to look for infinities
-    low = 0 if dtype.itemsize == wide else dtype.itemsize
-    state = (buffers * wide + low) * (count_parameters(netG) + count_parameters(netD))
-    padded = -(-crop_size // 2**netG.levels) * 2**netG.levels
-    plan_G, plan_D = plan_network(netG, (padded, padded)), plan_network(netD, (crop_size, crop_size))
-    pairs = 2 * batch_size * plan_D.in_channels * crop_size**2
-    elements = kept_elements(plan_G, batch_size) + kept_elements(plan_D, 2 * batch_size) + pairs
-    return MemoryEstimate(state, elements * dtype.itemsize)
+    state = sum(net.arena.n_bytes for net in step.networks.values())
+    return MemoryEstimate(state, peak_bytes(step, batch_size))
 
 
 def estimate_step_memory(

@@ -2,7 +2,6 @@
 
 from fastp2p.engine.graph import GraphedStep
 from fastp2p.engine.loss_scale import LossScale
-from fastp2p.engine.network import kept_elements
 from fastp2p.engine.plan import Plan, plan_network
 
-__all__ = ["GraphedStep", "LossScale", "Plan", "kept_elements", "plan_network"]
+__all__ = ["GraphedStep", "LossScale", "Plan", "plan_network"]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastp2p.engine.plan import Plan
+from fastp2p.engine.record import about
 from fastp2p.engine.supported import HINT
 from fastp2p.engine.watch import Watch
 from fastp2p.errors import InputError
@@ -62,6 +63,7 @@ class Arena:
         unscale: Unscale | None = None,
     ):
         weights = [layer.weight for layer in plan.layers]
+        self.names = [layer.name for layer in plan.layers]
         self.biases_and_norms = [p for p in net.parameters() if all(p is not weight for weight in weights)]
         self.parameters = weights + self.biases_and_norms
         wide = torch.promote_types(dtype, torch.float32)
@@ -154,6 +156,12 @@ class Arena:
         torch.autograd.graph.increment_version(self.parameters)
         self.watch.note()
 
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the flat buffers."""
+        buffers = (self.param, self.exp_avg, self.exp_avg_sq, self.grad, self.compute)
+        return sum(buffer.nbytes for buffer in buffers if buffer is not None)
+
     def weight(self, number: int) -> Tensor:
         """A layer's weight as the operators read it: live taps, dtype of computing, dense channels_last."""
         param, _, _, compute = self.weights[number]
@@ -170,10 +178,12 @@ class Arena:
         param, exp_avg, exp_avg_sq, compute = self.weights[number]
         if self.grad is not None:
             size = param.shape[2:]
+            about(self, self.names[number], "weight gradient", len(outer))
             self.grads[number].copy_(
                 operators.conv_wgrad(outer, outer2, inner, *size, stride, padding, self.grad.dtype)
             )
             return
+        about(self, self.names[number], "weight gradient and Adam", len(outer))
         operators.conv_wgrad_adam(
             *(outer, outer2, inner, param, exp_avg, exp_avg_sq, self.lr, self.powers),
             *(self.beta1, self.beta2, self.eps, stride, padding, compute),
@@ -204,6 +214,7 @@ class Arena:
         self.steps.add_(1 if unscale is None else unscale.sign())
 
     def _adam(self, part: slice, grad: Tensor, compute: Tensor | None = None, unscale: Tensor | None = None) -> None:
+        about(self, None, "Adam" if part.start is None else "Adam of the rest")
         operators.adam(
             *(self.param[part], grad, self.exp_avg[part], self.exp_avg_sq[part], self.lr, self.powers),
             *(self.beta1, self.beta2, self.eps, compute, unscale),

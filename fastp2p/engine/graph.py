@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastp2p.data import Crops
 from fastp2p.engine.step import LossValues, Step
+from fastp2p.errors import InputError
 
 WARM_UP = 3  # ordinary steps of each batch size before its graph is captured: kernels compile, the allocator settles
 MAIN_PRIORITY = -1  # the graph's main chain has it; streams have 0 by default, as the branch beside it has
@@ -53,7 +54,12 @@ class GraphedStep:
 
     def __call__(self, crops: Crops) -> LossValues:
         """One step of training. Raises InputError where the crops are of another size than the step's."""
-        self.step.check(crops.shapes)
+        if crops.shapes != dict(self.step.shapes):
+            got, made_for = (
+                ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+                for shapes in (crops.shapes, self.step.shapes)
+            )
+            raise InputError(f"engine: got crops {got}, but this step was made for {made_for}")
         outside = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(outside)
         with torch.cuda.stream(self.stream):

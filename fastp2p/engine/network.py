@@ -10,6 +10,7 @@ import fastp2p.ops  # noqa: F401 (defines torch.ops.fastp2p)
 from fastp2p.engine.arena import Arena
 from fastp2p.engine.branch import Branch
 from fastp2p.engine.plan import NONE, Layer, Normalisation, Plan
+from fastp2p.engine.record import about
 from fastp2p.nn.norm import SampleNorm2d
 
 operators = torch.ops.fastp2p
@@ -25,15 +26,6 @@ class Kept(NamedTuple):
     var: Tensor | None
     y: Tensor  # the result for the next layer
     y2: Tensor | None  # the result for the decoder's layer across the skip connection
-
-
-def kept_elements(plan: Plan, images: int) -> int:
-    """How many elements `FusedNetwork.forward` keeps, its input and the statistics not counted."""
-    copies = [1 if layer.activation_in_conv else 2 + (layer.skip_activation is not None) for layer in plan.layers]
-    return sum(
-        images * n * layer.out_channels * layer.out_size[0] * layer.out_size[1]
-        for n, layer in zip(copies, plan.layers, strict=True)
-    )
 
 
 class FusedNetwork:
@@ -76,6 +68,7 @@ class FusedNetwork:
         activation = layer.activation if layer.activation_in_conv else NONE
         args = (self.arena.weight(number), layer.conv.bias, None, layer.stride, layer.taps.padding)
         settings = (activation, layer.slope, groups)
+        about(self.arena, layer.name, "forward", len(x))
         if layer.transposed:
             out, mean, var = operators.conv_transpose(x, x2, *args, *layer.out_size, *settings)
         else:
@@ -88,7 +81,9 @@ class FusedNetwork:
         elif isinstance(layer.norm, nn.BatchNorm2d):
             n_values = len(x) // groups * layer.out_size[0] * layer.out_size[1]
             averages = (layer.norm.running_mean, layer.norm.running_var)
+            about(self.arena, layer.name, "running averages", len(x))
             operators.running_stats(*averages, mean, var, n_values, layer.norm.momentum)
+        about(self.arena, layer.name, "norm and activation", len(x))
         y, y2 = operators.norm_act(out, mean, var, *self._norm_act_settings(number, layer))
         return Kept(x, x2, out, mean, var, y, None if layer.skip_activation is None else y2)
 
@@ -127,6 +122,7 @@ class FusedNetwork:
             pass
         weight = self.arena.weight(0)[:, first_channel:].contiguous(memory_format=torch.channels_last)
         args = (gate, layer.stride, layer.taps.padding, *layer.in_size, activation, 0.0, 0)
+        about(self.arena, layer.name, "data gradient", len(gate))
         dx: Tensor = operators.conv_transpose(dz_here, None, weight, None, *args)[0]
         return dx
 
@@ -148,14 +144,17 @@ class FusedNetwork:
             layer, k, dz = layers[number], kept[number], dy
             if not layer.activation_in_conv:
                 norm_act = (k.raw, k.mean, k.var, *self._norm_act_settings(number, layer))
+                about(self.arena, layer.name, "norm and activation, backward", len(dy))
                 dz, dweight, dbias = operators.norm_act_backward(dy, across.pop(number, None), *norm_act)
                 if of_parameters is not None and layer.norm is not None and layer.norm.weight is not None:
                     of_parameters |= {id(layer.norm.weight): dweight, id(layer.norm.bias): dbias}
                 elif of_parameters is not None and layer.trains_bias:
                     of_parameters[id(layer.conv.bias)] = dbias
             elif of_parameters is not None and layer.trains_bias:
-                mean = operators.norm_stats(dz, 1)[0] if dy_mean is None else dy_mean
-                of_parameters[id(layer.conv.bias)] = mean[0] * (dz.numel() // dz.shape[1])
+                if dy_mean is None:
+                    about(self.arena, layer.name, "bias gradient", len(dz))
+                    dy_mean = operators.norm_stats(dz, 1)[0]
+                of_parameters[id(layer.conv.bias)] = dy_mean[0] * (dz.numel() // dz.shape[1])
             if number > 0:
                 dy, dy_mean = self._data_gradient(number, layer, dz, kept, of_parameters is not None)
                 if layer.skip is not None:
@@ -177,6 +176,7 @@ class FusedNetwork:
         groups = int(wants_mean and before.activation_in_conv and before.trains_bias)
         args = (self.arena.weight(number), None, gate, layer.stride, layer.taps.padding)
         settings = (activation, before.slope, groups)
+        about(self.arena, layer.name, "data gradient", len(dz))
         if layer.transposed:
             dx, mean, _ = operators.conv(dz, *args, *settings)
         else:

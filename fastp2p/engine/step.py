@@ -1,7 +1,7 @@
 """What the trainer, the CUDA graph and the tuner ask of a training step, whatever its model."""
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,17 @@ class Step(Protocol):
     @property
     def device(self) -> torch.device:
         """Where the step computes."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, int, int]]:
+        """(C, H, W) of the images that the step takes, by name."""
+
+    @property
+    def networks(self) -> Mapping[str, Any]:
+        """Each `FusedNetwork` by the name that tables give it."""
+
+    def on_meta(self) -> "Step":
+        """Make a twin that calls the same operators, on networks whose tensors have no values."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -36,6 +47,3 @@ class Step(Protocol):
 
     def train(self, batch: Batch) -> LossValues:
         """The three in turn. Raises InputError where the batch is not what the step was made for."""
-
-    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raise InputError unless the step was made for images of these (C, H, W)."""

@@ -6,6 +6,7 @@ from torch import Tensor
 from fastp2p.errors import InputError
 from fastp2p.ops import library
 from fastp2p.ops.library import check_devices, describe
+from fastp2p.ops.operands import Work
 
 
 def adam_ref(
@@ -49,6 +50,7 @@ library.define(
     "float beta1, float beta2, float eps, Tensor(d!)? low_precision=None, Tensor? unscale=None) -> ()",
     reference=adam_ref,
     fake=_fake,
+    work=Work(adam=("param", "grad", "exp_avg", "exp_avg_sq", "low_precision"), overwritten=("low_precision",)),
 )
 library.serve_by_triton("adam")
 

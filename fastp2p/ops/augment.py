@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fastp2p.errors import InputError
 from fastp2p.ops import library
+from fastp2p.ops.operands import Work
 
 
 def augment_ref(
@@ -49,6 +50,11 @@ library.define(
     " -> (Tensor, Tensor)",
     reference=augment_ref,
     fake=_fake,
+    work=Work(
+        maps=("pairs",),
+        samples={"pairs": lambda results: sum(result.elements for result in results)},  # what is cropped alone is read
+        results=("maps", "maps"),
+    ),
 )
 library.serve_by_triton("augment")
 

@@ -11,6 +11,7 @@ from fastp2p.ops import library
 from fastp2p.ops.activation import Activation, activate, activation_index, derivative
 from fastp2p.ops.library import check_devices, describe
 from fastp2p.ops.norm_stats import check_stat_groups, fake_stats, norm_stats_ref
+from fastp2p.ops.operands import Work
 
 
 def conv_ref(
@@ -86,6 +87,12 @@ library.define(
     "SymInt stat_groups) -> (Tensor, Tensor, Tensor)",
     reference=conv_ref,
     fake=_fake,
+    work=Work(
+        maps=("x", "gate"),
+        weights=("weight",),
+        results=("maps", "vectors", "vectors"),
+        flop=lambda args, results: 2 * results[0].pixels * args["weight"].elements,
+    ),
     backward=_backward,
     setup_context=_setup_context,
 )

@@ -12,6 +12,7 @@ from fastp2p.ops.activation import Activation, activate, activation_index, deriv
 from fastp2p.ops.conv import check_extras, check_window
 from fastp2p.ops.library import check_devices, describe
 from fastp2p.ops.norm_stats import check_stat_groups, fake_stats, norm_stats_ref
+from fastp2p.ops.operands import Work
 
 
 def conv_transpose_ref(
@@ -99,6 +100,12 @@ library.define(
     "SymInt width, int activation, float slope, SymInt stat_groups) -> (Tensor, Tensor, Tensor)",
     reference=conv_transpose_ref,
     fake=_fake,
+    work=Work(
+        maps=("x", "x2", "gate"),
+        weights=("weight",),
+        results=("maps", "vectors", "vectors"),
+        flop=lambda args, results: 2 * args["x"].pixels * args["weight"].elements,
+    ),
     backward=_backward,
     setup_context=_setup_context,
 )

@@ -8,6 +8,7 @@ from fastp2p.errors import InputError
 from fastp2p.ops import library
 from fastp2p.ops.conv import check_window, conv_size
 from fastp2p.ops.library import check_devices, describe
+from fastp2p.ops.operands import Work
 
 
 def conv_wgrad_ref(
@@ -49,6 +50,11 @@ library.define(
     "ScalarType dtype) -> Tensor",
     reference=conv_wgrad_ref,
     fake=_fake,
+    work=Work(
+        maps=("outer", "outer2", "inner"),
+        results=("adam",),
+        flop=lambda args, results: 2 * args["outer"].pixels * results[0].elements,
+    ),
 )
 library.serve_by_triton("conv_wgrad")
 

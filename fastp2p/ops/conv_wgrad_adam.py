@@ -8,6 +8,7 @@ from fastp2p.ops import library
 from fastp2p.ops.adam import adam_ref
 from fastp2p.ops.conv_wgrad import check_outer_inner, conv_wgrad_ref
 from fastp2p.ops.library import check_devices, describe
+from fastp2p.ops.operands import Work
 
 
 def conv_wgrad_adam_ref(
@@ -42,6 +43,12 @@ library.define(
     "Tensor(d!)? low_precision=None) -> ()",
     reference=conv_wgrad_adam_ref,
     fake=_fake,
+    work=Work(
+        maps=("outer", "outer2", "inner"),
+        adam=("param", "exp_avg", "exp_avg_sq", "low_precision"),
+        overwritten=("low_precision",),
+        flop=lambda args, results: 2 * args["outer"].pixels * args["param"].elements,
+    ),
 )
 library.serve_by_triton("conv_wgrad_adam")
 

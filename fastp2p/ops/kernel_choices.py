@@ -28,6 +28,7 @@ FORMAT = 1  # of the file
 MOST_MS = 1e9  # a candidate takes less: this is twelve days
 CPU_CHOICES = ("gemm", "direct")
 Choice = str | dict[str, int]
+CONVOLUTIONS = ("conv", "conv_transpose", "conv_wgrad", "conv_wgrad_adam")  # the operators that choices are for
 
 
 _KEY = r"(\w+) (\w+) (N)px (N)\+(N)-(N) (N)x(N)s(N)".replace("N", r"\d{1,15}")

@@ -20,12 +20,14 @@ from torch import Tensor
 from fastp2p.errors import InputError
 from fastp2p.ops.extension import INTERPRETED
 from fastp2p.ops.kernel_choices import Choice, chosen
+from fastp2p.ops.operands import Named, Operand, Traffic, Work
 
 OLDEST_GPU = (8, 0)  # compute capability; Triton gave up sm_75
 LIBRARY = torch.library.Library("fastp2p", "DEF")
 
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 _references: dict[str, Callable[..., Any]] = {}
+_works: dict[str, Work] = {}
 _triton_serves: set[tuple[str, str]] = set()  # (operator, device type)
 
 
@@ -35,6 +37,7 @@ def define(
     *,
     reference: Callable[..., Any],
     fake: Callable[..., Any],
+    work: Work,
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
 ) -> None:
@@ -45,6 +48,7 @@ def define(
         schema: its arguments and returns in PyTorch's schema language, such as "(Tensor x) -> Tensor".
         reference: plain PyTorch; serves every device that has no kernel of its own.
         fake: shapes and dtypes alone, for torch.compile and meta tensors.
+        work: which arguments are maps, weights or Adam's, and how its FLOPs are counted.
         backward, setup_context: the gradient, as torch.library.register_autograd takes it. Without one, an operator
             that returns tensors raises when a gradient is asked of it.
     """
@@ -59,7 +63,15 @@ def define(
 
     if backward is not None:
         torch.library.register_autograd(f"fastp2p::{name}", backward, setup_context=setup_context, lib=LIBRARY)
-    _references[name] = reference
+    _references[name], _works[name] = reference, work
+
+
+def cost_of(name: str, args: Named, results: tuple[Operand, ...]) -> tuple[int, Traffic]:
+    """The FLOPs and the bytes of an operator's call. What is done for each element is not counted among the FLOPs."""
+    work, schema = _works[name], getattr(torch.ops.fastp2p, name).default._schema
+    changed = frozenset(arg.name for arg in schema.arguments if arg.alias_info and arg.alias_info.is_write)
+    flop = 0 if work.flop is None else work.flop(args, results)
+    return flop, work.traffic(args, results, changed)
 
 
 def _count_versions(name: str) -> None:

@@ -9,6 +9,7 @@ from fastp2p.errors import InputError
 from fastp2p.ops import library
 from fastp2p.ops.activation import Activation, activate, activation_index, derivative
 from fastp2p.ops.library import check_devices, describe
+from fastp2p.ops.operands import Work
 from fastp2p.ops.philox import keep_mask
 
 
@@ -132,6 +133,7 @@ library.define(
     f"({_INPUTS}, {_SETTINGS}) -> (Tensor, Tensor)",
     reference=norm_act_ref,
     fake=_fake,
+    work=Work(maps=("x",), results=("maps", "maps")),
     backward=_backward,
     setup_context=_setup_context,
 )
@@ -140,6 +142,7 @@ library.define(
     f"(Tensor dy, Tensor? dy2, {_INPUTS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor)",
     reference=norm_act_backward_ref,
     fake=_fake_backward,
+    work=Work(maps=("dy", "dy2", "x"), results=("maps", "vectors", "vectors")),
 )
 library.serve_by_triton("norm_act")
 library.serve_by_triton("norm_act_backward")

@@ -6,6 +6,7 @@ from torch import Tensor
 from fastp2p.errors import InputError
 from fastp2p.ops import library
 from fastp2p.ops.library import describe
+from fastp2p.ops.operands import Work
 
 
 def norm_stats_ref(x: Tensor, stat_groups: int) -> tuple[Tensor, Tensor]:
@@ -28,6 +29,7 @@ library.define(
     "(Tensor x, SymInt stat_groups) -> (Tensor, Tensor)",
     reference=norm_stats_ref,
     fake=fake_stats,
+    work=Work(maps=("x",), results=("vectors", "vectors")),
 )
 library.serve_by_triton("norm_stats")
 

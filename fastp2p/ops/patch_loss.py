@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastp2p.errors import InputError
 from fastp2p.ops import library
+from fastp2p.ops.operands import Work
 
 GanMode = Literal["vanilla", "lsgan", "hinge"]  # adversarial losses that are made of these
 Kind = Literal["bce", "square", "hinge", "linear", "l1"]
@@ -62,6 +63,7 @@ library.define(
     "(Tensor x, Tensor? target, int kind, float target_value, float weight, bool through_tanh) -> (Tensor, Tensor)",
     reference=patch_loss_ref,
     fake=_fake,
+    work=Work(maps=("x", "target"), results=("vectors", "maps")),
     backward=_backward,
     setup_context=_setup_context,
 )

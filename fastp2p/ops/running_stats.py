@@ -6,6 +6,7 @@ from torch import Tensor
 from fastp2p.errors import InputError
 from fastp2p.ops import library
 from fastp2p.ops.library import check_devices, describe
+from fastp2p.ops.operands import Work
 
 
 def running_stats_ref(
@@ -26,6 +27,7 @@ library.define(
     "(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, SymInt n_values, float momentum) -> ()",
     reference=running_stats_ref,
     fake=_fake,
+    work=Work(),  # vectors alone
 )
 library.serve_by_triton("running_stats")
 

@@ -67,7 +67,7 @@ class TrainState:
             return GraphedStep(fused)
         return lambda crops: fused.train(crops.cut(self.device))
 
-    def fused_step(self, config: ResolvedConfig) -> Any:
+    def fused_step(self, config: ResolvedConfig) -> Step:
         """The fused engine's step on these networks and optimizers, made at the first call."""
         if self.fused is None:
             self.fused = self.model.fused_step(

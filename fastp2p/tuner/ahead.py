@@ -3,7 +3,6 @@
 The step runs on meta tensors, which have shapes and no values; the operators' launchers run as they are.
 """
 
-import copy
 import importlib
 import os
 import time
@@ -11,16 +10,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastp2p.models.pix2pix.calls import CONVOLUTIONS
-from fastp2p.models.pix2pix.step import FusedStep
+from fastp2p.engine.record import META, Rehearsal
+from fastp2p.engine.step import Step
 from fastp2p.ops import kernel_choices, library
-from fastp2p.ops.kernel_choices import Choice, Table
+from fastp2p.ops.kernel_choices import CONVOLUTIONS, Choice, Table
 from fastp2p.tuner.operations import Noise, Operation
 
-META = torch.device("meta")
 FEWEST = 8  # programs for a process: it takes seconds to begin, and half a second for each
 
 Args = tuple[Any, ...]  # what an operator is called with
@@ -54,7 +52,7 @@ def as_chosen(table: Table) -> Choose:
     return choose
 
 
-class MetaStep:
+class MetaStep(Rehearsal):
     """A training step without values: its methods launch what it launches, for `kernels.ahead.recording` to note.
 
     Args:
@@ -62,26 +60,19 @@ class MetaStep:
         serves: the other operators launch nothing.
     """
 
-    def __init__(self, step: FusedStep, serves: Serves):
-        self.step, self.serves = _on_meta(step), serves
+    def __init__(self, step: Step, serves: Serves):
+        super().__init__(step)
+        self.serves = serves
 
     def launch(self, images: int, choose: Choose = by_rule) -> None:
         """A step of so many images, each operator by every kernel that `choose` names."""
-        channels, size = self.step.channels, self.step.size
-        with torch._C._AutoDispatchBelowAutograd(), _Launches(self.serves, choose):
-            real_A, real_B = (
-                torch.empty(images, c, *size, device=META).contiguous(memory_format=torch.channels_last)
-                for c in channels
-            )
-            self.step._step(real_A, real_B)
+        with _Launches(self.serves, choose):
+            self.step.launch(self.batch(images))
 
     def launch_augment(self, images: int, height: int, width: int) -> None:
         """What cuts a batch out of pairs of this size, as a graph does."""
-        pairs = torch.empty(images, height, width, sum(self.step.channels), dtype=torch.uint8, device=META)
-        index, offset = (torch.empty(images, *shape, dtype=torch.int64, device=META) for shape in ((), (2,)))
-        flip = torch.empty(images, dtype=torch.bool, device=META)
         with torch._C._AutoDispatchBelowAutograd(), _Launches(self.serves, by_rule):
-            torch.ops.fastp2p.augment(pairs, index, offset, flip, self.step.size[0], self.step.channels[0])
+            self.crops(images, height, width).cut(META)
 
 
 def launch_tuner(operations: Sequence[Operation]) -> None:
@@ -125,34 +116,6 @@ def compile_missing(programs: Any, target: Any, say: Callable[[str], object]) ->
     failed = sum(result.error is not None for result in results)
     left = f", {failed} of them in vain" if failed else ""
     say(f"kernels: {len(missing)} programs compiled by {processes} processes in {time.monotonic() - began:.1f} s{left}")
-
-
-def _on_meta(step: FusedStep) -> FusedStep:
-    netG, netD = (_net_on_meta(net) for net in step.nets)
-    optimizers = []
-    for net, of in ((netG, step.netG), (netD, step.netD)):
-        betas = (of.arena.beta1, of.arena.beta2)
-        optimizers.append(torch.optim.Adam(net.parameters(), betas=betas, eps=of.arena.eps))
-    twin = FusedStep(
-        *(netG, netD, *optimizers),
-        size=step.size,
-        dtype=step.dtype,
-        lambda_L1=step.lambda_L1,
-        reduce=None if step.reduce is None else lambda gradients: None,
-        skip_dead_taps=step.skip_dead_taps,
-    )
-    twin.objective = step.objective
-    return twin
-
-
-def _net_on_meta(net: nn.Module) -> Any:
-    """A copy whose parameters and buffers have no values, and were never copied."""
-    known: dict[int, Any] = {}
-    for parameter in net.parameters():
-        known[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device=META))
-    for buffer in net.buffers():
-        known[id(buffer)] = torch.empty_like(buffer, device=META)
-    return copy.deepcopy(net, known)
 
 
 class _Launches(TorchDispatchMode):

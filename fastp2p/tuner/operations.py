@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from fastp2p import ops
+from fastp2p.engine.arena import ALIGNMENT
 from fastp2p.engine.plan import NONE, Size
-from fastp2p.models.pix2pix.calls import CONVOLUTIONS, Call, calls
-from fastp2p.models.pix2pix.step import FusedStep
-from fastp2p.ops.kernel_choices import Problem
+from fastp2p.engine.record import Call, record
+from fastp2p.engine.step import Step
+from fastp2p.ops.kernel_choices import CONVOLUTIONS, Problem, problem_of
 
 Args = tuple[Any, ...]  # of an operator
 
@@ -36,8 +37,8 @@ class Operation:
     bias: bool = False
     gate: bool = False
     stat_groups: int = 0
-    first_tap: int = 0  # where the problem's taps begin among the weight's, if they are a slice of more
-    kernel: int = 0  # taps of that weight in each direction; 0 where they are the problem's
+    strides: tuple[int, ...] = ()  # of the weight that Adam updates, which may be a slice of more taps
+    offset: int = 0  # in elements, where that weight begins behind an aligned address
 
     @property
     def wide(self) -> torch.dtype:
@@ -76,9 +77,9 @@ class Operation:
         if p.operator == "conv_wgrad":
             return small, small2, large, *kernel, *window, self.wide
         if p.operator == "conv_wgrad_adam":
-            whole = noise.images(*weight_shape[:2], *((self.kernel,) * 2 if self.kernel else kernel), dtype=self.wide)
-            taps = [slice(self.first_tap, self.first_tap + n) for n in kernel]
-            param, *moments = (t[:, :, *taps] for t in (whole, torch.zeros_like(whole), torch.zeros_like(whole)))
+            whole = noise.values(self._adam_s_elements(weight_shape), dtype=self.wide)
+            buffers = (whole, torch.zeros_like(whole), torch.zeros_like(whole))
+            param, *moments = (t.as_strided(weight_shape, self.strides, self.offset) for t in buffers)
             low = None
             if p.dtype != self.wide:
                 low = param.to(p.dtype).contiguous(memory_format=torch.channels_last)
@@ -93,6 +94,10 @@ class Operation:
         gate = large if self.gate else None
         return small, small2, weight, bias if self.bias else None, gate, *window, *self.large, *epilogue
 
+    def _adam_s_elements(self, shape: tuple[int, ...]) -> int:
+        """The elements from an aligned address to the end of a weight that Adam updates."""
+        return self.offset + 1 + sum((n - 1) * stride for n, stride in zip(shape, self.strides, strict=True))
+
 
 class Noise:
     """Normal values without drawing each: a pool is repeated, from another place every time."""
@@ -104,12 +109,14 @@ class Noise:
 
     def images(self, n: int, c: int, h: int, w: int, *, dtype: torch.dtype) -> Tensor:
         """(n, c, h, w), channels_last."""
+        return self.values(n * c * h * w, dtype=dtype).view(n, h, w, c).permute(0, 3, 1, 2)
+
+    def values(self, size: int, *, dtype: torch.dtype) -> Tensor:
+        """(size,), in memory of its own."""
         pool = self.pools.setdefault(dtype, self.pools[torch.float32].to(dtype))
         self.first = (self.first + 1008) % 2**16  # a multiple of 16: other addresses take other programs
-        size = n * c * h * w
         times = -(-(self.first + size) // len(pool))
-        values = pool.repeat(times)[self.first : self.first + size] if times > 1 else pool[self.first :][:size].clone()
-        return values.view(n, h, w, c).permute(0, 3, 1, 2)
+        return pool.repeat(times)[self.first : self.first + size] if times > 1 else pool[self.first :][:size].clone()
 
 
 class Trial:
@@ -203,28 +210,29 @@ def _largest(t: Tensor) -> float:
     return float(torch.maximum(-least, largest))
 
 
-def operations(step: FusedStep, images: int) -> list[Operation]:
+def operations(step: Step, images: int) -> list[Operation]:
     """The convolutions of a step of so many images, of each problem the first."""
     first: dict[Problem, Operation] = {}
-    for call in calls(step, images):
+    for call in record(step, images):
         if call.operator in CONVOLUTIONS:
-            operation = operation_of(call, step.dtype)
+            operation = operation_of(call)
             first.setdefault(operation.problem, operation)
     return list(first.values())
 
 
-def operation_of(call: Call, dtype: torch.dtype) -> Operation:
-    """A convolution's call as the problem that it poses, computed in dtype."""
-    layer = call.layer
-    assert layer is not None
-    small, large = (layer.in_size, layer.out_size) if layer.transposed else (layer.out_size, layer.in_size)
-    outer, inner = layer.out_channels, layer.in_channels
-    if layer.transposed:
-        outer, inner = inner, outer
-    channels = (call.skipped or outer, outer - call.skipped if call.skipped else 0, call.inner or inner)
-    window = (layer.taps.count, layer.taps.count, layer.stride)
-    problem = Problem(call.operator, dtype, call.images * small[0] * small[1], *channels, *window)
-    epilogue = (call.activation, call.slope, call.bias, call.gate, call.stat_groups)
-    taps = layer.taps
-    part = (0, 0) if taps.are_all(layer.weight) else (taps.first, layer.weight.shape[2])
-    return Operation(call.name, problem, call.images, small, large, taps.padding, *epilogue, *part)
+def operation_of(call: Call) -> Operation:
+    """A convolution's call as the problem that it poses."""
+    args, results = call.args, call.results
+    problem = problem_of(call.operator, tuple(args.values()))
+    details: dict[str, Any] = {}
+    if call.operator.startswith("conv_wgrad"):
+        small, large = args["outer"], args["inner"]
+        if call.operator == "conv_wgrad_adam":
+            param = args["param"]
+            details = {"strides": param.strides, "offset": param.offset % ALIGNMENT}
+    else:
+        small, large = (results[0], args["x"]) if call.operator == "conv" else (args["x"], results[0])
+        details = {name: args[name] for name in ("activation", "slope", "stat_groups")}
+        details |= {name: args[name] is not None for name in ("bias", "gate")}
+    sizes = {"small": small.shape[2:], "large": large.shape[2:]}
+    return Operation(call.name, problem, small.shape[0], **sizes, padding=args["padding"], **details)

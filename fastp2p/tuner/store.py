@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from fastp2p.config import NAMED_KERNELS
+from fastp2p.engine.step import Step
 from fastp2p.errors import InputError
 from fastp2p.files import is_there, read_small, write_atomically
-from fastp2p.models.pix2pix.step import FusedStep
 from fastp2p.ops import kernel_choices
 from fastp2p.ops.kernel_choices import Measured, Place, Table
 from fastp2p.terminal import Say, progress
@@ -45,11 +45,11 @@ def another_run_s(kernels: str, place: Place) -> Table:
         ) from error
 
 
-def check_fit(step: FusedStep, images: int, kernels: str) -> None:
+def check_fit(step: Step, images: int, kernels: str) -> None:
     """Raise InputError where another run's kernels.json knows none of the step's convolutions."""
     if kernels in NAMED_KERNELS:
         return
-    table = another_run_s(kernels, kernel_choices.place_of(step.rng.device))
+    table = another_run_s(kernels, kernel_choices.place_of(step.device))
     if not any(operation.problem in table for operation in operations(step, images)):
         raise InputError(
             f"kernels: {kernels} knows none of this run's convolutions, since it is of other networks or another "
@@ -57,7 +57,7 @@ def check_fit(step: FusedStep, images: int, kernels: str) -> None:
         )
 
 
-def choose_kernels(step: FusedStep, images: int, kernels: str, folder: Path, say: Say) -> None:
+def choose_kernels(step: Step, images: int, kernels: str, folder: Path, say: Say) -> None:
     """Decide which kernels the step's convolutions take, write it to the folder, and install it.
 
     What the folder holds already, of the run that is resumed, is taken as it is: other kernels round otherwise. An
@@ -74,7 +74,7 @@ def choose_kernels(step: FusedStep, images: int, kernels: str, folder: Path, say
         InputError: when the folder's file, or another run's, cannot be read.
         WriteError: when it cannot be written.
     """
-    device = step.rng.device
+    device = step.device
     place = kernel_choices.place_of(device)
     path = folder / KERNELS
     wanted = operations(step, images)
@@ -98,7 +98,7 @@ def choose_kernels(step: FusedStep, images: int, kernels: str, folder: Path, say
     kernel_choices.install(place, choices)
 
 
-def candidates_of(step: FusedStep, images: int, device: torch.device, say: Say) -> Callable[[list[Operation]], None]:
+def candidates_of(step: Step, images: int, device: torch.device, say: Say) -> Callable[[list[Operation]], None]:
     """What compiles a step's programs ahead of the tuner, with those of every kernel that it may choose."""
 
     def compile_first(missing: list[Operation]) -> None:
@@ -111,9 +111,9 @@ def candidates_of(step: FusedStep, images: int, device: torch.device, say: Say) 
     return compile_first
 
 
-def compile_step(step: FusedStep, batches: Iterable[int], load_size: int, say: Say) -> None:
+def compile_step(step: Step, batches: Iterable[int], load_size: int, say: Say) -> None:
     """Compile what the first steps of these batch sizes launch, on pairs of load_size px, by all cores."""
-    device = step.rng.device
+    device = step.device
 
     def launch(serves: ahead.Serves) -> None:
         twin = ahead.MetaStep(step, serves)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.measuring import NETWORKS, quick, tiny  # noqa: F401 (the ceilings are small)
+from helpers.measuring import NETWORKS, PARTS, quick, tiny  # noqa: F401 (the ceilings are small)
 from helpers.nets import small_nets
 from torch._C._autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
@@ -16,10 +16,9 @@ from torch.profiler import ProfilerActivity
 
 from fastp2p.cli import main
 from fastp2p.commands import profile as profile_module
-from fastp2p.commands.measure import STEP, Profiled, kernels_of
+from fastp2p.commands.measure import STEP, Profiled
 from fastp2p.commands.profile import Profile, profile_step
 from fastp2p.count.cost import count_step
-from fastp2p.engine.ranges import PARTS
 
 
 @pytest.fixture
@@ -115,7 +114,7 @@ def event(name: str, start: float, end: float, *below: FunctionEvent, kernels: A
 
 def test_times_on_a_gpu_are_those_of_kernels():
     """A range's shadow on the GPU is no kernel, and what overlaps is idle for nobody."""
-    costs = count_step(small_nets().fused((16, 16), torch.float64), 1)[:2]
+    costs = count_step(small_nets().fused((16, 16), torch.float64), 1)[:2]  # the parts of these are ranges
     launches = event("cudaLaunchKernel", 3, 4)
     calls = [
         event("fastp2p::augment", 1, 2, kernels=[("cut", 10.0)]),
@@ -136,7 +135,7 @@ def test_times_on_a_gpu_are_those_of_kernels():
     assert profiled.ms(step) == pytest.approx(0.038)
     assert profiled.ms_of_the_rest() == pytest.approx(0.003)
     assert profiled.idle_ms() == pytest.approx(0.002)
-    (mm, act), (copy,) = (sorted(kernels_of(e)) for e in (calls[1], parts[1].cpu_children[0]))
+    (mm, act), (copy,) = (sorted(profiled.kernels_of(e)) for e in (calls[1], parts[1].cpu_children[0]))
     assert (mm, act, copy) == (("act", 5.0), ("gemm", 20.0), ("copy", 3.0))
 
 

@@ -6,14 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.measuring import NETWORKS, quick, tiny  # noqa: F401 (the ceilings are small)
+from helpers.measuring import NETWORKS, PARTS, quick, tiny  # noqa: F401 (the ceilings are small)
 
 from fastp2p.cli import main
 from fastp2p.commands.measure import Machine, Spread
 from fastp2p.commands.roofline import Roofline, count_roofline, measure_roofline
 from fastp2p.count import ceilings as ceilings_module
 from fastp2p.count.ceilings import H200, Ceilings, measure_ceilings
-from fastp2p.engine.ranges import PARTS
 from fastp2p.errors import InputError
 
 

@@ -1,4 +1,4 @@
-"""The counted step is the step that runs: its calls, their bytes, and its FLOPs as PyTorch counts them."""
+"""The counted step is the step that runs: its calls, their bytes by hand, and its FLOPs as PyTorch counts them."""
 
 import dataclasses
 from typing import Any
@@ -6,35 +6,31 @@ from typing import Any
 import pytest
 import torch
 from helpers.nets import Trained, small_nets
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastp2p.count.ceilings import H200, Ceilings
-from fastp2p.count.cost import Cost, Sum, Traffic, count_step, step_floor
+from fastp2p.count.cost import Cost, Sum, count_step, step_floor
 from fastp2p.data import Crops
 from fastp2p.engine.ranges import part
+from fastp2p.engine.record import Call
 from fastp2p.models.gan_losses import GANLoss
-from fastp2p.models.pix2pix.calls import CONVOLUTIONS
 from fastp2p.models.pix2pix.networks import PatchDiscriminator, PixelDiscriminator, UnetGenerator
 from fastp2p.models.pix2pix.reference import train_step
 from fastp2p.models.pix2pix.step import FusedStep
 from fastp2p.nn.init import count_parameters
-from fastp2p.nn.norm import take_statistics_of_samples
-
-KINDS = {  # of an operator's arguments; what is not here is a vector
-    "maps": ("x", "x2", "gate", "outer", "outer2", "inner", "dy", "dy2", "target"),
-    "weights": ("weight",),
-    "adam": ("param", "grad", "exp_avg", "exp_avg_sq", "low_precision"),
-}
+from fastp2p.nn.norm import SampleNorm2d, take_statistics_of_samples
+from fastp2p.ops.kernel_choices import CONVOLUTIONS
+from fastp2p.ops.operands import Operand, Traffic
 
 
 class Calls(TorchDispatchMode):
-    """The operators that are called: their part of the step, and the bytes of what they get and give."""
+    """The operators that a step calls where it runs: the part of the step, and the shapes of what they get and give."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[tuple[str, str, Traffic]] = []
+        self.found: list[tuple[Any, ...]] = []
         self.part = ""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -43,29 +39,10 @@ class Calls(TorchDispatchMode):
         if name.startswith("_record_function_enter"):
             self.part = args[0]
         if namespace == "fastp2p":
-            self.found.append((self.part, name, traffic_of(name, func._schema.arguments, args, result)))
+            results = () if result is None else (result,) if isinstance(result, Tensor) else result
+            tensors = [t for t in (*args, *results) if isinstance(t, Tensor) and t.dtype != torch.uint8]
+            self.found.append((self.part, name, [(tuple(t.shape), t.stride(), t.dtype) for t in tensors]))
         return result
-
-
-def traffic_of(operator: str, arguments: Any, args: tuple[Any, ...], result: Any) -> Traffic:
-    """Each distinct tensor once; twice where it is read and written."""
-    bytes_of = dict.fromkeys(("maps", "weights", "adam", "vectors"), 0)
-    results = () if result is None else (result,) if isinstance(result, Tensor) else result
-    named = [(a.name, a.alias_info is not None, arg) for a, arg in zip(arguments, args, strict=False)]
-    tensors = [(name, changed, t) for name, changed, t in named if isinstance(t, Tensor)]
-    assert len({id(t) for _, _, t in tensors}) == len(tensors)
-    for name, changed, t in tensors:
-        if name == "pairs":  # of the resident pairs only the crops are read, as many values as the results have
-            bytes_of["maps"] += sum(r.numel() for r in results)
-            continue
-        kind = next((kind for kind, names in KINDS.items() if name in names), "vectors")
-        kind = "vectors" if operator.startswith("norm_act") and kind == "weights" else kind
-        twice = changed and name != "low_precision"  # the compute weight is written, but not read
-        bytes_of[kind] += t.nbytes * (1 + twice)
-    for t in results:
-        kind = "adam" if operator == "conv_wgrad" else "maps" if t.ndim == 4 or operator == "norm_act" else "vectors"
-        bytes_of[kind] += t.nbytes
-    return Traffic(**bytes_of)
 
 
 def run(step: FusedStep, n: int) -> Calls:
@@ -77,21 +54,84 @@ def run(step: FusedStep, n: int) -> Calls:
     with Calls() as calls:
         with part("augment"):
             real_A, real_B = crops.cut(device).values()
-        if device.type == "meta":  # which autocast does not know
-            step._step(real_A, real_B)
-        else:
-            step(real_A, real_B)
+        step(real_A, real_B)
     return calls
 
 
+def shapes_of(call: Call) -> list[tuple[Any, ...]]:
+    operands = [o for o in (*call.args.values(), *call.results) if isinstance(o, Operand) and o.dtype != torch.uint8]
+    return [(o.shape, o.strides, o.dtype) for o in operands]
+
+
 def assert_counted(step: FusedStep, n: int) -> list[Cost]:
+    """The record is what then runs, call by call; every call's bytes and FLOPs are those counted by hand."""
     costs = count_step(step, n)
-    counted = [(cost.call.part, cost.call.operator, cost.traffic) for cost in costs]
-    found = run(step, n).found
-    assert [call[:2] for call in counted] == [call[:2] for call in found]
-    for cost, call, recorded in zip(costs, counted, found, strict=True):
-        assert call == recorded, cost.call.name
+    recorded = [(cost.call.part, cost.call.operator, shapes_of(cost.call)) for cost in costs]
+    for call, found in zip(recorded, run(step, n).found, strict=True):
+        assert call == found
+    for cost in costs:
+        assert (cost.flop, cost.traffic) == by_hand(step, n, cost.call), cost.call.name
     return costs
+
+
+def by_hand(step: FusedStep, n: int, call: Call) -> tuple[int, Traffic]:
+    """What a call costs, counted from the plan's layers and the direction alone."""
+    low, wide = step.dtype.itemsize, torch.promote_types(step.dtype, torch.float32).itemsize
+    rounded = 0 if low == wide else low
+    if call.operator == "augment":  # from bytes to float32; index, offset and flip of each image
+        return 0, Traffic(maps=n * sum(step.channels) * step.size[0] * step.size[1] * 5, vectors=n * 25)
+    assert call.net is not None
+    net = step.networks[call.net]
+    if call.operator == "adam":
+        rest, weights = net.arena.param.numel() - net.arena.weights_end, net.arena.weights_end
+        of_weights = call.direction == "Adam"
+        unscales = 4 if step.loss_scale is not None else 0
+        per_element = 7 * wide + (rounded if of_weights else 0)
+        return 0, Traffic(adam=(weights if of_weights else rest) * per_element, vectors=wide + 16 + unscales)
+    images = n if call.net == "netG" or call.part == "netD forward and backward for netG" else 2 * n
+    if call.operator == "patch_loss":
+        if call.net == "netG":  # beside real_B, in float32
+            elements = n * step.channels[1] * step.size[0] * step.size[1]
+            return 0, Traffic(maps=elements * (2 * low + 4), vectors=wide)
+        last = net.plan.layers[-1]
+        return 0, Traffic(maps=n * last.out_size[0] * last.out_size[1] * 2 * low, vectors=wide)
+    number, layer = next((i, one) for i, one in enumerate(net.plan.layers) if one.name == call.layer)
+    samples = isinstance(layer.norm, nn.InstanceNorm2d | SampleNorm2d)
+    groups = images if samples else images // n
+    pixels_in, pixels_out = (images * height * width for height, width in (layer.in_size, layer.out_size))
+    before, after, channels = pixels_in * layer.in_channels, pixels_out * layer.out_channels, layer.out_channels
+    weight = layer.in_channels * layer.out_channels * layer.taps.count**2
+    flop, crosses = 2 * layer.macs(images), layer.skip_activation is not None
+    affine = layer.norm is not None and layer.norm.weight is not None
+    vectors = 2 * ((groups if layer.norm is not None else 1) + affine) * channels * wide + (16 if layer.dropout else 0)
+    match call.direction:
+        case "forward":
+            made = (layer.conv.bias is not None) + (2 * groups if layer.norm is not None else 0)
+            return flop, Traffic((before + after) * low, weight * low, vectors=made * channels * wide)
+        case "running averages":
+            return 0, Traffic(vectors=2 * (2 + groups) * channels * wide)
+        case "norm and activation":
+            return 0, Traffic((2 + crosses) * after * low, vectors=vectors)
+        case "norm and activation, backward":
+            return 0, Traffic((3 + crosses) * after * low, vectors=vectors + 2 * channels * wide)
+        case "bias gradient":
+            return 0, Traffic(after * low, vectors=2 * channels * wide)
+        case "weight gradient":
+            return flop, Traffic((before + after) * low, adam=weight * wide)
+        case "weight gradient and Adam":
+            return flop, Traffic((before + after) * low, adam=weight * (6 * wide + rounded), vectors=wide + 16)
+        case "data gradient" if number == 0:  # to fake_B alone, and through its tanh
+            share = step.channels[1] / layer.in_channels
+            maps = after + 2 * round(before * share)
+            return round(flop * share), Traffic(maps * low, round(weight * share) * low)
+        case "data gradient":
+            last = net.plan.layers[number - 1]
+            gate = before if last.activation_in_conv and last.activation else 0
+            mean = call.part.endswith("Adam") and last.activation_in_conv and last.trains_bias
+            return flop, Traffic(
+                (before + after + gate) * low, weight * low, vectors=2 * mean * layer.in_channels * wide
+            )
+    raise AssertionError(call)
 
 
 def paper_s(device: str = "meta", **options: Any) -> FusedStep:
@@ -126,7 +166,8 @@ def test_other_discriminators_and_statistics_of_samples():
     for net in (nets.netG, nets.netD):
         take_statistics_of_samples(net)
     costs = assert_counted(Trained(nets.netG, nets.netD).fused((32, 32), torch.float32), 3)
-    assert {cost.call.stat_groups for cost in costs if cost.call.operator == "running_stats"} == {3, 6}
+    groups = {cost.call.args["mean"].shape[0] for cost in costs if cost.call.operator == "running_stats"}
+    assert groups == {3, 6}
 
 
 def test_the_paper_s_step():
@@ -197,14 +238,14 @@ def test_floors_by_hand():
     ceilings = Ceilings("slow", flop_per_sec=1e3, bytes_per_sec=1e2)
     costs = count_step(small_nets(dtype=torch.float32).fused((16, 16), torch.float32), 1)
     convolution = next(cost for cost in costs if cost.call.operator == "conv")
-    by_hand = dataclasses.replace(convolution, flop=5_000, traffic=Traffic(maps=300, weights=200, adam=40, vectors=10))
-    assert by_hand.floor(ceilings) == 5.5
-    total = Sum.of([by_hand, dataclasses.replace(by_hand, flop=7_000)], ceilings)
+    made_up = dataclasses.replace(convolution, flop=5_000, traffic=Traffic(maps=300, weights=200, adam=40, vectors=10))
+    assert made_up.floor(ceilings) == 5.5
+    total = Sum.of([made_up, dataclasses.replace(made_up, flop=7_000)], ceilings)
     assert total == Sum(2, 12_000, Traffic(600, 400, 80, 20), floor=5.5 + 7, bound_by="arithmetic")
-    assert Sum.of([by_hand], ceilings).bound_by == "bytes"
+    assert Sum.of([made_up], ceilings).bound_by == "bytes"
     norm = next(cost for cost in costs if cost.call.operator == "norm_act")
-    again = dataclasses.replace(by_hand, call=dataclasses.replace(by_hand.call, images=2))
-    floor = step_floor([by_hand, norm, again], ceilings)  # the norm is not in it, the weight is read once
+    again = dataclasses.replace(made_up, call=dataclasses.replace(made_up.call, images=2))
+    floor = step_floor([made_up, norm, again], ceilings)  # the norm is not in it, the weight is read once
     assert (floor.arithmetic, floor.maps, floor.weights, floor.adam) == pytest.approx((10, 6, 2, 0.8))
     assert (floor.overlapped, floor.in_turn) == pytest.approx((10, 18.8))
 

@@ -48,8 +48,7 @@ def gflop(step: FusedStep) -> float:
 
 
 def mib(step: FusedStep, images: int) -> float:
-    sizes = {"batch_size": images, "crop_size": step.size[0], "dtype": torch.bfloat16}
-    return estimate_fused_step_memory(*step.nets, **sizes).total / 2**20
+    return estimate_fused_step_memory(step, images).total / 2**20
 
 
 def assert_row(given: list[float], counted: list[float]) -> None:

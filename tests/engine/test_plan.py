@@ -5,7 +5,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastp2p.count import plan_table
-from fastp2p.count.memory import estimate_fused_step_memory
 from fastp2p.engine import plan_network
 from fastp2p.engine.plan import LEAKY_RELU, NONE, RELU, TANH
 from fastp2p.models.pix2pix.networks import PatchDiscriminator, PixelDiscriminator, UnetGenerator
@@ -78,17 +77,3 @@ def test_table_can_be_read():
     assert "e8" in table
     assert "512→512 4x4 s2 (2x2 live)" in table
     assert "BatchNorm relu dropout 0.5" in table
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_memory_by_hand(dtype: torch.dtype):
-    """A pixel discriminator without norm beside a U-Net of two levels, on 8x8, batch 1."""
-    netG = UnetGenerator(1, 1, levels=2, ngf=2, norm="none", dropout="none")
-    netD = PixelDiscriminator(2, ndf=3, norm="none")
-    need = estimate_fused_step_memory(netG, netD, batch_size=1, crop_size=8, dtype=dtype)
-    kept_G = 3 * 2 * 16 + 4 * 4 + 2 * 2 * 16 + 64  # e1 three times; e2 and d1 once; d2 raw and activated
-    kept_D = 2 * 64 * (3 + 6 + 1)
-    pairs = 2 * 2 * 64
-    assert need.activations == dtype.itemsize * (kept_G + kept_D + pairs)
-    per_parameter = {torch.float32: 12, torch.bfloat16: 14, torch.float16: 18}[dtype]
-    assert need.state == per_parameter * (count_parameters(netG) + count_parameters(netD))

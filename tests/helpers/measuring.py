@@ -10,6 +10,15 @@ from fastp2p.models.pix2pix.options import Pix2PixConfig
 # The smallest networks, as the command takes them
 NETWORKS = ["--netG", "unet_8", "--ngf", "4", "--netD", "pixel", "--ndf", "4", "--crop-size", "32", "--device", "cpu"]
 
+PARTS = (  # of a step, in the order in which they run
+    "augment",
+    "netG forward",
+    "netD forward",
+    "netD backward and Adam",
+    "netD forward and backward for netG",
+    "netG backward and Adam",
+)
+
 
 def tiny(**options: Any) -> Pix2PixConfig:
     sizes: dict[str, Any] = {"netG": "unet_8", "ngf": 4, "ndf": 4, "netD": "pixel", "crop_size": 32}

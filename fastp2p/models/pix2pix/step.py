@@ -1,6 +1,7 @@
 """The training step of pix2pix on fused operators: `fastp2p.models.pix2pix.reference.train_step` without autograd."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 from fastp2p.engine.arena import Arena, Reduce, dead_taps_move
 from fastp2p.engine.loss_scale import LossScale
 from fastp2p.engine.network import FusedNetwork
-from fastp2p.engine.plan import TANH, plan_network
+from fastp2p.engine.plan import TANH, Plan, plan_network
 from fastp2p.engine.ranges import part
+from fastp2p.engine.record import about, net_on_meta
 from fastp2p.engine.step import Batch, LossValues
 from fastp2p.engine.supported import Supported, check_optimizer
 from fastp2p.errors import InputError
@@ -92,8 +94,9 @@ class FusedStep:
         self.supported = [Supported(net) for net in self.nets]
         if dtype not in DTYPES:
             raise InputError(f"engine: got dtype {dtype}, expected one of {', '.join(map(str, DTYPES))}")
-        self.dtype, self.size, self.objective, self.lambda_L1 = dtype, size, OBJECTIVES[gan_mode], lambda_L1
-        self.reduce, self.skip_dead_taps = reduce, skip_dead_taps
+        self.dtype, self.size, self.lambda_L1 = dtype, size, lambda_L1
+        self.gan_mode, self.objective = gan_mode, OBJECTIVES[gan_mode]
+        self.reduce = reduce
         device = next(netG.parameters()).device
         self.rng = torch.tensor([seed, step], device=device)
         self.loss_scale: LossScale | None = None
@@ -103,8 +106,13 @@ class FusedStep:
         self.multiple = 2**netG.levels  # of pixels, that G's sides are padded to
         missing = [-side % self.multiple for side in size]
         self.padding = [(n // 2, n - n // 2) for n in missing]  # (before, after)
-        self.netG = self._fused(netG, optimizer_G, (size[0] + missing[0], size[1] + missing[1]))
-        self.netD = self._fused(netD, optimizer_D, size)
+        sizes = ((size[0] + missing[0], size[1] + missing[1]), size)
+        plans = self._plans(sizes, skip_dead_taps and reduce is None and self.loss_scale is None)
+        unscale = None if self.loss_scale is None else self.loss_scale.unscale
+        self.netG, self.netD = (
+            FusedNetwork(plan, Arena(net, optimizer, plan, dtype, reduce=reduce, unscale=unscale), self.rng)
+            for plan, net, optimizer in zip(plans, self.nets, self.optimizers, strict=True)
+        )
         self.channels = (self.netG.plan.in_channels, self.netG.plan.layers[-1].out_channels)  # of real_A, of real_B
         if self.netD.plan.in_channels != sum(self.channels):
             raise InputError(
@@ -116,14 +124,34 @@ class FusedStep:
         if not all(net.training for net in self.nets):
             raise InputError("engine: got a network in eval mode, expected training mode: call .train() first")
 
-    def _fused(self, net: nn.Module, optimizer: torch.optim.Adam, size: tuple[int, int]) -> FusedNetwork:
-        unscale = None if self.loss_scale is None else self.loss_scale.unscale
-        gathers = self.reduce is not None or unscale is not None
-        plan = plan_network(net, size, skip_dead_taps=self.skip_dead_taps and not gathers)
-        if dead_taps_move(plan, optimizer):
-            plan = plan_network(net, size, skip_dead_taps=False)
-        return FusedNetwork(
-            plan, Arena(net, optimizer, plan, self.dtype, reduce=self.reduce, unscale=unscale), self.rng
+    def _plans(self, sizes: Sequence[tuple[int, int]], skip_dead_taps: bool) -> list[Plan]:
+        """Both networks' plans, with all taps where Adam still moves those that could be left out."""
+        plans = [
+            plan_network(net, size, skip_dead_taps=skip_dead_taps) for net, size in zip(self.nets, sizes, strict=True)
+        ]
+        self.skips_dead_taps = skip_dead_taps and not any(map(dead_taps_move, plans, self.optimizers))
+        return plans if self.skips_dead_taps == skip_dead_taps else self._plans(sizes, False)
+
+    @property
+    def networks(self) -> dict[str, FusedNetwork]:
+        """Each network by the name that tables give it."""
+        return {"netG": self.netG, "netD": self.netD}
+
+    def on_meta(self) -> "FusedStep":
+        """Make a twin that calls the same operators, on networks whose tensors have no values."""
+        netG, netD = map(net_on_meta, self.nets)
+        optimizers = (
+            torch.optim.Adam(net.parameters(), betas=(of.arena.beta1, of.arena.beta2), eps=of.arena.eps)
+            for net, of in zip((netG, netD), self.networks.values(), strict=True)
+        )
+        return FusedStep(
+            *(netG, netD, *optimizers),
+            size=self.size,
+            dtype=self.dtype,
+            gan_mode=self.gan_mode,
+            lambda_L1=self.lambda_L1,
+            reduce=None if self.reduce is None else lambda gradients: None,
+            skip_dead_taps=self.skips_dead_taps,
         )
 
     def __call__(self, real_A: Tensor, real_B: Tensor) -> Losses[Tensor]:
@@ -157,12 +185,10 @@ class FusedStep:
         self.conclude()
         return losses
 
-    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raise InputError unless the step was made for images of these (C, H, W)."""
-        expected = {name: (channels, *self.size) for name, channels in zip("AB", self.channels, strict=True)}
-        if shapes != expected:
-            got, made_for = (", ".join(f"{name} {shape}" for name, shape in s.items()) for s in (shapes, expected))
-            raise InputError(f"engine: got images {got}, but this step was made for {made_for}")
+    @property
+    def shapes(self) -> dict[str, tuple[int, int, int]]:
+        """(C, H, W) of the images that the step takes, by name."""
+        return {name: (channels, *self.size) for name, channels in zip("AB", self.channels, strict=True)}
 
     def prepare(self) -> None:
         """Before `launch`, and on the host: take over learning rates, and parameters changed in between.
@@ -190,7 +216,10 @@ class FusedStep:
     def launch(self, batch: Batch) -> LossValues:
         """The step's work on the device, nothing else, so that a CUDA graph can hold it."""
         # Below autograd, since the operators' autograd layer, in Python, costs as much as a launch
-        with torch._C._AutoDispatchBelowAutograd(), torch.autocast(self.rng.device.type, enabled=False):
+        device_type = self.rng.device.type
+        has_autocast = torch.amp.is_autocast_available(device_type)  # the meta device has none
+        autocast = torch.autocast(device_type, enabled=False) if has_autocast else nullcontext()
+        with torch._C._AutoDispatchBelowAutograd(), autocast:
             return self._step(batch["A"], batch["B"])._asdict()
 
     def _step(self, real_A: Tensor, real_B: Tensor) -> Losses[Tensor]:
@@ -208,17 +237,17 @@ class FusedStep:
         with part("netD forward"):
             pairs = self._pairs(real_A, fake_B, real_B)
             kept = netD.forward(pairs, batches=2)
-            loss_D_fake, dfake = self._loss(kept[-1].y[:n], self.objective["D_fake"], weight=D_WEIGHT)
-            loss_D_real, dreal = self._loss(kept[-1].y[n:], self.objective["D_real"], weight=D_WEIGHT)
+            loss_D_fake, dfake = self._loss(netD, kept[-1].y[:n], self.objective["D_fake"], weight=D_WEIGHT)
+            loss_D_real, dreal = self._loss(netD, kept[-1].y[n:], self.objective["D_real"], weight=D_WEIGHT)
         with part("netD backward and Adam"):
             netD.backward_and_adam(kept, torch.cat([dfake, dreal]))
 
         # G: D's weights are fixed, its gradient flows through to fake_B, and on through fake_B's tanh
         with part("netD forward and backward for netG"):
             kept = netD.forward(pairs[:n])  # moves D's running averages once more, as upstream's third pass does
-            loss_G_GAN, dlogits = self._loss(kept[-1].y, self.objective["G"])
+            loss_G_GAN, dlogits = self._loss(netD, kept[-1].y, self.objective["G"])
             dz = netD.input_gradient(kept, dlogits, first_channel=real_A.shape[1], gate=fake_B, activation=TANH)
-            loss_G_L1, dz_L1 = self._loss(fake_B, Target("l1", real_B), weight=self.lambda_L1, through_tanh=True)
+            loss_G_L1, dz_L1 = self._loss(netG, fake_B, Target("l1", real_B), weight=self.lambda_L1, through_tanh=True)
         with part("netG backward and Adam"):
             netG.backward_and_adam(kept_G, self._pad(dz.add_(dz_L1)))
 
@@ -228,11 +257,14 @@ class FusedStep:
         return Losses(loss_G_GAN, loss_G_L1, loss_D_real / D_WEIGHT, loss_D_fake / D_WEIGHT)
 
     def _loss(
-        self, x: Tensor, target: Target, *, weight: float = 1.0, through_tanh: bool = False
+        self, net: FusedNetwork, x: Tensor, target: Target, *, weight: float = 1.0, through_tanh: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """weight times the mean loss, and its gradient, which in float16 is multiplied by the loss scale."""
+        """weight times the mean loss of a network's output, and its gradient, which in float16 is multiplied by the
+        loss scale.
+        """
         tensor, value = (target.value, 0.0) if isinstance(target.value, Tensor) else (None, target.value)
         factor = 1.0 if self.loss_scale is None else self.loss_scale.HOST_SCALE
+        about(net.arena, None, "loss", len(x))
         loss, dx = operators.patch_loss(x, tensor, KINDS.index(target.kind), value, weight * factor, through_tanh)
         return loss / factor, dx if self.loss_scale is None else self.loss_scale.rescale_(dx)
 
