@@ -40,7 +40,7 @@ class Call:
 
     @property
     def name(self) -> str:
-        """The network, the layer and the direction, as far as there are: netG e4 data gradient."""
+        """The network, the layer and the direction, as far as there are, such as: e4 data gradient."""
         return " ".join(filter(None, (self.net, self.layer, self.direction)))
 
 

@@ -26,7 +26,7 @@ ROWS_CHECKED = 32  # of a weight after Adam, spread over all; of its gradient al
 class Operation:
     """One call of conv, conv_transpose, conv_wgrad or conv_wgrad_adam."""
 
-    name: str  # netG e4 data gradient
+    name: str  # of the network, the layer and what the call is for
     problem: Problem
     images: int
     small: Size

@@ -8,10 +8,11 @@ import torch
 from helpers.nets import Trained, batches, small_nets
 from torch.profiler import ProfilerActivity, profile
 
-from fastp2p.count.memory import estimate_fused_step_memory, estimate_step_memory
+from fastp2p.count.memory import estimate_fused_step_memory
 from fastp2p.engine.plan import Plan
 from fastp2p.engine.record import peak_bytes
 from fastp2p.models.gan_losses import GANLoss
+from fastp2p.models.pix2pix.memory import estimate_step_memory
 from fastp2p.models.pix2pix.networks import PatchDiscriminator, PixelDiscriminator, UnetGenerator
 from fastp2p.models.pix2pix.step import FusedStep
 from fastp2p.nn.init import count_parameters

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastp2p.config import RunConfig, Settings
-from fastp2p.count.memory import MemoryEstimate, estimate_fused_step_memory, estimate_step_memory
+from fastp2p.count.memory import MemoryEstimate, estimate_fused_step_memory
 from fastp2p.device import DTYPES
 from fastp2p.engine import LossScale
 from fastp2p.engine.record import META, net_on_meta
@@ -20,6 +20,7 @@ from fastp2p.models.generator_spec import GeneratorSpec
 from fastp2p.models.metrics import METRICS, evaluate_generator
 from fastp2p.models.pix2pix.generator import UnetGeneratorSpec
 from fastp2p.models.pix2pix.losses import Losses, read_losses
+from fastp2p.models.pix2pix.memory import estimate_step_memory
 from fastp2p.models.pix2pix.networks import UnetGenerator, build_netD, levels_of
 from fastp2p.models.pix2pix.options import Pix2PixConfig, Pix2PixOptions, ResolvedPix2Pix
 from fastp2p.models.pix2pix.reference import train_step
