@@ -31,8 +31,6 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "cli": (*TRAIN, "train", "commands"),
     "__main__": ("cli",),
 }
-# The plan still knows the networks by their classes
-BELOW = {(f"engine/{name}.py", "fastp2p.models.pix2pix.networks") for name in ("plan", "supported")}
 MODULES = sorted([*(ROOT / "fastp2p").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 
 
@@ -61,7 +59,7 @@ def test_imports_follow_the_order(path: Path):
     assert own in MAY_IMPORT, f"{path}: give the new folder or module its line in MAY_IMPORT"
     for name in imported_modules(path):
         target = layer(name)
-        allowed = target == own or target in MAY_IMPORT[own] or ("/".join(path.parts[-2:]), name) in BELOW
+        allowed = target == own or target in MAY_IMPORT[own]
         assert allowed, f"{path} imports {name}, which lies below it"
 
 

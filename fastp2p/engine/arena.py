@@ -1,16 +1,18 @@
-"""The arena: one network's weights, Adam's moments and compute weights, each one flat buffer; parameters are views."""
+"""The arena: what one Adam trains, its moments and the compute weights, each one flat buffer; parameters are views."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from fastp2p.engine.plan import Plan
+from fastp2p.engine.plan import Layer, Plan
 from fastp2p.engine.record import about
 from fastp2p.engine.supported import HINT
 from fastp2p.engine.watch import Watch
 from fastp2p.errors import InputError
+
+T = TypeVar("T")
 
 operators = torch.ops.fastp2p
 ALIGNMENT = 64  # elements: whole cache lines, and more than 16-byte accesses ask for
@@ -29,7 +31,7 @@ class LayerWeight(NamedTuple):
 
 
 class Arena:
-    """Flat buffers that a network's parameters and its optimizer's state become views of.
+    """Flat buffers that parameters and their optimizer's state become views of: of one network, or of several.
 
     Convolution weights come first, in channels_last, each (O, KH, KW, C) in memory; then the biases and the norms'
     parameters. state_dict, checkpoints and torch.optim.Adam go on working on the views.
@@ -37,15 +39,19 @@ class Arena:
         param                 weights, biases and norms' parameters: float32 (float64 for float64)
         exp_avg, exp_avg_sq   Adam's moments, likewise
         compute               the convolution weights in the dtype of computing, where that is a lower one
-        grad                  gradients, where they are wanted whole: one bucket for an all-reduce, or to be checked for
-                              infinities before they may count; else every weight is updated from where its gradient is
-                              made, and there is no such buffer
+        grad                  gradients, where they are wanted whole: as sums of several passes, as one bucket for an
+                              all-reduce, or to be checked for infinities before they may count; else every weight is
+                              updated from where its gradient is made, and there is no such buffer
+
+    A step calls `begin`, has `FusedNetwork.backward` bring gradients, and calls `finish`.
 
     Args:
-        net: its parameters are moved into the arena.
-        optimizer: torch.optim.Adam without weight decay over exactly net's parameters; its state is moved as well.
-        plan: net's. What taps it leaves out must have no moments; with reduce or unscale it must leave out none.
+        nets: their parameters are moved into the arena.
+        optimizer: torch.optim.Adam without weight decay over exactly their parameters; its state is moved as well.
+        plans: the nets'. What taps they leave out must have no moments; where gradients are whole they must leave out
+            none.
         dtype: of computing.
+        accumulates: a network may bring gradients several times in a step.
         reduce, unscale: called with all gradients, (M,) of param's dtype, before they are used.
 
     Raises:
@@ -54,39 +60,44 @@ class Arena:
 
     def __init__(
         self,
-        net: nn.Module,
+        nets: Sequence[nn.Module],
         optimizer: torch.optim.Adam,
-        plan: Plan,
+        plans: Sequence[Plan],
         dtype: torch.dtype,
         *,
+        accumulates: bool = False,
         reduce: Reduce | None = None,
         unscale: Unscale | None = None,
     ):
-        weights = [layer.weight for layer in plan.layers]
-        self.names = [layer.name for layer in plan.layers]
-        self.biases_and_norms = [p for p in net.parameters() if all(p is not weight for weight in weights)]
+        layers = [layer for plan in plans for layer in plan.layers]
+        weights = [layer.weight for layer in layers]
+        everything = [p for net in nets for p in net.parameters()]
+        self.biases_and_norms = [p for p in everything if all(p is not weight for weight in weights)]
         self.parameters = weights + self.biases_and_norms
         wide = torch.promote_types(dtype, torch.float32)
         device = _check_parameters(self.parameters, wide)
         group = _only_group(optimizer, self.parameters, wide)
         (self.beta1, self.beta2), self.eps = group["betas"], group["eps"]
         self.options = {name: group[name] for name in _OPTIONS}
-        self.reduce, self.unscale = reduce, unscale
+        self.accumulates, self.reduce, self.unscale = accumulates, reduce, unscale
 
         # The flat buffers
         self.starts, size = _starts(self.parameters)
         self.weights_end = self.starts[len(weights)] if self.biases_and_norms else size
         self.param, self.exp_avg, self.exp_avg_sq = (torch.zeros(size, dtype=wide, device=device) for _ in range(3))
-        gathers = reduce is not None or unscale is not None
+        gathers = accumulates or reduce is not None or unscale is not None
         self.grad = torch.zeros(size, dtype=wide, device=device) if gathers else None
-        self.grads = [] if self.grad is None else self._views(self.grad)
+        self.grads = {} if self.grad is None else self._by_id(self._views(self.grad))
+        self.brought: set[int] = set()  # whose gradients have come in this step, by id
         self.compute = torch.zeros(self.weights_end, dtype=dtype, device=device) if dtype != wide else None
 
         # What they take over, and each layer's part of them
         self.steps = torch.zeros(len(self.parameters), device=device)  # torch.optim.Adam has one for each
         self._adopt(optimizer)
-        self.weights = [self._layer_weight(optimizer, *item) for item in zip(plan.layers, self.starts, strict=False)]
-        cancelled = [layer.conv.bias for layer in plan.layers if not layer.trains_bias]
+        self.weights = self._by_id(
+            [self._layer_weight(optimizer, *item) for item in zip(layers, self.starts, strict=False)]
+        )
+        cancelled = [layer.conv.bias for layer in layers if not layer.trains_bias]
         self.no_gradient = {id(bias): torch.zeros_like(bias) for bias in cancelled if bias is not None}
 
         # Numbers of the step
@@ -94,7 +105,11 @@ class Arena:
         self.betas = torch.tensor([self.beta1, self.beta2], dtype=torch.float64, device=device)
         self.powers = self.betas.clone()
         self.round_compute_weights()
-        self.watch = Watch(net, optimizer, self.parameters)
+        self.watch = Watch(nets, optimizer, self.parameters)
+
+    def _by_id(self, values: list[T]) -> dict[int, T]:
+        """What belongs to the first parameters, in their order, by id(parameter)."""
+        return {id(parameter): value for parameter, value in zip(self.parameters, values, strict=False)}
 
     def _adopt(self, optimizer: torch.optim.Adam) -> None:
         """Move the parameters and the optimizer's state into the flat buffers."""
@@ -112,7 +127,7 @@ class Arena:
                 exp_avg_sq.copy_(state["exp_avg_sq"])
             optimizer.state[parameter] = {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
 
-    def _layer_weight(self, optimizer: torch.optim.Adam, layer: Any, start: int) -> LayerWeight:
+    def _layer_weight(self, optimizer: torch.optim.Adam, layer: Layer, start: int) -> LayerWeight:
         state = optimizer.state[layer.weight]
         tensors = (layer.weight.detach(), state["exp_avg"], state["exp_avg_sq"])
         param, exp_avg, exp_avg_sq = (layer.taps.select(t) for t in tensors)
@@ -124,7 +139,7 @@ class Arena:
 
     def round_compute_weights(self) -> None:
         """Make the compute weights anew from the parameters."""
-        for weight in self.weights:
+        for weight in self.weights.values():
             if weight.compute is not None:
                 weight.compute.copy_(weight.param)
 
@@ -162,54 +177,75 @@ class Arena:
         buffers = (self.param, self.exp_avg, self.exp_avg_sq, self.grad, self.compute)
         return sum(buffer.nbytes for buffer in buffers if buffer is not None)
 
-    def weight(self, number: int) -> Tensor:
+    def weight(self, layer: Layer) -> Tensor:
         """A layer's weight as the operators read it: live taps, dtype of computing, dense channels_last."""
-        param, _, _, compute = self.weights[number]
+        param, _, _, compute = self.weights[id(layer.weight)]
         return param.contiguous(memory_format=torch.channels_last) if compute is None else compute
 
-    def set_bias_corrections(self) -> None:
-        """Of the Adam step that begins."""
+    def begin(self) -> None:
+        """Begin an Adam step, before its first gradient comes."""
         torch.pow(self.betas, self.steps[0] + 1, out=self.powers)
+        self.brought.clear()
 
-    def update_weight(
-        self, number: int, outer: Tensor, outer2: Tensor | None, inner: Tensor, stride: int, padding: int
+    def take_weight_gradient(
+        self, owner: object, layer: Layer, outer: Tensor, outer2: Tensor | None, inner: Tensor
     ) -> None:
-        """One layer's weight gradient, and unless gradients are gathered its Adam step. As `conv_wgrad` takes them."""
-        param, exp_avg, exp_avg_sq, compute = self.weights[number]
+        """Make a layer's weight gradient, and unless gradients are gathered its Adam step, in one operator.
+
+        Args:
+            owner: the layer's network, for a record.
+            outer, outer2, inner: as `conv_wgrad` takes them.
+        """
+        param, exp_avg, exp_avg_sq, compute = self.weights[id(layer.weight)]
+        stride, padding = layer.stride, layer.taps.padding
         if self.grad is not None:
             size = param.shape[2:]
-            about(self, self.names[number], "weight gradient", len(outer))
-            self.grads[number].copy_(
-                operators.conv_wgrad(outer, outer2, inner, *size, stride, padding, self.grad.dtype)
-            )
+            about(owner, layer.name, "weight gradient", len(outer))
+            gradient = operators.conv_wgrad(outer, outer2, inner, *size, stride, padding, self.grad.dtype)
+            self._gather(id(layer.weight), gradient)
             return
-        about(self, self.names[number], "weight gradient and Adam", len(outer))
+        about(owner, layer.name, "weight gradient and Adam", len(outer))
         operators.conv_wgrad_adam(
             *(outer, outer2, inner, param, exp_avg, exp_avg_sq, self.lr, self.powers),
             *(self.beta1, self.beta2, self.eps, stride, padding, compute),
         )
 
-    def update_the_rest(self, gradients: Mapping[int, Tensor]) -> None:
-        """The Adam step of biases and norms' parameters, or where gradients are gathered of everything.
+    def take_gradients(self, gradients: Mapping[int, Tensor]) -> None:
+        """Take the gradients of biases and norms' parameters, by id(parameter); but for biases that a norm takes away.
 
-        Args:
-            gradients: of biases and norms' parameters, by id(parameter); but for biases that a norm takes away.
+        Of an arena that gathers nothing they are all that come in a step.
         """
-        known = {**self.no_gradient, **gradients}
-        small = [known[id(p)] for p in self.biases_and_norms]
+        if self.grad is None:
+            self.rest = gradients
+            return
+        for name, gradient in gradients.items():
+            self._gather(name, gradient)
+
+    def _gather(self, name: int, gradient: Tensor) -> None:
+        if name in self.brought:
+            assert self.accumulates
+            self.grads[name].add_(gradient)
+        else:
+            self.grads[name].copy_(gradient)
+        self.brought.add(name)
+
+    def finish(self) -> None:
+        """End an Adam step: that of biases and norms' parameters, or where gradients are gathered of everything."""
         weights, rest = slice(self.weights_end), slice(self.weights_end, None)
         if self.grad is None:
-            if small:
-                self._adam(rest, torch.cat(small))
+            known = {**self.no_gradient, **self.rest}
+            if self.biases_and_norms:
+                self._adam(rest, torch.cat([known[id(p)] for p in self.biases_and_norms]))
             self.steps.add_(1)
             return
-        if small:
-            torch.cat(small, out=self.grad[rest])
+        late = [p for p in self.parameters if id(p) not in self.brought and id(p) not in self.no_gradient]
+        if late:
+            raise InputError(f"engine: {len(late)} parameters have no gradient in this step; expected one for each")
         if self.reduce is not None:
             self.reduce(self.grad)
         unscale = None if self.unscale is None else self.unscale(self.grad)
         self._adam(weights, self.grad[weights], self.compute, unscale)
-        if small:
+        if self.biases_and_norms:
             self._adam(rest, self.grad[rest], None, unscale)
         self.steps.add_(1 if unscale is None else unscale.sign())
 

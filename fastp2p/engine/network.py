@@ -1,6 +1,6 @@
 """Forward and backward of one network over its plan, by hand: no autograd."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,30 +9,35 @@ from torch import Tensor, nn
 import fastp2p.ops  # noqa: F401 (defines torch.ops.fastp2p)
 from fastp2p.engine.arena import Arena
 from fastp2p.engine.branch import Branch
-from fastp2p.engine.plan import NONE, Layer, Normalisation, Plan
+from fastp2p.engine.forward import NONE
+from fastp2p.engine.plan import INPUT, Layer, Plan, Source
 from fastp2p.engine.record import about
+from fastp2p.errors import InputError
+from fastp2p.nn.block import Normalisation
 from fastp2p.nn.norm import SampleNorm2d
 
 operators = torch.ops.fastp2p
 
 
 class Kept(NamedTuple):
-    """What the forward pass of a layer keeps for its backward pass."""
+    """What the forward pass of a node keeps for its backward pass."""
 
-    x: Tensor  # the input; where there is a skip connection, the encoder's half of it
-    x2: Tensor | None  # and the half from the layer before
-    raw: Tensor | None  # the convolution's result, where a pass of its own normalises or activates it
-    mean: Tensor | None
-    var: Tensor | None
-    y: Tensor  # the result for the next layer
-    y2: Tensor | None  # the result for the decoder's layer across the skip connection
+    operands: tuple[Tensor, ...]  # what it read
+    y: Tensor  # its result
+    y2: Tensor | None = None  # a layer's second result
+    raw: Tensor | None = None  # the convolution's result, where a pass of its own normalises or activates it
+    mean: Tensor | None = None
+    var: Tensor | None = None
+
+
+Gradients = dict[Source, Tensor]
 
 
 class FusedNetwork:
     """A network in training, on fused operators.
 
     Args:
-        plan, arena: the network's layers, and its parameters.
+        plan, arena: the network's nodes, and its parameters.
         rng: (2,) int64, (seed, step) of the dropouts.
     """
 
@@ -45,151 +50,240 @@ class FusedNetwork:
         self.branch = Branch(arena.param.device)
 
     def forward(self, x: Tensor, *, batches: int = 1) -> list[Kept]:
-        """All layers in training mode; running averages move once for each batch, as upstream's do in each pass.
+        """All nodes in training mode; running averages move once for each batch, as autograd's do in each pass.
 
         Args:
             x: (N, C, H, W) of the dtype of computing, channels_last.
             batches: N images are so many batches of equal size, each with statistics of its own.
         """
         kept: list[Kept] = []
-        for number, layer in enumerate(self.plan.layers):
-            kept.append(self._forward(number, layer, x, kept, batches))
-            x = kept[-1].y
+        for node in self.plan.nodes:
+            operands = tuple(x if source == INPUT else _result(kept, source) for source in node.sources)
+            if isinstance(node, Layer):
+                kept.append(self._forward(node, operands, batches))
+            else:
+                kept.append(Kept(operands, node.forward(*operands)))
         if self.batch_norms:
             counters = [norm.num_batches_tracked for norm in self.batch_norms if norm.num_batches_tracked is not None]
             torch._foreach_add_(counters, [statistics_groups(norm, len(x), batches) for norm in self.batch_norms])
         return kept
 
-    def _forward(self, number: int, layer: Layer, x: Tensor, kept: list[Kept], batches: int) -> Kept:
-        x2 = None
-        if layer.skip is not None:
-            x, x2 = kept[layer.skip].y2, x  # type: ignore[assignment]
+    def outputs(self, kept: Sequence[Kept]) -> list[Tensor]:
+        """What the network gives, of `forward`."""
+        return [_result(kept, source) for source in self.plan.outputs]
+
+    def _forward(self, layer: Layer, operands: tuple[Tensor, ...], batches: int) -> Kept:
+        x, x2 = (*operands, None)[:2]
+        assert x is not None
         groups = 0 if layer.norm is None else statistics_groups(layer.norm, len(x), batches)
         activation = layer.activation if layer.activation_in_conv else NONE
-        args = (self.arena.weight(number), layer.conv.bias, None, layer.stride, layer.taps.padding)
+        args = (self.arena.weight(layer), layer.conv.bias, None, layer.stride, layer.taps.padding)
         settings = (activation, layer.slope, groups)
-        about(self.arena, layer.name, "forward", len(x))
+        about(self, layer.name, "forward", len(x))
         if layer.transposed:
             out, mean, var = operators.conv_transpose(x, x2, *args, *layer.out_size, *settings)
         else:
             out, mean, var = operators.conv(x, *args, *settings)
         if layer.activation_in_conv:
-            return Kept(x, x2, None, None, None, out, None)
+            return Kept(operands, out)
 
         if layer.norm is None:
             mean, var = self.no_stats[layer.out_channels]
         elif isinstance(layer.norm, nn.BatchNorm2d):
             n_values = len(x) // groups * layer.out_size[0] * layer.out_size[1]
             averages = (layer.norm.running_mean, layer.norm.running_var)
-            about(self.arena, layer.name, "running averages", len(x))
+            about(self, layer.name, "running averages", len(x))
             operators.running_stats(*averages, mean, var, n_values, layer.norm.momentum)
-        about(self.arena, layer.name, "norm and activation", len(x))
-        y, y2 = operators.norm_act(out, mean, var, *self._norm_act_settings(number, layer))
-        return Kept(x, x2, out, mean, var, y, None if layer.skip_activation is None else y2)
+        about(self, layer.name, "norm and activation", len(x))
+        y, y2 = operators.norm_act(out, mean, var, *self._norm_act_settings(layer))
+        return Kept(operands, y, None if layer.second is None else y2, out, mean, var)
 
-    def backward_and_adam(self, kept: list[Kept], dz: Tensor) -> None:
+    def backward_and_adam(self, kept: Sequence[Kept], *seeds: Tensor | None) -> None:
         """The gradients of all parameters, and Adam: of each weight as soon as nothing needs the old one any more.
 
         Args:
             kept: of `forward`.
-            dz: the gradient of the last convolution's result before its activation, like kept[-1].y.
+            seeds: for each output its gradient; of a layer whose convolution applies the activation, the one before
+                it. None where an output has none.
         """
-        self.arena.set_bias_corrections()
-        gradients: dict[int, Tensor] = {}
-        for number, layer, dz_here in self._gradients(kept, dz, of_parameters=gradients):
-            outer, outer2, inner = dz_here, None, kept[number].x
+        self.arena.begin()
+        self.backward(kept, *seeds)
+        self.arena.finish()
+
+    def backward(self, kept: Sequence[Kept], *seeds: Tensor | None, to_input: bool = False) -> Tensor | None:
+        """Give the arena the gradients of all parameters, between its `begin` and its `finish`.
+
+        An arena that accumulates adds those of several passes; any other has moved the weights when this returns.
+
+        Args:
+            kept, seeds: as for `backward_and_adam`.
+            to_input: whether the gradient of the network's input is wanted.
+
+        Returns:
+            That gradient, (N, C, H, W) channels_last, or None.
+        """
+        gradients, of_parameters = self._seed(seeds), dict[int, Tensor]()
+        for layer, dz, operands in self._gradients(kept, gradients, of_parameters=of_parameters, to_input=to_input):
+            outer, outer2, inner = dz, None, operands[0]
             if layer.transposed:
-                outer, outer2, inner = kept[number].x, kept[number].x2, dz_here
+                (outer, outer2), inner = (*operands, None)[:2], dz  # type: ignore[assignment]
             with self.branch.beside(outer, outer2, inner):
-                self.arena.update_weight(number, outer, outer2, inner, layer.stride, layer.taps.padding)
+                self.arena.take_weight_gradient(self, layer, outer, outer2, inner)
         self.branch.join()
-        self.arena.update_the_rest(gradients)
+        self.arena.take_gradients(of_parameters)
+        return gradients.get(INPUT)
 
     def input_gradient(
-        self, kept: list[Kept], dz: Tensor, *, first_channel: int, gate: Tensor, activation: int
+        self, kept: Sequence[Kept], *seeds: Tensor | None, first_channel: int, gate: Tensor, activation: int
     ) -> Tensor:
         """The gradient of the input's channels from first_channel on, parameters held fixed.
 
+        The plan's first layer must be all that reads the input.
+
         Args:
-            kept, dz: as for `backward_and_adam`.
+            kept, seeds: as for `backward_and_adam`.
             gate: these channels of the input, which an activation gave: the gradient is the one before it.
             activation: its index in ACTIVATIONS.
 
         Returns:
             (N, C - first_channel, H, W), channels_last.
         """
-        for _, layer, dz_here in self._gradients(kept, dz):  # noqa: B007 (the last ones are of the first layer)
+        for layer, dz, _ in self._gradients(kept, self._seed(seeds)):  # noqa: B007 (the last are of the first layer)
             pass
-        weight = self.arena.weight(0)[:, first_channel:].contiguous(memory_format=torch.channels_last)
+        weight = self.arena.weight(layer)[:, first_channel:].contiguous(memory_format=torch.channels_last)
         args = (gate, layer.stride, layer.taps.padding, *layer.in_size, activation, 0.0, 0)
-        about(self.arena, layer.name, "data gradient", len(gate))
-        dx: Tensor = operators.conv_transpose(dz_here, None, weight, None, *args)[0]
+        about(self, layer.name, "data gradient", len(gate))
+        dx: Tensor = operators.conv_transpose(dz, None, weight, None, *args)[0]
         return dx
 
-    def _gradients(
-        self, kept: list[Kept], dz_last: Tensor, *, of_parameters: dict[int, Tensor] | None = None
-    ) -> Iterator[tuple[int, Layer, Tensor]]:
-        """Each layer with its dz, the gradient before its norm and activation, from the last layer to the first.
+    def _seed(self, seeds: Sequence[Tensor | None]) -> Gradients:
+        gradients: Gradients = {}
+        for source, seed in zip(self.plan.outputs, seeds, strict=True):
+            if seed is not None:
+                _add(gradients, source, seed)
+        return gradients
 
-        A layer is given out once its own data gradient is computed, so its weight may be changed then.
+    def _gradients(
+        self,
+        kept: Sequence[Kept],
+        gradients: Gradients,
+        *,
+        of_parameters: dict[int, Tensor] | None = None,
+        to_input: bool = False,
+    ) -> Iterator[tuple[Layer, Tensor, tuple[Tensor, ...]]]:
+        """Each layer with its dz, the gradient before its norm and activation, from the last to the first, and what it
+        read. It is given out once its own data gradient is computed, so its weight may be changed then.
 
         Args:
+            gradients: of the outputs; taken from, and at the end the input's is left if `to_input`.
             of_parameters: to be filled with the gradients of biases and norms' parameters, by id(parameter); None
                 where they are not wanted.
         """
-        layers = self.plan.layers
-        dy, dy_mean = dz_last, None
-        across: dict[int, Tensor] = {}  # gradients that come over the skip connections
-        for number in reversed(range(len(layers))):
-            layer, k, dz = layers[number], kept[number], dy
-            if not layer.activation_in_conv:
-                norm_act = (k.raw, k.mean, k.var, *self._norm_act_settings(number, layer))
-                about(self.arena, layer.name, "norm and activation, backward", len(dy))
-                dz, dweight, dbias = operators.norm_act_backward(dy, across.pop(number, None), *norm_act)
-                if of_parameters is not None and layer.norm is not None and layer.norm.weight is not None:
-                    of_parameters |= {id(layer.norm.weight): dweight, id(layer.norm.bias): dbias}
-                elif of_parameters is not None and layer.trains_bias:
-                    of_parameters[id(layer.conv.bias)] = dbias
-            elif of_parameters is not None and layer.trains_bias:
-                if dy_mean is None:
-                    about(self.arena, layer.name, "bias gradient", len(dz))
-                    dy_mean = operators.norm_stats(dz, 1)[0]
-                of_parameters[id(layer.conv.bias)] = dy_mean[0] * (dz.numel() // dz.shape[1])
-            if number > 0:
-                dy, dy_mean = self._data_gradient(number, layer, dz, kept, of_parameters is not None)
-                if layer.skip is not None:
-                    encoder_channels = layers[layer.skip].out_channels
-                    across[layer.skip], dy = dy[:, :encoder_channels], dy[:, encoder_channels:]
-            yield number, layer, dz
+        means: dict[int, Tensor] = {}  # of a layer's dz over the pixels, by its node
+        for place in reversed(range(len(self.plan.nodes))):
+            node, operands = self.plan.nodes[place], kept[place].operands
+            flows = to_input or self.plan.has_layers_before(place)
+            dy = gradients.pop(Source(place), None)
+            if not isinstance(node, Layer):
+                parts = node.backward(dy, *operands) if flows and dy is not None else ()
+                for source, part in zip(node.sources, parts, strict=False):
+                    _add(gradients, source, part)
+                continue
+            dy2 = gradients.pop(Source(place, 1), None)
+            if dy is None and dy2 is None:
+                raise InputError(f"engine: no gradient comes to layer {node.name}; expected a seed that leads to it")
+            dz = self._before_norm_act(node, kept[place], dy, dy2, means.get(place), of_parameters)
+            if flows:
+                self._data_gradient(node, dz, kept, gradients, means if of_parameters is not None else None)
+            yield node, dz, operands
+
+    def _before_norm_act(
+        self,
+        layer: Layer,
+        kept: Kept,
+        dy: Tensor | None,
+        dy2: Tensor | None,
+        dz_mean: Tensor | None,
+        of_parameters: dict[int, Tensor] | None,
+    ) -> Tensor:
+        """dz from the gradients of a layer's results; fills in those of its bias or its norm's parameters."""
+        if layer.activation_in_conv:
+            assert dy is not None
+            dy = dy.contiguous(memory_format=torch.channels_last)  # a part of a concatenation's is not
+            if of_parameters is not None and layer.trains_bias:
+                if dz_mean is None:
+                    about(self, layer.name, "bias gradient", len(dy))
+                    dz_mean = operators.norm_stats(dy, 1)[0]
+                of_parameters[id(layer.conv.bias)] = dz_mean[0] * (dy.numel() // dy.shape[1])
+            return dy
+        norm_act = (kept.raw, kept.mean, kept.var, *self._norm_act_settings(layer))
+        dy = torch.zeros_like(kept.y) if dy is None else dy
+        about(self, layer.name, "norm and activation, backward", len(dy))
+        dz: Tensor
+        dz, dweight, dbias = operators.norm_act_backward(dy, dy2, *norm_act)
+        if of_parameters is not None and layer.norm is not None and layer.norm.weight is not None:
+            of_parameters |= {id(layer.norm.weight): dweight, id(layer.norm.bias): dbias}
+        elif of_parameters is not None and layer.trains_bias:
+            of_parameters[id(layer.conv.bias)] = dbias
+        return dz
 
     def _data_gradient(
-        self, number: int, layer: Layer, dz: Tensor, kept: list[Kept], wants_mean: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """The gradient of the layer's input, both halves of it beside a skip connection; and its mean over the pixels.
+        self,
+        layer: Layer,
+        dz: Tensor,
+        kept: Sequence[Kept],
+        gradients: Gradients,
+        means: dict[int, Tensor] | None,
+    ) -> None:
+        """The gradient of what a layer read; and its mean over the pixels.
 
         A layer before that has its activation in the convolution leaves the derivative to this operator; the mean is
         taken where that layer has a bias, whose gradient it is but for a factor.
         """
-        before = self.plan.layers[number - 1]
-        gated = before.activation_in_conv and before.activation != NONE
-        gate, activation = (kept[number - 1].y, before.activation) if gated else (None, NONE)
-        groups = int(wants_mean and before.activation_in_conv and before.trains_bias)
-        args = (self.arena.weight(number), None, gate, layer.stride, layer.taps.padding)
-        settings = (activation, before.slope, groups)
-        about(self.arena, layer.name, "data gradient", len(dz))
+        first, *others = layer.sources
+        node = None if first == INPUT or others else self.plan.nodes[first.node]
+        before = node if isinstance(node, Layer) and node.activation_in_conv and node.read_once else None
+        gate, activation, slope, groups = None, NONE, 0.0, 0
+        if before is not None:
+            activation, slope = before.activation, before.slope
+            gate = None if activation == NONE else kept[first.node].y
+            groups = int(means is not None and before.trains_bias)
+        args = (self.arena.weight(layer), None, gate, layer.stride, layer.taps.padding)
+        settings = (activation, slope, groups)
+        about(self, layer.name, "data gradient", len(dz))
         if layer.transposed:
             dx, mean, _ = operators.conv(dz, *args, *settings)
         else:
             dx, mean, _ = operators.conv_transpose(dz, None, *args, *layer.in_size, *settings)
-        return dx, mean if groups else None
+        if groups and means is not None:
+            means[first.node] = mean
+        if not others:
+            _add(gradients, first, dx)
+            return
+        channels = _result(kept, first).shape[1] if first != INPUT else self.plan.in_channels
+        _add(gradients, first, dx[:, :channels])
+        _add(gradients, others[0], dx[:, channels:])
 
-    def _norm_act_settings(self, number: int, layer: Layer) -> tuple[object, ...]:
+    def _norm_act_settings(self, layer: Layer) -> tuple[object, ...]:
         """What norm_act and its backward take after the statistics."""
         norm = layer.norm
         weight, bias, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
         rng = self.rng if layer.dropout else None
-        second = -1 if layer.skip_activation is None else layer.skip_activation
-        return weight, bias, rng, eps, layer.activation, layer.slope, second, layer.dropout, number, norm is None
+        second = -1 if layer.second is None else layer.second
+        return weight, bias, rng, eps, layer.activation, layer.slope, second, layer.dropout, layer.number, norm is None
+
+
+def _result(kept: Sequence[Kept], source: Source) -> Tensor:
+    result = kept[source.node].y2 if source.slot else kept[source.node].y
+    assert result is not None
+    return result
+
+
+def _add(gradients: Gradients, source: Source, gradient: Tensor) -> None:
+    """Add to what has come to a source so far, not in place: an addition gives one tensor to both its operands."""
+    if source in gradients:
+        gradient = (gradients[source] + gradient).contiguous(memory_format=torch.channels_last)
+    gradients[source] = gradient
 
 
 def statistics_groups(norm: Normalisation, images: int, batches: int) -> int:

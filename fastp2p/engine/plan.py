@@ -1,63 +1,54 @@
-"""The plan: a network as a list of layer records, derived from its modules; what forward and backward walk.
+"""The plan: a network as a list of nodes, derived from its forward; what the engine's forward and backward walk.
 
-networks.py stays the one description of the architecture. A plan holds its modules, not copies, and adds what is known
-before the first step: who reads whom, every map's size, and which taps of a kernel ever meet a pixel.
+A network's modules stay the one description of it. A plan holds them, not copies, and adds what is known before the
+first step: who reads whom, every map's size, and which taps of a kernel ever meet a pixel.
 """
 
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
-from fastp2p.engine.supported import Supported, check_chain, check_input
+from fastp2p.engine.forward import LEAKY_RELU, NONE, RELU, TANH, Forward, Operation, Size, follow
+from fastp2p.engine.links import Link
+from fastp2p.engine.supported import HINT, Supported, refuse
+from fastp2p.engine.taps import Taps, all_taps, live_taps
 from fastp2p.errors import InputError
-from fastp2p.models.pix2pix.networks import PatchDiscriminator, PixelDiscriminator, UnetBlock, UnetGenerator
-from fastp2p.ops.activation import ACTIVATIONS
-
-Convolution = nn.Conv2d | nn.ConvTranspose2d
-Normalisation = nn.BatchNorm2d | nn.InstanceNorm2d
-Size = tuple[int, int]  # height, width
-
-NONE, RELU, LEAKY_RELU, TANH = range(len(ACTIVATIONS))
-_CODES: dict[type[nn.Module], int] = {nn.ReLU: RELU, nn.LeakyReLU: LEAKY_RELU, nn.Tanh: TANH}
+from fastp2p.nn.block import Convolution, Normalisation
 
 
-@dataclass(frozen=True)
-class Taps:
-    """The taps of a square kernel that meet a pixel, the same in both directions, and the padding left for them."""
+class Source(NamedTuple):
+    """What a node reads: a node's result, by the node's number; -1 is the network's input."""
 
-    first: int
-    count: int
-    padding: int
-
-    def select(self, weight: Tensor) -> Tensor:
-        """These taps of a weight (O, C, KH, KW): a view, the weight itself where all are live."""
-        if self.count == weight.shape[2]:
-            return weight
-        taps = slice(self.first, self.first + self.count)
-        return weight[:, :, taps, taps]
-
-    def are_all(self, weight: Tensor) -> bool:
-        return self.count == weight.shape[2]
+    node: int
+    slot: int = 0  # 1 for a layer's second result
 
 
-@dataclass(frozen=True)
+INPUT = Source(-1)
+Activation = tuple[int, float]  # index in ACTIVATIONS, leaky_relu's slope
+
+
+@dataclass(frozen=True, eq=False)
 class Layer:
     """A convolution with what follows it, up to the inputs of its readers.
 
-    Its result is drop(act(norm(conv(x)))): with `activation` for the next layer and, in a U-Net's encoder, with
-    `skip_activation` for the decoder's layer across the skip connection, which reads it without a concatenation.
+    Its result is drop(act(norm(conv(x)))): with `activation`, and for readers that want another one a second time with
+    `second`. So in a U-Net each encoder layer serves the next one, and the decoder's across the skip connection.
     """
 
-    name: str  # e1 ... e8, d8 ... d1 in a U-Net, c1 ... in a discriminator
+    name: str
+    number: int  # among the network's layers
+    sources: tuple[Source, ...]  # of two, the channels one after the other, which nobody concatenates
     conv: Convolution
     norm: Normalisation | None
     activation: int  # index in ACTIVATIONS
     slope: float  # leaky_relu's
-    skip_activation: int | None  # index in ACTIVATIONS
+    second: int | None  # index in ACTIVATIONS
     dropout: float
-    skip: int | None  # number of the encoder layer whose result is concatenated before this layer's input
     activation_in_conv: bool  # no pass of its own: the convolution applies it, the next layer's gradient its derivative
+    read_once: bool  # so that its gradient is one other layer's data gradient
     in_size: Size
     out_size: Size
     taps: Taps
@@ -95,131 +86,239 @@ class Layer:
         return images * small[0] * small[1] * self.in_channels * self.out_channels * self.taps.count**2
 
 
+Node = Layer | Link
+
+
 @dataclass(frozen=True)
 class Plan:
     """A network at one image size."""
 
-    layers: list[Layer]
+    nodes: list[Node]  # in the order in which they run
+    outputs: list[Source]
     in_channels: int
+    out_channels: list[int]  # of the outputs
+
+    @property
+    def layers(self) -> list[Layer]:
+        return [node for node in self.nodes if isinstance(node, Layer)]
 
     def macs(self, images: int = 1) -> int:
         """Multiply-accumulates of the forward pass."""
         return sum(layer.macs(images) for layer in self.layers)
 
+    def has_layers_before(self, place: int) -> bool:
+        """Whether what a node reads depends on parameters."""
+        sources = [source for source in self.nodes[place].sources if source != INPUT]
+        return any(isinstance(self.nodes[s.node], Layer) or self.has_layers_before(s.node) for s in sources)
 
-def plan_network(net: nn.Module, size: Size, *, skip_dead_taps: bool = True) -> Plan:
-    """The plan of a U-Net generator or a discriminator for images of this (height, width).
+    def output_layer(self, number: int = 0) -> Layer | None:
+        """The layer that makes an output of the network; None where a link or the input is the output."""
+        source = self.outputs[number]
+        node = None if source.node < 0 else self.nodes[source.node]
+        return node if isinstance(node, Layer) else None
+
+
+def plan_network(
+    net: nn.Module, channels: int, size: Size, *, names: Sequence[str] = (), skip_dead_taps: bool = True
+) -> Plan:
+    """The plan of a network for images of so many channels and this (height, width).
 
     Args:
-        net: UnetGenerator, PatchDiscriminator or PixelDiscriminator, of any depth, width and norm.
-        size: of the network's input, for a U-Net a multiple of 2**levels.
+        net: convolutions, each with the norm, dropout and activation that follow it, and links between them: additions,
+            concatenations of channels, padding by reflection, average pooling, upsampling by nearest neighbour.
+        channels, size: of the network's input.
+        names: of the convolutions in the order in which they run; by default conv1, conv2, ...
         skip_dead_taps: leave out taps that only ever meet padding: they change no result and have no gradient.
 
     Raises:
-        InputError: on another network, or where a norm would see a single value per channel.
+        InputError: naming the first module or function that the engine does not compute in its place, or where a norm
+            would see a single value per channel.
     """
-    names = {module: name for name, module in Supported(net).names.items()}
-    levels = 0
-    if isinstance(net, UnetGenerator):
-        levels, modules = net.levels, list(_flatten_unet(net.model))
-        titles = [f"e{i}" for i in range(1, net.levels + 1)] + [f"d{i}" for i in range(net.levels, 0, -1)]
-    else:
-        assert isinstance(net, PatchDiscriminator | PixelDiscriminator)
-        modules = list(net.model if isinstance(net, PatchDiscriminator) else net.net)
-        titles = [f"c{i}" for i in range(1, sum(isinstance(m, Convolution) for m in modules) + 1)]
+    Supported(net)
+    planner = _Planner(follow(net, channels, size), names)
+    used = {id(module) for draft in planner.layers for module in (draft.conv, draft.norm)}
+    for path, module in net.named_modules():
+        if id(module) not in used and any(p is not None for p in module._parameters.values()):
+            refuse(f"{path or 'the network'}: {module!r}", "has parameters that no layer uses")
+    if not planner.layers:
+        refuse("the network", "has no convolution")
+    return planner.plan(channels, skip_dead_taps)
 
-    starts = [i for i, module in enumerate(modules) if isinstance(module, Convolution)]
-    check_input(modules[: starts[0]] if starts else modules, names)
-    chains = [modules[i:j] for i, j in zip(starts, [*starts[1:], len(modules)], strict=True)]
-    skips = [_skip_of(number, levels) for number in range(len(chains))]
-    layers: list[Layer] = []
-    for number, (name, (conv, *rest)) in enumerate(zip(titles, chains, strict=True)):
-        assert isinstance(conv, Convolution)
-        in_size = layers[-1].out_size if layers else size
-        norm = next((module for module in rest if isinstance(module, Normalisation)), None)
-        dropout = next((module.p for module in rest if isinstance(module, nn.Dropout)), 0.0)
-        act = next((module for module in rest if type(module) in _CODES), None)
-        crosses = number in skips
-        is_last = number + 1 == len(chains)
-        read_beside_a_skip = not is_last and skips[number + 1] is not None
-        if is_last:
-            check_chain(name, rest, (nn.Tanh,) if levels else (), names)
-        else:
-            check_chain(name, rest, (nn.ReLU,) if read_beside_a_skip else (nn.ReLU, nn.LeakyReLU), names)
-        layer = Layer(
-            name=name,
-            conv=conv,
-            norm=norm,
-            activation=NONE if act is None else _CODES[type(act)],
-            slope=float(getattr(act, "negative_slope", 0.0)),
-            skip_activation=RELU if crosses else None,
-            dropout=dropout,
-            skip=skips[number],
-            activation_in_conv=norm is None and not crosses and not dropout and not read_beside_a_skip,
-            in_size=in_size,
-            out_size=_out_size(conv, in_size),
-            taps=_live_taps(conv, in_size) if skip_dead_taps else _all_taps(conv),
-        )
-        if norm is not None and not _is_the_recipe_s(norm):
-            raise InputError(
-                f"engine: layer {name} has {norm}; expected BatchNorm2d with running averages of a momentum, or "
-                "InstanceNorm2d without"
+
+@dataclass(eq=False)
+class _Draft:
+    """A layer as far as it is known."""
+
+    name: str
+    number: int
+    place: int  # among the nodes
+    operation: Operation
+    sources: tuple[Source, ...]
+    norm: Any = None
+    dropout: float = 0.0
+    drops_first: bool = False  # before the activation
+    activations: tuple[Activation, ...] = ()  # that readers ask for
+
+    @property
+    def conv(self) -> Any:
+        return self.operation.module
+
+    def slot(self, activation: Activation, reader: Operation) -> int:
+        """Which of the layer's results has this activation."""
+        if activation[0] == TANH and self.drops_first:
+            reader.refuse("comes after dropout; expected it before")
+        if activation not in self.activations:
+            self.activations += (activation,)
+        slopes = {slope for code, slope in self.activations if code == LEAKY_RELU}
+        if len(self.activations) > 2 or len(slopes) > 1:
+            reader.refuse(
+                f"is a third activation of layer {self.name}'s result, or a second slope; expected two of one"
             )
-        if min(layer.out_size) < 1 or (norm is not None and layer.out_size == (1, 1)):
+        return self.activations.index(activation)
+
+
+class _Planner:
+    """Walks a forward's operations, and gives each reader what it reads: a layer's result, or a link's."""
+
+    def __init__(self, forward: Forward, names: Sequence[str]):
+        self.forward, self.names, self.read_at_the_end = forward, list(names), Counter(forward.outputs)
+        self.nodes = list[_Draft | Link]()
+        self.taken: dict[Operation, _Draft] = {}  # what a layer has taken in: its convolution, norm and dropout
+        self.drops_after: dict[Operation, Operation] = {}  # a dropout that a layer has taken in -> activation before it
+        self.links: dict[Operation, Source] = {}
+        self.joined: dict[tuple[Source, ...], Source] = {}
+        for operation in forward.operations:
+            if operation.kind == "conv":
+                self._add_layer(operation)
+            elif operation.kind in ("add", "pad", "pool", "upsample"):
+                sources = tuple(self._join(self._read(x, operation)) for x in operation.inputs)
+                self.links[operation] = self._add_link(operation.kind, sources, operation.settings)
+        self.outputs = [self._join(self._read(operation, operation)) for operation in forward.outputs]
+
+    @property
+    def layers(self) -> list[_Draft]:
+        return [node for node in self.nodes if isinstance(node, _Draft)]
+
+    def _add_layer(self, operation: Operation) -> None:
+        """A convolution's layer, which takes in a norm and a dropout that read it alone."""
+        conv, number = operation.module, len(self.layers)
+        assert isinstance(conv, Convolution)
+        if any(draft.conv is conv for draft in self.layers):
+            operation.refuse("is called twice; expected each convolution once")
+        sources = tuple(self._read(operation.inputs[0], operation))
+        if len(sources) > (2 if isinstance(conv, nn.ConvTranspose2d) else 1):
+            sources = (self._join(sources),)
+        name = self.names[number] if number < len(self.names) else f"conv{number + 1}"
+        draft = _Draft(name, number, len(self.nodes), operation, sources)
+        self.nodes.append(draft)
+        self.taken[operation] = draft
+        last = operation
+        if (norm := self._only_reader(last, "norm")) is not None:
+            _check_norm(name, norm)
+            if norm.module in [other.norm for other in self.layers]:
+                norm.refuse("is called twice; expected each norm once")
+            draft.norm, self.taken[norm], last = norm.module, draft, norm
+        if (dropout := self._only_reader(last, "dropout")) is not None:
+            draft.dropout, draft.drops_first, self.taken[dropout] = dropout.settings[0], True, draft
+        elif (act := self._only_reader(last, "activation")) and (dropout := self._only_reader(act, "dropout")):
+            draft.dropout, self.drops_after[dropout] = dropout.settings[0], act
+
+    def _only_reader(self, operation: Operation, kind: str) -> Operation | None:
+        """The operation of this kind that alone reads another, which is no output; None where there is no such."""
+        readers = operation.readers
+        alone = len(readers) == 1 and readers[0].kind == kind and not self.read_at_the_end[operation]
+        return readers[0] if alone else None
+
+    def _read(self, x: Operation, reader: Operation, activation: Activation | None = None) -> list[Source]:
+        """What a reader reads when it reads x, after an activation: the parts of its channels, in their order."""
+        x = self.drops_after.get(x, x)
+        if x.kind == "activation":
+            if activation is not None and (activation[0] != RELU or x.settings[0] == TANH):
+                reader.refuse("comes after another activation")
+            return self._read(x.inputs[0], x, activation or x.settings)  # relu(leaky_relu(x)) = relu(x)
+        if x.kind == "cat":
+            return [source for part in x.inputs for source in self._read(part, reader, activation)]
+        if x in self.taken:
+            return [Source(self.taken[x].place, self.taken[x].slot(activation or (NONE, 0.0), reader))]
+        if activation is not None:
+            reader.refuse("stands where no convolution is before it")
+        if x.kind == "input":
+            return [INPUT]
+        if x not in self.links:
+            x.refuse("stands where it is not computed; expected a convolution, then norm, dropout, activation, each "
+                     "once at most")  # fmt: skip
+        return [self.links[x]]
+
+    def _join(self, sources: Sequence[Source]) -> Source:
+        """The one source that holds the channels of several."""
+        parts = tuple(sources)
+        if len(parts) == 1:
+            return parts[0]
+        if parts not in self.joined:
+            self.joined[parts] = self._add_link("cat", parts, ())
+        return self.joined[parts]
+
+    def _add_link(self, kind: str, sources: tuple[Source, ...], settings: Any) -> Source:
+        number = sum(isinstance(node, Link) and node.kind == kind for node in self.nodes) + 1
+        self.nodes.append(Link(f"{kind}{number}", kind, sources, settings))
+        return Source(len(self.nodes) - 1)
+
+    def plan(self, channels: int, skip_dead_taps: bool) -> Plan:
+        """The plan, now that each node knows its readers."""
+        readers: dict[Source, list[_Draft | Link | None]] = defaultdict(list)
+        for node in self.nodes:
+            for source in node.sources:
+                readers[source].append(node)
+        for source in self.outputs:
+            readers[source].append(None)
+        for draft in self.layers:
+            if not any(readers[Source(draft.place, slot)] for slot in (0, 1)):
+                draft.operation.refuse("has a result that nothing reads")
+        nodes: list[Node] = [
+            self._layer(node, readers, skip_dead_taps) if isinstance(node, _Draft) else node for node in self.nodes
+        ]
+        return Plan(nodes, self.outputs, channels, [operation.channels for operation in self.forward.outputs])
+
+    def _layer(self, draft: _Draft, readers: dict[Source, list[Any]], skip_dead_taps: bool) -> Layer:
+        conv, (first, *others) = draft.conv, draft.activations or ((NONE, 0.0),)
+        reader = readers[Source(draft.place)]
+        serves_a_layer = len(reader) == 1 and isinstance(reader[0], _Draft) and len(reader[0].sources) == 1
+        ends = len(reader) == 1 and reader[0] is None
+        in_size, out_size = draft.operation.inputs[0].size, draft.operation.size
+        if min(out_size) < 1 or (draft.norm is not None and out_size == (1, 1)):
             raise InputError(
-                f"engine: layer {name} leaves {layer.out_size} of an image of {size}, and its norm needs two values "
+                f"engine: layer {draft.name} leaves {out_size} of an input of {in_size}, and its norm needs two values "
                 "per channel at least; enlarge the crop, or take fewer layers"
             )
-        layers.append(layer)
-    return Plan(layers, layers[0].in_channels)
+        return Layer(
+            name=draft.name,
+            number=draft.number,
+            sources=draft.sources,
+            conv=conv,
+            norm=draft.norm,
+            activation=first[0],
+            slope=max(slope for _, slope in (first, *others)),
+            second=others[0][0] if others else None,
+            dropout=draft.dropout,
+            activation_in_conv=draft.norm is None and not draft.dropout and not others
+            and (first[0] == NONE or serves_a_layer or ends),
+            read_once=serves_a_layer,
+            in_size=in_size,
+            out_size=out_size,
+            taps=live_taps(conv, in_size, out_size) if skip_dead_taps else all_taps(conv),
+        )  # fmt: skip
 
 
-def _is_the_recipe_s(norm: Normalisation) -> bool:
+def _check_norm(layer: str, operation: Operation) -> None:
+    """Raise InputError on a norm whose running averages the engine does not move."""
+    norm = operation.module
     if isinstance(norm, nn.InstanceNorm2d):
-        return not norm.track_running_stats
-    return norm.momentum is not None and norm.running_mean is not None and norm.num_batches_tracked is not None
-
-
-def _flatten_unet(block: UnetBlock) -> Iterator[nn.Module]:
-    """The modules of a U-Net in the order in which they run."""
-    for module in block.model:
-        if isinstance(module, UnetBlock):
-            yield from _flatten_unet(module)
-        else:
-            yield module
-
-
-def _skip_of(number: int, levels: int) -> int | None:
-    """Decoder layer d_i reads encoder layer e_i; the innermost has no skip connection, nor has a discriminator."""
-    return 2 * levels - 1 - number if 0 < levels < number else None
-
-
-def _out_size(conv: Convolution, size: Size) -> Size:
-    stride, padding, kernel = int(conv.stride[0]), int(conv.padding[0]), int(conv.kernel_size[0])
-    if isinstance(conv, nn.ConvTranspose2d):
-        height, width = ((side - 1) * stride - 2 * padding + kernel for side in size)
+        served = not norm.track_running_stats
     else:
-        height, width = ((side + 2 * padding - kernel) // stride + 1 for side in size)
-    return height, width
-
-
-def _all_taps(conv: Convolution) -> Taps:
-    return Taps(0, int(conv.kernel_size[0]), int(conv.padding[0]))
-
-
-def _live_taps(conv: Convolution, in_size: Size) -> Taps:
-    """The square block of taps that meet a pixel somewhere; all, where that is no square or the sizes would change."""
-    small, large = (in_size, _out_size(conv, in_size))
-    if isinstance(conv, nn.Conv2d):
-        small, large = large, small
-    stride, padding, kernel = int(conv.stride[0]), int(conv.padding[0]), int(conv.kernel_size[0])
-
-    def live(inner: int, outer: int) -> list[int]:
-        return [k for k in range(kernel) if any(0 <= i * stride - padding + k < inner for i in range(outer))]
-
-    rows, columns = (live(inner, outer) for inner, outer in zip(large, small, strict=True))
-    if not rows or rows != columns or padding < rows[0]:
-        return _all_taps(conv)
-    taps = Taps(rows[0], len(rows), padding - rows[0])
-    sizes = tuple((side + 2 * taps.padding - taps.count) // stride + 1 for side in large)
-    return taps if sizes == small else _all_taps(conv)
+        assert isinstance(norm, nn.BatchNorm2d)
+        served = norm.momentum is not None and norm.running_mean is not None and norm.num_batches_tracked is not None
+    if not served:
+        raise InputError(
+            f"engine: layer {layer} has {norm}; expected BatchNorm2d with running averages of a momentum, or "
+            f"InstanceNorm2d without{HINT}"
+        )

@@ -47,7 +47,7 @@ class Call:
 class Subject(NamedTuple):
     """Whose call comes next."""
 
-    arena: object | None = None  # of the network
+    owner: object | None = None  # the network, or the arena where that calls for all of its networks
     layer: str | None = None
     direction: str | None = None
     images: int = 0
@@ -60,10 +60,10 @@ class _Current(threading.local):
 _current = _Current()
 
 
-def about(arena: object, layer: str | None, direction: str, images: int = 0) -> None:
-    """Tell a recording whose the next operator call is, and what for. A step that nobody records is not told."""
+def about(owner: object, layer: str | None, direction: str, images: int = 0) -> None:
+    """Tell a recording which network or arena calls the next operator, and what for. Without one it does nothing."""
     if _current.recorder is not None:
-        _current.recorder.subject = Subject(arena, layer, direction, images)
+        _current.recorder.subject = Subject(owner, layer, direction, images)
 
 
 class Rehearsal:
@@ -97,7 +97,7 @@ class Recorder(TorchDispatchMode):
     """Notes the calls of our operators, and the most memory that is held at once of what is made meanwhile.
 
     Args:
-        names: each network's name by the id of its arena.
+        names: each network's name by its id, and by the id of an arena the names of all networks in it.
     """
 
     def __init__(self, names: Mapping[int, str]):
@@ -132,13 +132,13 @@ class Recorder(TorchDispatchMode):
         given = [*args, *(argument.default_value for argument in schema[len(args) :])]
         named = {argument.name: value for argument, value in zip(schema, given, strict=True)}
         results = () if result is None else (result,) if isinstance(result, Tensor) else result
-        arena, layer, direction, images = self.subject
+        owner, layer, direction, images = self.subject
         call = Call(
             part=self.part,
             direction=direction or operator,
             operator=operator,
             images=images,
-            net=self.names.get(id(arena)),
+            net=self.names.get(id(owner)),
             layer=layer,
             args=tree_map_only(Tensor, Operand.of, named),
             results=tuple(map(Operand.of, results)),
@@ -187,7 +187,11 @@ def _recorded(step: Step, images: int) -> Recorder:
     rehearsal = Rehearsal(step)
     twin, (_, height, width) = rehearsal.step, step.shapes["A"]
     crops = rehearsal.crops(images, height, width)
-    with Recorder({id(net.arena): name for name, net in twin.networks.items()}) as recorder:
+    names = {id(net): name for name, net in twin.networks.items()}
+    for name, net in twin.networks.items():
+        others = names.get(id(net.arena))
+        names[id(net.arena)] = f"{others}, {name}" if others else name
+    with Recorder(names) as recorder:
         if height == width:
             with part(AUGMENT):
                 batch = crops.cut(META)

@@ -1,5 +1,6 @@
-"""Watching from outside: whether a network and its optimizer are still what an arena was made of."""
+"""Watching from outside: whether networks and their optimizer are still what an arena was made of."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,17 +10,16 @@ from fastp2p.errors import InputError
 
 
 class Watch:
-    """Knows a network's parameters and Adam's state by owner, address and version.
+    """Knows networks' parameters and Adam's state by owner, address and version.
 
     Args:
-        net, optimizer, parameters: net's, all with a state.
+        nets, optimizer, parameters: the nets', all with a state.
     """
 
-    def __init__(self, net: nn.Module, optimizer: torch.optim.Adam, parameters: list[nn.Parameter]):
+    def __init__(self, nets: Sequence[nn.Module], optimizer: torch.optim.Adam, parameters: list[nn.Parameter]):
         self.optimizer, self.parameters = optimizer, parameters
-        self.owners = [
-            (m._parameters, name) for m in net.modules() for name, p in m._parameters.items() if p is not None
-        ]
+        modules = [module for net in nets for module in net.modules()]
+        self.owners = [(m._parameters, name) for m in modules for name, p in m._parameters.items() if p is not None]
         self.owned = [owner[name] for owner, name in self.owners]
         self.addresses = self._addresses()
         self.note()

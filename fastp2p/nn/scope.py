@@ -105,5 +105,7 @@ _BINARY = ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "
 _OTHERS = (
     "neg pos abs invert eq ne lt le gt ge bool int float index len iter getitem setitem contains array call reduce_ex"
 )
-for _name in (*_OTHERS.split(), *(prefix + name for name in _BINARY for prefix in ("", "r", "i"))):
-    setattr(Parcel, f"__{_name}__", Parcel.refuse)
+# What can be done to a tensor with an operator, and a stand-in for one must refuse
+OPERATORS = {f"__{name}__" for name in (*_OTHERS.split(), *(p + name for name in _BINARY for p in ("", "r", "i")))}
+for _name in OPERATORS:
+    setattr(Parcel, _name, Parcel.refuse)

@@ -101,7 +101,7 @@ def by_hand(step: FusedStep, n: int, call: Call) -> tuple[int, Traffic]:
     pixels_in, pixels_out = (images * height * width for height, width in (layer.in_size, layer.out_size))
     before, after, channels = pixels_in * layer.in_channels, pixels_out * layer.out_channels, layer.out_channels
     weight = layer.in_channels * layer.out_channels * layer.taps.count**2
-    flop, crosses = 2 * layer.macs(images), layer.skip_activation is not None
+    flop, crosses = 2 * layer.macs(images), layer.second is not None
     affine = layer.norm is not None and layer.norm.weight is not None
     vectors = 2 * ((groups if layer.norm is not None else 1) + affine) * channels * wide + (16 if layer.dropout else 0)
     match call.direction:
@@ -225,7 +225,7 @@ def test_the_design_s_table():
 def test_adam_s_bytes():
     """26 for each live weight; the rest's gradients are read too; apart, gradients are written and read."""
     step = paper_s()
-    live = sum(weight.param.numel() for net in (step.netG, step.netD) for weight in net.arena.weights)
+    live = sum(weight.param.numel() for net in (step.netG, step.netD) for weight in net.arena.weights.values())
     rest = sum(net.arena.param.numel() - net.arena.weights_end for net in (step.netG, step.netD))
     total = sum(count_parameters(net) for net in step.nets)
     assert live + rest == total - 24 * 512**2

@@ -78,7 +78,7 @@ def test_nets_are_left_alone():
 
 def kept_elements(plan: Plan, images: int) -> int:
     """How many elements a network's forward pass keeps at least, by its layers."""
-    copies = [1 if layer.activation_in_conv else 2 + (layer.skip_activation is not None) for layer in plan.layers]
+    copies = [1 if layer.activation_in_conv else 2 + (layer.second is not None) for layer in plan.layers]
     return sum(
         images * n * layer.out_channels * layer.out_size[0] * layer.out_size[1]
         for n, layer in zip(copies, plan.layers, strict=True)

@@ -2,17 +2,24 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastp2p.count import plan_table
-from fastp2p.engine import plan_network
-from fastp2p.engine.plan import LEAKY_RELU, NONE, RELU, TANH
+from fastp2p.engine import Plan
+from fastp2p.engine.forward import LEAKY_RELU, NONE, RELU, TANH
+from fastp2p.engine.plan import plan_network
 from fastp2p.models.pix2pix.networks import PatchDiscriminator, PixelDiscriminator, UnetGenerator
+from fastp2p.models.pix2pix.step import layer_names
 from fastp2p.nn.init import count_parameters
 
 
+def named(net: nn.Module, channels: int, size: tuple[int, int]) -> Plan:
+    return plan_network(net, channels, size, names=layer_names(net))
+
+
 def test_unet_256():
-    plan = plan_network(UnetGenerator(), (256, 256))
+    plan = named(UnetGenerator(), 3, (256, 256))
     assert [layer.name for layer in plan.layers] == [
         *("e1", "e2", "e3", "e4", "e5", "e6", "e7", "e8"),
         *("d8", "d7", "d6", "d5", "d4", "d3", "d2", "d1"),
@@ -22,17 +29,16 @@ def test_unet_256():
     assert [layer.out_channels for layer in plan.layers][:8] == [64, 128, 256, 512, 512, 512, 512, 512]
     assert {name for name, layer in layers.items() if layer.norm is None} == {"e1", "e8", "d1"}
     assert {name for name, layer in layers.items() if layer.dropout} == {"d7", "d6", "d5"}
-    assert {name: plan.layers[layer.skip].name for name, layer in layers.items() if layer.skip is not None} == {
-        f"d{i}": f"e{i}" for i in range(1, 8)
-    }
+    skips = {name: layer.sources[0].node for name, layer in layers.items() if len(layer.sources) == 2}
+    assert {name: plan.nodes[node].name for name, node in skips.items()} == {f"d{i}": f"e{i}" for i in range(1, 8)}
     for i in range(1, 8):  # one raw tensor for two readers: leaky down, relu across
-        assert (layers[f"e{i}"].activation, layers[f"e{i}"].slope, layers[f"e{i}"].skip_activation) == (
+        assert (layers[f"e{i}"].activation, layers[f"e{i}"].slope, layers[f"e{i}"].second) == (
             LEAKY_RELU,
             0.2,
             RELU,
         )
     for i in range(2, 9):
-        assert (layers[f"d{i}"].activation, layers[f"d{i}"].skip_activation) == (RELU, None)
+        assert (layers[f"d{i}"].activation, layers[f"d{i}"].second) == (RELU, None)
     assert (layers["e8"].activation, layers["d1"].activation) == (RELU, TANH)
     assert {name for name, layer in layers.items() if layer.activation_in_conv} == {"e8", "d1"}
     assert {name for name, layer in layers.items() if layer.trains_bias} == {"d1"}
@@ -40,7 +46,7 @@ def test_unet_256():
 
 
 def test_patch_gan():
-    plan = plan_network(PatchDiscriminator(), (256, 256))
+    plan = named(PatchDiscriminator(), 6, (256, 256))
     assert [(layer.name, layer.stride, *layer.out_size) for layer in plan.layers] == [
         *[("c1", 2, 128, 128), ("c2", 2, 64, 64), ("c3", 2, 32, 32), ("c4", 1, 31, 31), ("c5", 1, 30, 30)]
     ]
@@ -58,21 +64,22 @@ def test_flops_are_those_of_pytorch_s_counter(paper: bool):
     for net, channels in nets:
         with FlopCounterMode(display=False) as counter:
             net.to("meta")(torch.empty(3, channels, *size, device="meta"))
-        assert 2 * plan_network(net, size, skip_dead_taps=False).macs(3) == counter.get_total_flops()
+        assert 2 * plan_network(net, channels, size, skip_dead_taps=False).macs(3) == counter.get_total_flops()
     if paper:
-        macs = [plan_network(net, size, skip_dead_taps=False).macs() / 1e9 for net, _ in nets[:2]]
+        macs = [plan_network(net, channels, size, skip_dead_taps=False).macs() / 1e9 for net, channels in nets[:2]]
         assert macs == [pytest.approx(6.05, abs=0.005), pytest.approx(3.20, abs=0.005)]
 
 
 def test_no_parameter_is_lost():
-    for net in (UnetGenerator(levels=6, ngf=4, norm="instance"), PatchDiscriminator(ndf=4), PixelDiscriminator()):
-        plan = plan_network(net, (64, 64))
+    nets = (UnetGenerator(levels=6, ngf=4, norm="instance"), PatchDiscriminator(ndf=4), PixelDiscriminator())
+    for net, channels in zip(nets, (3, 6, 6), strict=True):
+        plan = plan_network(net, channels, (64, 64))
         owners = [module for layer in plan.layers for module in (layer.conv, layer.norm) if module is not None]
         assert sum(count_parameters(module) for module in owners) == count_parameters(net)
 
 
 def test_table_can_be_read():
-    table = plan_table(plan_network(UnetGenerator(), (256, 256)), 1, torch.bfloat16)
+    table = plan_table(named(UnetGenerator(), 3, (256, 256)), 1, torch.bfloat16)
     assert len(table.splitlines()) == 18
     assert "e8" in table
     assert "512→512 4x4 s2 (2x2 live)" in table

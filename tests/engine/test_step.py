@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.nets import Trained, batches, inject_dropout, small_nets
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastp2p.errors import InputError
 from fastp2p.models.pix2pix.networks import PatchDiscriminator, PixelDiscriminator, UnetGenerator
@@ -71,6 +71,27 @@ def test_dropout_with_the_engine_s_masks_in_autograd(norm: str, dropout: str, co
     twin = nets.twin()
     assert inject_dropout(nets.netG, seed=7) == count
     compare(nets, twin, (64, 64), 2)
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.ReflectionPad2d(1), nn.Conv2d(4, 4, 3), nn.InstanceNorm2d(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.block(x)
+
+
+def test_a_residual_generator():
+    """A network that nothing in the engine names, as docs/adding.md tells of one."""
+    ends = (
+        (nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.ReLU(True)),
+        (nn.Upsample(scale_factor=2), nn.ReflectionPad2d(1)),
+    )
+    torch.manual_seed(0)
+    netG = nn.Sequential(*ends[0], Residual(), Residual(), *ends[1], nn.Conv2d(4, 3, 3), nn.Tanh()).double()
+    nets = Trained(netG, small_nets().netD)
+    compare(nets, nets.twin(), SIZE, 2)
 
 
 def test_statistics_of_samples():
@@ -149,9 +170,11 @@ def test_other_sizes_and_networks_are_refused():
     nets.netD.train()
     with pytest.raises(InputError, match="got a discriminator of 2 channels, expected 6"):
         Trained(nets.netG, PatchDiscriminator(2, ndf=4).double()).fused((32, 32), F64)
-    with pytest.raises(InputError, match="got a Conv2d, expected a U-Net generator or a PatchGAN"):
-        Trained(nets.netG, torch.nn.Conv2d(6, 1, 3)).fused(SIZE, F64)
-    with pytest.raises(InputError, match=r"layer c3 leaves \(0, 2\) of an image of \(4, 8\)"):
+    with pytest.raises(InputError, match="got a discriminator that does not end in a convolution of logits"):
+        Trained(nets.netG, torch.nn.Sequential(torch.nn.Conv2d(6, 1, 3), torch.nn.Tanh())).fused(SIZE, F64)
+    with pytest.raises(InputError, match="got a generator that does not end in a convolution and Tanh"):
+        Trained(torch.nn.Conv2d(3, 3, 1), nets.netD).fused(SIZE, F64)
+    with pytest.raises(InputError, match=r"layer c3 leaves \(0, 2\) of an input of \(1, 3\)"):
         small_nets(levels=2, n_layers=1).fused((4, 8), F64)
     nets.netG.model.model[0].weight.requires_grad_(False)
     with pytest.raises(InputError, match="got 1 parameters with requires_grad False"):

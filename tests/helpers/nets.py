@@ -23,7 +23,7 @@ LR = 2e-3
 class Trained:
     """Two networks and their optimizers."""
 
-    def __init__(self, netG: UnetGenerator, netD: nn.Module, lr: float = LR):
+    def __init__(self, netG: nn.Module, netD: nn.Module, lr: float = LR):
         self.netG, self.netD = netG, netD
         self.optimizers = [torch.optim.Adam(net.parameters(), lr=lr, betas=(0.5, 0.999)) for net in (netG, netD)]
 

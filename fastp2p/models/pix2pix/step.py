@@ -9,16 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastp2p.engine.arena import Arena, Reduce, dead_taps_move
+from fastp2p.engine.forward import NONE, TANH
 from fastp2p.engine.loss_scale import LossScale
 from fastp2p.engine.network import FusedNetwork
-from fastp2p.engine.plan import TANH, Plan, plan_network
+from fastp2p.engine.plan import INPUT, Plan, plan_network
 from fastp2p.engine.ranges import part
 from fastp2p.engine.record import about, net_on_meta
 from fastp2p.engine.step import Batch, LossValues
-from fastp2p.engine.supported import Supported, check_optimizer
+from fastp2p.engine.supported import HINT, Supported, check_optimizer
 from fastp2p.errors import InputError
 from fastp2p.models.pix2pix.losses import Losses
 from fastp2p.models.pix2pix.networks import UnetGenerator
+from fastp2p.nn.block import Convolution
 from fastp2p.nn.padding import reflect_pad_to_multiple
 from fastp2p.ops.patch_loss import KINDS, GanMode, Kind
 
@@ -42,6 +44,33 @@ OBJECTIVES: dict[GanMode, dict[str, Target]] = {
     "lsgan": {"D_real": Target("square", 1.0), "D_fake": Target("square", 0.0), "G": Target("square", 1.0)},
     "hinge": {"D_real": Target("hinge", 1.0), "D_fake": Target("hinge", -1.0), "G": Target("linear", 1.0)},
 }
+
+
+def layer_names(net: nn.Module) -> list[str]:
+    """What tables call the convolutions in the order in which they run: in a U-Net e1 ... e8, d8 ... d1, else c1 ..."""
+    if isinstance(net, UnetGenerator):
+        levels = range(1, net.levels + 1)
+        return [f"e{i}" for i in levels] + [f"d{i}" for i in reversed(levels)]
+    return [f"c{i}" for i in range(1, 1 + sum(isinstance(module, Convolution) for module in net.modules()))]
+
+
+def _first_convolution(net: nn.Module) -> nn.Conv2d | nn.ConvTranspose2d:
+    for module in net.modules():
+        if isinstance(module, Convolution):
+            return module
+    raise InputError(f"engine: got a {type(net).__name__} without convolutions; expected a generator, a discriminator")
+
+
+def _check_ends(G: Plan, D: Plan) -> None:
+    """Raise InputError where the networks begin or end otherwise than the step's gradients take for granted."""
+    last = G.output_layer()
+    if len(G.outputs) != 1 or last is None or not last.activation_in_conv or last.activation != TANH:
+        raise InputError(f"engine: got a generator that does not end in a convolution and Tanh{HINT}")
+    last = D.output_layer()
+    if len(D.outputs) != 1 or last is None or not last.activation_in_conv or last.activation != NONE:
+        raise InputError(f"engine: got a discriminator that does not end in a convolution of logits{HINT}")
+    if [node for node in D.nodes if INPUT in node.sources] != D.layers[:1]:
+        raise InputError(f"engine: got a discriminator whose input something else reads than one convolution{HINT}")
 
 
 class FusedStep:
@@ -72,7 +101,7 @@ class FusedStep:
 
     def __init__(
         self,
-        netG: UnetGenerator,
+        netG: nn.Module,
         netD: nn.Module,
         optimizer_G: torch.optim.Adam,
         optimizer_D: torch.optim.Adam,
@@ -103,22 +132,17 @@ class FusedStep:
         if dtype == torch.float16:
             self.loss_scale = LossScale(LossScale.new_state(device) if loss_scale is None else loss_scale)
 
-        self.multiple = 2**netG.levels  # of pixels, that G's sides are padded to
+        self.multiple = 2**netG.levels if isinstance(netG, UnetGenerator) else 1  # G's sides are padded to multiples
         missing = [-side % self.multiple for side in size]
         self.padding = [(n // 2, n - n // 2) for n in missing]  # (before, after)
         sizes = ((size[0] + missing[0], size[1] + missing[1]), size)
         plans = self._plans(sizes, skip_dead_taps and reduce is None and self.loss_scale is None)
+        _check_ends(*plans)
         unscale = None if self.loss_scale is None else self.loss_scale.unscale
         self.netG, self.netD = (
-            FusedNetwork(plan, Arena(net, optimizer, plan, dtype, reduce=reduce, unscale=unscale), self.rng)
+            FusedNetwork(plan, Arena([net], optimizer, [plan], dtype, reduce=reduce, unscale=unscale), self.rng)
             for plan, net, optimizer in zip(plans, self.nets, self.optimizers, strict=True)
         )
-        self.channels = (self.netG.plan.in_channels, self.netG.plan.layers[-1].out_channels)  # of real_A, of real_B
-        if self.netD.plan.in_channels != sum(self.channels):
-            raise InputError(
-                f"engine: got a discriminator of {self.netD.plan.in_channels} channels, expected {sum(self.channels)}: "
-                "it sees the generator's input and output"
-            )
 
     def _check_training(self) -> None:
         if not all(net.training for net in self.nets):
@@ -126,9 +150,17 @@ class FusedStep:
 
     def _plans(self, sizes: Sequence[tuple[int, int]], skip_dead_taps: bool) -> list[Plan]:
         """Both networks' plans, with all taps where Adam still moves those that could be left out."""
-        plans = [
-            plan_network(net, size, skip_dead_taps=skip_dead_taps) for net, size in zip(self.nets, sizes, strict=True)
-        ]
+        netG, netD = self.nets
+        input_nc = _first_convolution(netG).in_channels
+        G = plan_network(netG, input_nc, sizes[0], names=layer_names(netG), skip_dead_taps=skip_dead_taps)
+        self.channels = (input_nc, G.out_channels[0])  # of real_A, of real_B
+        seen, expected = _first_convolution(netD).in_channels, sum(self.channels)
+        if seen != expected:
+            raise InputError(
+                f"engine: got a discriminator of {seen} channels, expected {expected}: it sees the generator's input "
+                "and output"
+            )
+        plans = [G, plan_network(netD, expected, sizes[1], names=layer_names(netD), skip_dead_taps=skip_dead_taps)]
         self.skips_dead_taps = skip_dead_taps and not any(map(dead_taps_move, plans, self.optimizers))
         return plans if self.skips_dead_taps == skip_dead_taps else self._plans(sizes, False)
 
@@ -231,21 +263,23 @@ class FusedStep:
         with part("netG forward"):
             real_A = real_A.to(self.dtype, memory_format=torch.channels_last)
             kept_G = netG.forward(reflect_pad_to_multiple(real_A, self.multiple))
-            fake_B = self._crop(kept_G[-1].y)
+            fake_B = self._crop(*netG.outputs(kept_G))
 
         # D: fake and real in one pass, as two batches with statistics of their own
         with part("netD forward"):
             pairs = self._pairs(real_A, fake_B, real_B)
             kept = netD.forward(pairs, batches=2)
-            loss_D_fake, dfake = self._loss(netD, kept[-1].y[:n], self.objective["D_fake"], weight=D_WEIGHT)
-            loss_D_real, dreal = self._loss(netD, kept[-1].y[n:], self.objective["D_real"], weight=D_WEIGHT)
+            (logits,) = netD.outputs(kept)
+            loss_D_fake, dfake = self._loss(netD, logits[:n], self.objective["D_fake"], weight=D_WEIGHT)
+            loss_D_real, dreal = self._loss(netD, logits[n:], self.objective["D_real"], weight=D_WEIGHT)
         with part("netD backward and Adam"):
             netD.backward_and_adam(kept, torch.cat([dfake, dreal]))
 
         # G: D's weights are fixed, its gradient flows through to fake_B, and on through fake_B's tanh
         with part("netD forward and backward for netG"):
             kept = netD.forward(pairs[:n])  # moves D's running averages once more, as upstream's third pass does
-            loss_G_GAN, dlogits = self._loss(netD, kept[-1].y, self.objective["G"])
+            (logits,) = netD.outputs(kept)
+            loss_G_GAN, dlogits = self._loss(netD, logits, self.objective["G"])
             dz = netD.input_gradient(kept, dlogits, first_channel=real_A.shape[1], gate=fake_B, activation=TANH)
             loss_G_L1, dz_L1 = self._loss(netG, fake_B, Target("l1", real_B), weight=self.lambda_L1, through_tanh=True)
         with part("netG backward and Adam"):
@@ -264,7 +298,7 @@ class FusedStep:
         """
         tensor, value = (target.value, 0.0) if isinstance(target.value, Tensor) else (None, target.value)
         factor = 1.0 if self.loss_scale is None else self.loss_scale.HOST_SCALE
-        about(net.arena, None, "loss", len(x))
+        about(net, None, "loss", len(x))
         loss, dx = operators.patch_loss(x, tensor, KINDS.index(target.kind), value, weight * factor, through_tanh)
         return loss / factor, dx if self.loss_scale is None else self.loss_scale.rescale_(dx)
 
