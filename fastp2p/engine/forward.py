@@ -188,7 +188,7 @@ class _StandIn:
 for _name in OPERATORS - {"__add__", "__iadd__", "__getitem__", *dir(object)}:
     setattr(_StandIn, _name, lambda self, *args, _name=_name: self.walk.call(_name.strip("_"), *args))
 
-_ANY_NUMBER = 1  # of images: whatever a forward would do with it is not among what is computed
+_ANY_NUMBER = 1  # images: whatever a forward would do with the number, the engine does not compute
 
 
 def _operations_of(values: Any) -> tuple[Operation, ...]:

@@ -55,7 +55,7 @@ class Link:
     name: str
     kind: str  # in KINDS
     sources: Sequence[Any]  # as of a layer
-    settings: Any  # of its kind: as `Operation.settings`
+    settings: Any  # its kind's, as `Operation.settings`
 
     def forward(self, *operands: Tensor) -> Tensor:
         """The result, channels_last."""

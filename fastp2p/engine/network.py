@@ -179,7 +179,7 @@ class FusedNetwork:
             of_parameters: to be filled with the gradients of biases and norms' parameters, by id(parameter); None
                 where they are not wanted.
         """
-        means: dict[int, Tensor] = {}  # of a layer's dz over the pixels, by its node
+        means: dict[int, Tensor] = {}  # over the pixels of a layer's dz, by its node
         for place in reversed(range(len(self.plan.nodes))):
             node, operands = self.plan.nodes[place], kept[place].operands
             flows = to_input or self.plan.has_layers_before(place)

@@ -40,7 +40,7 @@ class Layer:
 
     name: str
     number: int  # among the network's layers
-    sources: tuple[Source, ...]  # of two, the channels one after the other, which nobody concatenates
+    sources: tuple[Source, ...]  # two are read one after the other, without a concatenation
     conv: Convolution
     norm: Normalisation | None
     activation: int  # index in ACTIVATIONS
@@ -96,7 +96,7 @@ class Plan:
     nodes: list[Node]  # in the order in which they run
     outputs: list[Source]
     in_channels: int
-    out_channels: list[int]  # of the outputs
+    out_channels: list[int]  # each output's
 
     @property
     def layers(self) -> list[Layer]:

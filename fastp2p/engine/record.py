@@ -29,7 +29,7 @@ NAMESPACE = "fastp2p"
 class Call:
     """One call of an operator."""
 
-    part: str  # of the step; "" outside of its parts
+    part: str  # the step's; "" outside of its parts
     direction: str  # forward, data gradient, ...: what the call is for; where nobody told, the operator's name
     operator: str
     images: int  # 0 where the call is for no images, such as Adam's

@@ -22,8 +22,8 @@ ACTIVATION_NAMES: dict[type[nn.Module], Activation] = {nn.ReLU: "relu", nn.Leaky
 class Chain:
     """The modules that a convolution took in. Settings, mode and statistics are read from them at every call."""
 
-    names: tuple[str, ...]  # of the convolution and of these modules, for errors
-    scope: Scope  # of the module whose forward calls them all
+    names: tuple[str, ...]  # the convolution's and these modules', for errors
+    scope: Scope  # the module whose forward calls them all
     between: tuple[nn.Module, ...] = ()  # modules whose forwards begin or end within the chain
     norm: Normalisation | None = None
     activation: nn.Module | None = None

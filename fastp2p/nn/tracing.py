@@ -31,7 +31,7 @@ LEAVES = (*LAYERS, nn.Conv2d, nn.ConvTranspose2d, *STAGES)  # calls of these, or
 class Region:
     """A module whose forward was followed from end to end, with all calls that it leads to."""
 
-    path: str  # of the module in the model
+    path: str  # the module's place in the model
     calls: dict[str, list[fx.Node]]  # path in the model -> the calls of that module, in all graphs together
     n_graphs: int
     boxes: frozenset[str]  # paths in the model of modules that are called here, but were not looked into

@@ -23,7 +23,7 @@ LR = 2e-3
 # Both sides sum the same products in float64, in another order: 2^-53 a term, some thousand terms, a few layers.
 VALUE = {"rtol": 1e-10, "atol": 1e-12}
 # Autograd gives a bias before a norm rounding noise for a gradient, which Adam weighs against eps; the engine gives 0.
-SMALL = 1e-3  # of the outputs' gradients
+SMALL = 1e-3  # the size of the outputs' gradients
 
 
 class Residual(nn.Module):

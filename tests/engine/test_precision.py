@@ -13,7 +13,7 @@ from fastp2p.models.pix2pix.networks import PatchDiscriminator, UnetGenerator
 from fastp2p.nn.init import init_weights
 
 SIZE = (64, 64)
-SCALE = 1024.0  # of float16's losses; at the first scale a few steps are skipped until it fits
+SCALE = 1024.0  # float16's losses; at the first scale a few steps are skipped until it fits
 STILL = 1e-12  # learning rate: so small that G's gradient is through D as it was
 
 
@@ -62,7 +62,7 @@ def test_twenty_steps_at_the_recipe_s_learning_rate_in_float32():
 
 
 def autograd_gradients(nets: Trained) -> list[Tensor]:
-    """Of G and of D, each flat, as the reference step left them."""
+    """G's gradients and D's, each flat, as the reference step left them."""
     return [torch.cat([p.grad.double().flatten() for p in net.parameters()]) for net in (nets.netG, nets.netD)]
 
 
