@@ -13,7 +13,7 @@ from fastp2p.errors import InputError
 
 Device = Literal["auto", "cpu", "cuda"]
 Direction = Literal["AtoB", "BtoA"]
-Engine = Literal["fused", "reference"]
+Engine = Literal["fused", "layers", "reference"]
 Precision = Literal["auto", "bf16", "fp16", "fp32", "fp64"]
 
 BUILTIN = "builtin:emoji"
@@ -114,8 +114,8 @@ class RunConfig(Workload):
     on the same kernels. Where none are kept yet, a run measures them, and may choose others: --kernels RUN takes
     another run's. Source: ours."""
     engine: Engine = "fused"
-    """fused: the fast one, on fused operators. reference: the same step in plain PyTorch autograd, to compare with.
-    Source: ours."""
+    """fused: the fast one, without autograd. layers: autograd over fused layers, for any network. reference: plain
+    PyTorch, to compare with. Source: ours."""
     kernels: str = "auto"
     """Of the fused engine's convolutions. auto: for each layer the fastest on this machine, which is measured where
     fastp2p has not done so before. aten: ATen's, on a GPU cuDNN's. triton: our own on a GPU, by rule. A path: those of
@@ -149,6 +149,10 @@ class RunConfig(Workload):
             raise InputError(
                 f"precision: got {self.precision} with engine reference, which computes in fp32 or fp64; drop one"
             )
+        if self.engine == "layers" and self.precision == "fp16":
+            raise InputError(
+                "precision: got fp16 with engine layers, which scales no losses; use bf16 or fp32, or --engine fused"
+            )
         if self.engine == "reference" and self.kernels != "auto":
             raise InputError(f"kernels: got {self.kernels} with engine reference, which runs on ATen's alone; drop one")
         if self.crop_size is not None and self.load_size is not None and self.load_size < self.crop_size:
@@ -167,7 +171,8 @@ class RunConfig(Workload):
 
         Args:
             device_type: "cpu" or "cuda".
-            precision: what the fused engine's auto stands for on that device; the reference's is fp32.
+            precision: what auto stands for on that device; the reference engine's is fp32, as is that of layers
+                instead of fp16.
         """
         chosen = self.defaults(device_type)
         if self.load_size is None and self.crop_size is not None:
@@ -176,7 +181,8 @@ class RunConfig(Workload):
             chosen = chosen | {"crop_size": round(self.load_size * 256 / 286)}
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         if self.precision == "auto":
-            fields["precision"] = precision if self.engine == "fused" else "fp32"
+            serves = self.engine == "fused" or (self.engine == "layers" and precision != "fp16")
+            fields["precision"] = precision if serves else "fp32"
         return self.resolved()(**fields | {name: value for name, value in chosen.items() if fields[name] is None})
 
     @classmethod

@@ -89,7 +89,7 @@ class Workload:
         torch.backends.cudnn.deterministic = True  # as in training
         self.config = config.resolve(self.device.type, best_precision(self.device))
         state = TrainState.new(self.config, self.device, fingerprint="")
-        self.step = state.fused_step(self.config)
+        self.step = state.engine_step(self.config)
         self.costs = count_step(self.step, self.config.batch_size)
         self.crops = _random_crops(self.config, self.device)
         self.trained = state.training_step(self.config)  # on a GPU one graph

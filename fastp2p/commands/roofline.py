@@ -226,7 +226,7 @@ def count_roofline(config: RunConfig, *, tflop_per_sec: float, gb_per_sec: float
     resolved = config.resolve("cuda", "bf16")
     meta = torch.device("meta")
     with meta:
-        step = TrainState.new(resolved, meta, fingerprint="").fused_step(resolved)
+        step = TrainState.new(resolved, meta, fingerprint="").engine_step(resolved)
     costs = count_step(step, config.batch_size)
     ceilings = Ceilings("the given limits", tflop_per_sec * 1e12, gb_per_sec * 1e9)
     return Roofline(resolved, ceilings, costs, step_floor(costs, ceilings), None)

@@ -26,7 +26,7 @@ def tune_networks(config: RunConfig, *, again: bool, say: Say = terminal.say) ->
     device = choose_device(config.device)
     resolved = config.resolve(device.type, best_precision(device))
     torch.backends.cudnn.deterministic = True  # as in training
-    step = TrainState.new(resolved, device, fingerprint="").fused_step(resolved)
+    step = TrainState.new(resolved, device, fingerprint="").engine_step(resolved)
     if (reason := why_not(device, step.dtype)) is not None:
         raise InputError(f"tune: there is nothing to choose from, {reason}")
     place = kernel_choices.place_of(device)

@@ -18,8 +18,8 @@ class MemoryEstimate:
         return self.state + self.activations
 
 
-def estimate_fused_step_memory(step: Step, batch_size: int) -> MemoryEstimate:
-    """Count the bytes of a step of the fused engine from a record of it; nothing is run or allocated.
+def estimate_memory(step: Step, batch_size: int) -> MemoryEstimate:
+    """Count the bytes of a step from a record of it; nothing is run or allocated.
 
     A lower bound: the operators' scratch space comes on top, and on a GPU gradients that the branch of weight gradients
     holds.
@@ -28,5 +28,5 @@ def estimate_fused_step_memory(step: Step, batch_size: int) -> MemoryEstimate:
         step: on any device.
         batch_size: the number of images.
     """
-    state = sum(net.arena.n_bytes for net in step.networks.values())
+    state = sum(arena.n_bytes for arena in step.arenas.values())
     return MemoryEstimate(state, peak_bytes(step, batch_size))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastp2p.engine.plan import Layer, Plan
 from fastp2p.engine.record import about
-from fastp2p.engine.supported import HINT
+from fastp2p.engine.supported import REFERENCE
 from fastp2p.engine.watch import Watch
 from fastp2p.errors import InputError
 
@@ -202,7 +202,7 @@ class Arena:
             size = param.shape[2:]
             about(owner, layer.name, "weight gradient", len(outer))
             gradient = operators.conv_wgrad(outer, outer2, inner, *size, stride, padding, self.grad.dtype)
-            self._gather(id(layer.weight), gradient)
+            self._gather({id(layer.weight): gradient})
             return
         about(owner, layer.name, "weight gradient and Adam", len(outer))
         operators.conv_wgrad_adam(
@@ -218,16 +218,16 @@ class Arena:
         if self.grad is None:
             self.rest = gradients
             return
-        for name, gradient in gradients.items():
-            self._gather(name, gradient)
+        self._gather(gradients)
 
-    def _gather(self, name: int, gradient: Tensor) -> None:
-        if name in self.brought:
-            assert self.accumulates
-            self.grads[name].add_(gradient)
-        else:
-            self.grads[name].copy_(gradient)
-        self.brought.add(name)
+    def _gather(self, gradients: Mapping[int, Tensor]) -> None:
+        """Write gradients by id(parameter) into the flat buffer, or add them to what came before in this step."""
+        again, new = ([name for name in gradients if (name in self.brought) == brought] for brought in (True, False))
+        assert not again or self.accumulates
+        for names, act in ((new, torch._foreach_copy_), (again, torch._foreach_add_)):
+            if names:
+                act([self.grads[name] for name in names], [gradients[name] for name in names])
+        self.brought.update(new)
 
     def finish(self) -> None:
         """End an Adam step: that of biases and norms' parameters, or where gradients are gathered of everything."""
@@ -244,13 +244,14 @@ class Arena:
         if self.reduce is not None:
             self.reduce(self.grad)
         unscale = None if self.unscale is None else self.unscale(self.grad)
-        self._adam(weights, self.grad[weights], self.compute, unscale)
+        if self.weights_end:
+            self._adam(weights, self.grad[weights], self.compute, unscale)
         if self.biases_and_norms:
             self._adam(rest, self.grad[rest], None, unscale)
         self.steps.add_(1 if unscale is None else unscale.sign())
 
     def _adam(self, part: slice, grad: Tensor, compute: Tensor | None = None, unscale: Tensor | None = None) -> None:
-        about(self, None, "Adam" if part.start is None else "Adam of the rest")
+        about(self, None, "Adam of the rest" if part.start else "Adam")
         operators.adam(
             *(self.param[part], grad, self.exp_avg[part], self.exp_avg_sq[part], self.lr, self.powers),
             *(self.beta1, self.beta2, self.eps, compute, unscale),
@@ -273,9 +274,7 @@ def _check_parameters(parameters: list[nn.Parameter], dtype: torch.dtype) -> tor
     """Their device. Raises InputError unless they are of this dtype, on one device, and all to be trained."""
     fixed = sum(not p.requires_grad for p in parameters)
     if fixed:
-        raise InputError(
-            f"engine: got {fixed} parameters with requires_grad False; this engine trains all of a network{HINT}"
-        )
+        raise InputError(f"engine: got {fixed} parameters with requires_grad False, expected none{REFERENCE}")
     found = {str(p.dtype).removeprefix("torch.") for p in parameters}
     if found != {str(dtype).removeprefix("torch.")}:
         raise InputError(
@@ -314,21 +313,21 @@ def _only_group(optimizer: torch.optim.Adam, parameters: list[nn.Parameter], wid
     groups = optimizer.param_groups
     if len(groups) != 1 or sorted(map(id, groups[0]["params"])) != sorted(map(id, parameters)):
         raise InputError(
-            f"engine: the optimizer must have exactly the network's parameters, each once, in one group{HINT}"
+            f"engine: the optimizer must have exactly its networks' parameters, each once, in one group{REFERENCE}"
         )
     group = groups[0]
     for option in ("weight_decay", "amsgrad", "maximize"):
         if group.get(option):
-            raise InputError(f"engine: got Adam with {option}={group[option]}, expected it off{HINT}")
+            raise InputError(f"engine: got Adam with {option}={group[option]}, expected it off{REFERENCE}")
     numbers = {"lr": _is_number(group["lr"], wide)} | {
         name: all(isinstance(value, float | int) for value in values)
         for name, values in (("betas", group["betas"]), ("eps", [group["eps"]]))
     }
     for option, is_number in numbers.items():
         if not is_number:
-            raise InputError(f"engine: got Adam with {option}={group[option]}, expected plain numbers{HINT}")
+            raise InputError(f"engine: got Adam with {option}={group[option]}, expected plain numbers{REFERENCE}")
     if not group["eps"] > 0:  # what has no gradient would become NaN, and the engine leaves it out
-        raise InputError(f"engine: got Adam with eps={group['eps']}, expected more than 0{HINT}")
+        raise InputError(f"engine: got Adam with eps={group['eps']}, expected more than 0{REFERENCE}")
     return group
 
 

@@ -97,7 +97,7 @@ class Recorder(TorchDispatchMode):
     """Notes the calls of our operators, and the most memory that is held at once of what is made meanwhile.
 
     Args:
-        names: each network's name by its id, and by the id of an arena the names of all networks in it.
+        names: each network's name, and each arena's, by its id.
     """
 
     def __init__(self, names: Mapping[int, str]):
@@ -187,11 +187,7 @@ def _recorded(step: Step, images: int) -> Recorder:
     rehearsal = Rehearsal(step)
     twin, (_, height, width) = rehearsal.step, step.shapes["A"]
     crops = rehearsal.crops(images, height, width)
-    names = {id(net): name for name, net in twin.networks.items()}
-    for name, net in twin.networks.items():
-        others = names.get(id(net.arena))
-        names[id(net.arena)] = f"{others}, {name}" if others else name
-    with Recorder(names) as recorder:
+    with Recorder({id(owner): name for name, owner in (*twin.networks.items(), *twin.arenas.items())}) as recorder:
         if height == width:
             with part(AUGMENT):
                 batch = crops.cut(META)

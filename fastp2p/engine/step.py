@@ -23,7 +23,11 @@ class Step(Protocol):
 
     @property
     def networks(self) -> Mapping[str, Any]:
-        """Each `FusedNetwork` by the name that tables give it."""
+        """Each `FusedNetwork` by the name that tables give it; none where autograd runs the networks."""
+
+    @property
+    def arenas(self) -> Mapping[str, Any]:
+        """Each `Arena` by a name: of its networks, or of its optimizer."""
 
     def on_meta(self) -> "Step":
         """Make a twin that calls the same operators, on networks whose tensors have no values."""

@@ -17,6 +17,7 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 _GLOBAL_HOOKS = [getattr(torch.nn.modules.module, f"_global{hooks}") for hooks in _HOOKS]
 _OPTIMIZER_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 HINT = "; autograd trains it: --engine layers, on fused layers, or --engine reference"
+REFERENCE = "; --engine reference trains it"
 
 Settings = tuple[object, ...]
 
@@ -116,11 +117,13 @@ def _check_global_hooks() -> None:
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     """Raise InputError unless it is torch.optim.Adam itself, not one with its settings, and nothing hooks its step."""
     if type(optimizer) is not torch.optim.Adam:
-        raise InputError(f"engine: got the optimizer {type(optimizer).__name__}, expected torch.optim.Adam{HINT}")
+        raise InputError(f"engine: got the optimizer {type(optimizer).__name__}, expected torch.optim.Adam{REFERENCE}")
     step = optimizer.__dict__.get("step")
     own = step is not None and not hasattr(step, "_wrapped_by_lr_sched")  # a scheduler only counts the calls
     if own or any(getattr(optimizer, hooks) for hooks in _OPTIMIZER_HOOKS):
-        raise InputError(f"engine: the optimizer has {'a step of its own' if own else 'a hook'}; expected none{HINT}")
+        raise InputError(
+            f"engine: the optimizer has {'a step of its own' if own else 'a hook'}; expected none{REFERENCE}"
+        )
 
 
 def _settings(module: nn.Module) -> Settings:

@@ -1,5 +1,6 @@
 """Model: all that the trainer, the commands and the engine know of what is trained."""
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -9,8 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from fastp2p.config import ResolvedConfig, RunConfig, Settings
-from fastp2p.count.memory import MemoryEstimate
+from fastp2p.count.memory import MemoryEstimate, estimate_memory
+from fastp2p.device import DTYPES
+from fastp2p.engine import LossScale
+from fastp2p.engine.layers import LayersStep
+from fastp2p.engine.record import META, net_on_meta
 from fastp2p.engine.step import Batch, LossValues, Step
+from fastp2p.errors import InputError
 from fastp2p.models.generator_spec import GeneratorSpec
 from fastp2p.models.reading import Reading
 
@@ -66,6 +72,26 @@ class Model(ABC, Generic[Config]):
         """
         return None
 
+    def step(self, config: Config, nets: Nets, optimizers: Optimizers, *, step: int, loss_scale: Tensor) -> Step:
+        """The step of config.engine, fused or layers; arguments as for `fused_step`.
+
+        Raises:
+            InputError: where it does not compute these networks or optimizers, or the model has no fused step.
+        """
+        if config.engine == "layers":
+            side = config.crop_size
+            return LayersStep(
+                functools.partial(self.reference_step, config),
+                nets,
+                optimizers,
+                shapes={"A": (config.input_nc, side, side), "B": (config.output_nc, side, side)},
+                dtype=DTYPES[config.precision],
+            )
+        fused = self.fused_step(config, nets, optimizers, step=step, loss_scale=loss_scale)
+        if fused is None:
+            raise InputError(f"engine: {self.name} has no step on fused operators; use --engine layers")
+        return fused
+
     @abstractmethod
     def panel(self, nets: Nets, batch: Batch) -> dict[str, Tensor]:
         """A row of pictures by caption, (N, C, H, W) in [-1, 1] each. Networks stay in training mode."""
@@ -94,9 +120,14 @@ class Model(ABC, Generic[Config]):
     def describe(self, config: Config, nets: Nets) -> list[str]:
         """Lines about the networks and the objective, for the beginning of a run."""
 
-    @abstractmethod
-    def memory(self, config: Config, nets: Nets, batch_size: int) -> MemoryEstimate:
-        """What a step of config.engine will take."""
+    def memory(self, config: Config, nets: Nets, batch_size: int) -> MemoryEstimate | None:
+        """What a step of config.engine will take; None where the model cannot tell: of the reference engine's."""
+        if config.engine == "reference":
+            return None
+        # The step is one without values: the real one would take the memory that it is to tell of first
+        copies = {name: net_on_meta(net) for name, net in nets.items()}
+        optimizers, scale = self.optimizers(config, copies), LossScale.new_state(META)
+        return estimate_memory(self.step(config, copies, optimizers, step=0, loss_scale=scale), batch_size)
 
     @abstractmethod
     def summary(self, config: Config) -> str:

@@ -10,12 +10,15 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from fastp2p.errors import InputError
 from fastp2p.ops.extension import INTERPRETED
@@ -208,11 +211,45 @@ def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     return tuple(t.to(dtype) if t is not None and _autocasts(t) else t for t in (x, *others))
 
 
+class _OnMeta(threading.local):
+    dtype: torch.dtype | None = None
+
+
+_on_meta = _OnMeta()
+
+
+@contextlib.contextmanager
+def autocast_to(dtype: torch.dtype | None, device_type: str) -> Iterator[None]:
+    """Autocast to a dtype, or for None none at all. The meta device has no autocast: there it is ours."""
+    if device_type != "meta":
+        with torch.autocast(device_type, dtype, enabled=dtype is not None):
+            yield
+        return
+    before, _on_meta.dtype = _on_meta.dtype, dtype
+    try:
+        with _LowerOnMeta():
+            yield
+    finally:
+        _on_meta.dtype = before
+
+
+class _LowerOnMeta(TorchFunctionMode):
+    """What autocast lowers of PyTorch's own functions, as far as networks of images call them."""
+
+    functions = (F.conv2d, F.conv_transpose2d, F.linear, torch.matmul)
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in self.functions and _on_meta.dtype is not None:
+            args = tuple(x.to(_on_meta.dtype) if isinstance(x, Tensor) and _autocasts(x) else x for x in args)
+        return function(*args, **(kwargs or {}))
+
+
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """autocast's dtype, where it is on for this type of device; None elsewhere, and where there is no autocast."""
-    # PyTorch 2.11 compiles no question after availability. Of the devices that it compiles for, meta alone has none.
-    compiling = torch.compiler.is_compiling()
-    available = device_type != "meta" if compiling else torch.amp.is_autocast_available(device_type)
+    if device_type == "meta":
+        return _on_meta.dtype
+    # PyTorch 2.11 compiles no question after availability; each device that it compiles for has it
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
     return torch.get_autocast_dtype(device_type) if available and torch.is_autocast_enabled(device_type) else None
 
 

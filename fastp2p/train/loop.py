@@ -77,8 +77,8 @@ def train(config: RunConfig, *, resume: bool = False, say: Say = terminal.say) -
         describe(resolved, state, len(data.train), say)
 
         if not resume:
-            if resolved.engine == "fused":
-                check_fit(state.fused_step(resolved), images, resolved.kernels)
+            if resolved.engine != "reference":
+                check_fit(state.engine_step(resolved), images, resolved.kernels)
             folder = stack.enter_context(new_folder(resolved))
         stack.enter_context(resume_advice(folder))
         if resume:
@@ -93,10 +93,10 @@ def train(config: RunConfig, *, resume: bool = False, say: Say = terminal.say) -
                     f"{' and '.join(reached)}."
                 )
         say(f"{last_step:,} steps of batch {resolved.batch_size}, {steps_per_epoch:,} an epoch -> {folder}")
-        if resolved.engine == "fused" and state.step < last_step:
-            choose_kernels(state.fused_step(resolved), images, resolved.kernels, folder, say)
+        if resolved.engine != "reference" and state.step < last_step:
+            choose_kernels(state.engine_step(resolved), images, resolved.kernels, folder, say)
             batches = {images, len(data.train) % images or images}  # an epoch's last one may be smaller
-            compile_step(state.fused_step(resolved), batches, resolved.load_size, say)
+            compile_step(state.engine_step(resolved), batches, resolved.load_size, say)
 
         bar_format = "{desc} |{bar:5}| {n_fmt}/{total_fmt} ETA {remaining}{postfix}"  # fits 80 columns
         recorder = stack.enter_context(Recorder(folder, state.step, state.model, resolved, say))

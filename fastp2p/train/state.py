@@ -34,7 +34,7 @@ class TrainState:
     loss_steps: int = 0  # since the last line of stats.jsonl
     step: int = 0
     best_score: float = math.inf  # of validation, so far
-    fused: Step | None = None
+    step_of_the_engine: Step | None = None
 
     @classmethod
     def new(cls, config: ResolvedConfig, device: torch.device, fingerprint: str) -> "TrainState":
@@ -52,30 +52,27 @@ class TrainState:
     def training_step(self, config: ResolvedConfig) -> Callable[[Crops], LossValues]:
         """The step of config.engine on these networks and optimizers: crops -> losses.
 
-        Made after `restore`: the fused step moves what training changes into buffers of its own.
+        Made after `restore`: the engines move what training changes into buffers of their own.
         """
         if config.engine == "reference":
             dtype = next(parameter.dtype for net in self.nets.values() for parameter in net.parameters())
 
-            def step(crops: Crops) -> LossValues:
+            def reference(crops: Crops) -> LossValues:
                 batch = {name: images.to(dtype).contiguous() for name, images in crops.cut(self.device).items()}
                 return self.model.reference_step(config, self.nets, self.optimizers, batch)
 
-            return step
-        fused = self.fused_step(config)
+            return reference
+        step = self.engine_step(config)
         if self.device.type == "cuda":
-            return GraphedStep(fused)
-        return lambda crops: fused.train(crops.cut(self.device))
+            return GraphedStep(step)
+        return lambda crops: step.train(crops.cut(self.device))
 
-    def fused_step(self, config: ResolvedConfig) -> Step:
-        """The fused engine's step on these networks and optimizers, made at the first call."""
-        if self.fused is None:
-            self.fused = self.model.fused_step(
-                config, self.nets, self.optimizers, step=self.step, loss_scale=self.loss_scale
-            )
-        if self.fused is None:
-            raise InputError(f"engine: {self.model.name} has no step on fused operators; use --engine reference")
-        return self.fused
+    def engine_step(self, config: ResolvedConfig) -> Step:
+        """The step of config.engine, which is not the reference, made at the first call."""
+        if self.step_of_the_engine is None:
+            players = (config, self.nets, self.optimizers)
+            self.step_of_the_engine = self.model.step(*players, step=self.step, loss_scale=self.loss_scale)
+        return self.step_of_the_engine
 
     @property
     def lr(self) -> float:

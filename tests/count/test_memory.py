@@ -8,7 +8,7 @@ import torch
 from helpers.nets import Trained, batches, small_nets
 from torch.profiler import ProfilerActivity, profile
 
-from fastp2p.count.memory import estimate_fused_step_memory
+from fastp2p.count.memory import estimate_memory
 from fastp2p.engine.plan import Plan
 from fastp2p.engine.record import peak_bytes
 from fastp2p.models.gan_losses import GANLoss
@@ -96,7 +96,7 @@ def test_the_fused_engine_s_state_is_its_arenas(dtype: torch.dtype):
     """Twelve bytes a parameter, two more of each weight to compute with, in float16 four more of gradients."""
     with torch.device("meta"):
         step = Trained(UnetGenerator(), PatchDiscriminator()).fused((256, 256), dtype)
-    need = estimate_fused_step_memory(step, 1)
+    need = estimate_memory(step, 1)
     per_parameter = {torch.float32: 12, torch.bfloat16: 14, torch.float16: 18}[dtype]
     assert need.state == pytest.approx(per_parameter * sum(map(count_parameters, step.nets)), rel=1e-4)
     assert need.total == need.state + need.activations
@@ -106,6 +106,7 @@ class Chain:
     """A step whose memory can be counted on fingers; A and B are of 12 bytes a pixel each."""
 
     shapes, dtype, networks = dict.fromkeys("AB", (3, 4, 4)), torch.float32, dict[str, Any]()
+    arenas = networks
 
     def on_meta(self) -> "Chain":
         return self
@@ -135,7 +136,7 @@ def test_the_fused_engine_s_activations_lie_between_what_is_kept_and_what_the_al
     """What forward passes keep is not all that a step holds; the allocator's peak has scratch space on top."""
     nets = small_nets(levels=5, norm=norm, n_layers=2, ngf=16, dtype=torch.float32)
     step = nets.fused((64, 64), torch.float32)
-    need = estimate_fused_step_memory(step, n)
+    need = estimate_memory(step, n)
     measured = allocated_bytes(step, *next(batches(n, (64, 64), torch.float32)))
     A_and_B = n * 6 * 64 * 64 * 4  # in the estimate, and before `measured` begins
     assert kept_bytes(step, n) < need.activations - A_and_B <= measured
@@ -159,7 +160,7 @@ def test_an_estimate_leaves_the_step_alone():
     step = nets.fused((16, 16), torch.float32)
     before = {name: value.clone() for name, value in nets.tensors().items()}
     random, rng = torch.get_rng_state(), step.rng.clone()
-    estimate_fused_step_memory(step, 2)
+    estimate_memory(step, 2)
     assert all(torch.equal(value, before[name]) for name, value in nets.tensors().items())
     assert torch.equal(torch.get_rng_state(), random)
     assert torch.equal(step.rng, rng)

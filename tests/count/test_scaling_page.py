@@ -9,7 +9,7 @@ import torch
 
 from fastp2p.count import H200, count_step, step_floor
 from fastp2p.count.cost import StepFloor
-from fastp2p.count.memory import estimate_fused_step_memory
+from fastp2p.count.memory import estimate_memory
 from fastp2p.models.pix2pix.options import Pix2PixConfig
 from fastp2p.models.pix2pix.step import FusedStep
 from fastp2p.nn.init import count_parameters
@@ -36,7 +36,7 @@ def step_of(netG: str = "unet_256", crop_size: int = 256, width: int = 64) -> Fu
     config = Pix2PixConfig(data="pairs", netG=netG, crop_size=crop_size, load_size=crop_size, ngf=width, ndf=width)
     resolved = config.resolve("cuda", "bf16")
     with torch.device("meta"):
-        return TrainState.new(resolved, torch.device("meta"), "").fused_step(resolved)
+        return TrainState.new(resolved, torch.device("meta"), "").engine_step(resolved)
 
 
 def floor_of(step: FusedStep, images: int) -> StepFloor:
@@ -48,7 +48,7 @@ def gflop(step: FusedStep) -> float:
 
 
 def mib(step: FusedStep, images: int) -> float:
-    return estimate_fused_step_memory(step, images).total / 2**20
+    return estimate_memory(step, images).total / 2**20
 
 
 def assert_row(given: list[float], counted: list[float]) -> None:

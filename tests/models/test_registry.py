@@ -74,7 +74,6 @@ class DummySpec(GeneratorSpec):
 import torch
 from torch.nn.functional import l1_loss
 
-from fastp2p.count.memory import MemoryEstimate
 from fastp2p.models.base import Curves, Model
 from fastp2p.models.dummy.generator import DummySpec
 from fastp2p.models.dummy.networks import build
@@ -127,9 +126,6 @@ class Dummy(Model):
     def describe(self, config, nets):
         return [f"net, {config.channels} channels"]
 
-    def memory(self, config, nets, batch_size):
-        return MemoryEstimate(state=1000, activations=1000)
-
     def summary(self, config):
         return f"{config.channels} channels"
 
@@ -157,11 +153,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     assert registry.names() == ["pix2pix"]
 
 
-def test_a_folder_is_a_model(folder: Path, aligned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize("engine", ["layers", "reference"])
+def test_a_folder_is_a_model(
+    folder: Path, aligned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], engine: str
+):
     """Trained, resumed, evaluated and used; the other commands' words are told, too."""
     assert registry.names() == ["dummy", "pix2pix"]
     run = tmp_path / "run"
-    train = ["train", "--model", "dummy", "--data", str(aligned), *SIZES, "--engine", "reference", "--out", str(run)]
+    train = ["train", "--model", "dummy", "--data", str(aligned), *SIZES, "--engine", engine, "--out", str(run)]
     assert main([*train, "--max-steps", "3", "--channels", "5", "--log-steps", "1"]) == 0
     printed = capsys.readouterr()
     assert "net, 5 channels" in printed.out + printed.err
@@ -195,7 +194,7 @@ def test_help_shows_the_model_s_options(folder: Path, capsys: pytest.CaptureFixt
 def test_what_a_model_lacks_is_told(folder: Path, aligned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     train = ["train", "--model", "dummy", "--data", str(aligned), *SIZES, "--out", str(tmp_path / "run")]
     assert main([*train, "--max-steps", "3"]) == 1
-    assert "engine: dummy has no step on fused operators; use --engine reference" in capsys.readouterr().err
+    assert "engine: dummy has no step on fused operators; use --engine layers" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     assert main([*train, "--channels", "0"]) == 1
     assert "channels: got 0, expected 1 or more" in capsys.readouterr().err

@@ -104,6 +104,7 @@ def test_engines_see_the_same_data(aligned: Path, tmp_path: Path):
         (("--precision", "bf16"), "engine fused, bf16 on fp32 weights; "),
         (("--precision", "fp16", "--dropout", "paper"), "engine fused, fp16 on fp32 weights; "),
         (("--precision", "fp32", "--statistics", "sample"), "engine fused, fp32; "),
+        (("--engine", "layers", "--precision", "bf16", "--dropout", "paper"), "engine layers, bf16 on fp32 weights; "),
         (("--engine", "reference", "--statistics", "sample"), "engine reference, fp32; "),
         (("--norm", "instance", "--dropout", "paper"), "engine fused, "),
     ],

@@ -8,10 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fastp2p.config import RunConfig, Settings
-from fastp2p.count.memory import MemoryEstimate, estimate_fused_step_memory
+from fastp2p.count.memory import MemoryEstimate
 from fastp2p.device import DTYPES
-from fastp2p.engine import LossScale
-from fastp2p.engine.record import META, net_on_meta
 from fastp2p.engine.step import Batch, LossValues
 from fastp2p.models.base import Curves, Model, Nets, Optimizers
 from fastp2p.models.gan_losses import BALANCE, GANLoss
@@ -129,15 +127,11 @@ class Pix2Pix(Model[ResolvedPix2Pix]):
         layers = f", n_layers_D {config.n_layers_D}" if config.netD == "n_layers" else ""
         return f"{config.netG}, ngf {config.ngf}; netD {config.netD}{layers}, ndf {config.ndf}; norm {config.norm}"
 
-    def memory(self, config: ResolvedPix2Pix, nets: Nets, batch_size: int) -> MemoryEstimate:
+    def memory(self, config: ResolvedPix2Pix, nets: Nets, batch_size: int) -> MemoryEstimate | None:
         if config.engine == "reference":
             sizes = {"batch_size": batch_size, "input_nc": config.input_nc, "crop_size": config.crop_size}
             return estimate_step_memory(nets["netG"], nets["netD"], **sizes)
-        # Of a step without values: the real one would take the memory that is to be told of first
-        copies = {name: net_on_meta(net) for name, net in nets.items()}
-        scale = LossScale.new_state(META)
-        step = self.fused_step(config, copies, self.optimizers(config, copies), step=0, loss_scale=scale)
-        return estimate_fused_step_memory(step, batch_size)
+        return super().memory(config, nets, batch_size)
 
 
 def _netG(nets: Nets) -> UnetGenerator:

@@ -169,6 +169,11 @@ class FusedStep:
         """Each network by the name that tables give it."""
         return {"netG": self.netG, "netD": self.netD}
 
+    @property
+    def arenas(self) -> dict[str, Arena]:
+        """Each network's parameters, by the network's name."""
+        return {name: net.arena for name, net in self.networks.items()}
+
     def on_meta(self) -> "FusedStep":
         """Make a twin that calls the same operators, on networks whose tensors have no values."""
         netG, netD = map(net_on_meta, self.nets)
