@@ -243,5 +243,5 @@ def test_parameters_in_several_groups_are_refused():
     nets = small_nets()
     weight, *rest = nets.netD.parameters()
     nets.optimizers[1] = torch.optim.Adam([{"params": [weight]}, {"params": rest}])
-    with pytest.raises(InputError, match="must have exactly the network's parameters, each once, in one group"):
+    with pytest.raises(InputError, match="must have exactly its networks' parameters, each once, in one group"):
         nets.fused(SIZE, F64)

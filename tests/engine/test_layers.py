@@ -207,6 +207,6 @@ def test_autocast_on_meta_is_ended_by_an_error():
     conv, x = nn.Conv2d(3, 3, 1, device="meta"), torch.zeros(1, 3, 2, 2, device="meta")
     with autocast_to(torch.bfloat16, "meta"):
         assert conv(x).dtype == torch.bfloat16
-    with pytest.raises(RuntimeError, match="channels"), autocast_to(torch.bfloat16, "meta"):
+    with pytest.raises(RuntimeError), autocast_to(torch.bfloat16, "meta"):
         conv(x[:, :2])
     assert conv(x).dtype == torch.float32
