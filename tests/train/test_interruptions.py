@@ -144,13 +144,17 @@ def test_nohup_is_respected():
 def test_a_terminal_that_closes_tells_so_twice():
     """Shells pass on SIGHUP beside the kernel's; the second one interrupts nothing, a Ctrl-C does."""
     said: list[str] = []
-    with stop_signals(said.append) as stop:
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGHUP)
-        assert stop == [signal.SIGHUP] * 2
-        assert len(said) == 1
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run in the background
+    try:
+        with stop_signals(said.append) as stop:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGHUP)
+            assert stop == [signal.SIGHUP] * 2
+            assert len(said) == 1
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("where", ["validate", "panel", "save"])
