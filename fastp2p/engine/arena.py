@@ -186,6 +186,7 @@ class Arena:
         """Begin an Adam step, before its first gradient comes."""
         torch.pow(self.betas, self.steps[0] + 1, out=self.powers)
         self.brought.clear()
+        self.rest: dict[int, Tensor] = {}
 
     def take_weight_gradient(
         self, owner: object, layer: Layer, outer: Tensor, outer2: Tensor | None, inner: Tensor
@@ -216,7 +217,7 @@ class Arena:
         Of an arena that gathers nothing they are all that come in a step.
         """
         if self.grad is None:
-            self.rest = gradients
+            self.rest |= gradients
             return
         self._gather(gradients)
 

@@ -16,7 +16,7 @@ from fastp2p.nn.fuse import fuse
 from fastp2p.ops.library import autocast_to
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
-NOTHING = Plan([], [], 0, [])  # no layer's weight has a gradient of the engine's own
+NOTHING = Plan([], [], 0, [], [])  # no layer's weight has a gradient of the engine's own
 
 Nets = Mapping[str, nn.Module]
 Optimizers = Mapping[str, torch.optim.Adam]

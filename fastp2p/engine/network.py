@@ -1,5 +1,6 @@
 """Forward and backward of one network over its plan, by hand: no autograd."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 import fastp2p.ops  # noqa: F401 (defines torch.ops.fastp2p)
 from fastp2p.engine.arena import Arena
 from fastp2p.engine.branch import Branch
-from fastp2p.engine.forward import NONE
+from fastp2p.engine.operation import NONE
 from fastp2p.engine.plan import INPUT, Layer, Plan, Source
 from fastp2p.engine.record import about
 from fastp2p.errors import InputError
@@ -48,6 +49,7 @@ class FusedNetwork:
         # Statistics that change nothing, for layers that have a pass of their own and no norm
         self.no_stats = {c: (arena.param.new_zeros(1, c), arena.param.new_ones(1, c)) for c in channels}
         self.branch = Branch(arena.param.device)
+        self._unreached = functools.cache(plan.unreached)
 
     def forward(self, x: Tensor, *, batches: int = 1) -> list[Kept]:
         """All nodes in training mode; running averages move once for each batch, as autograd's do in each pass.
@@ -122,6 +124,9 @@ class FusedNetwork:
         Returns:
             That gradient, (N, C, H, W) channels_last, or None.
         """
+        seeded = tuple(seed is not None for seed in seeds)
+        if (layer := self._unreached(seeded)) is not None:
+            raise InputError(f"engine: no gradient comes to layer {layer.name}; expected a seed that leads to it")
         gradients, of_parameters = self._seed(seeds), dict[int, Tensor]()
         for layer, dz, operands in self._gradients(kept, gradients, of_parameters=of_parameters, to_input=to_input):
             outer, outer2, inner = dz, None, operands[0]
@@ -131,7 +136,7 @@ class FusedNetwork:
                 self.arena.take_weight_gradient(self, layer, outer, outer2, inner)
         self.branch.join()
         self.arena.take_gradients(of_parameters)
-        return gradients.get(INPUT)
+        return gradients.get(INPUT) if to_input else None
 
     def input_gradient(
         self, kept: Sequence[Kept], *seeds: Tensor | None, first_channel: int, gate: Tensor, activation: int
@@ -182,7 +187,7 @@ class FusedNetwork:
         means: dict[int, Tensor] = {}  # over the pixels of a layer's dz, by its node
         for place in reversed(range(len(self.plan.nodes))):
             node, operands = self.plan.nodes[place], kept[place].operands
-            flows = to_input or self.plan.has_layers_before(place)
+            flows = to_input or self.plan.follows_layers[place]
             dy = gradients.pop(Source(place), None)
             if not isinstance(node, Layer):
                 parts = node.backward(dy, *operands) if flows and dy is not None else ()
@@ -190,8 +195,6 @@ class FusedNetwork:
                     _add(gradients, source, part)
                 continue
             dy2 = gradients.pop(Source(place, 1), None)
-            if dy is None and dy2 is None:
-                raise InputError(f"engine: no gradient comes to layer {node.name}; expected a seed that leads to it")
             dz = self._before_norm_act(node, kept[place], dy, dy2, means.get(place), of_parameters)
             if flows:
                 self._data_gradient(node, dz, kept, gradients, means if of_parameters is not None else None)

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from fastp2p.engine.forward import LEAKY_RELU, NONE, RELU, TANH, Forward, Operation, Size, follow
+from fastp2p.engine.forward import Forward, follow
 from fastp2p.engine.links import Link
+from fastp2p.engine.operation import LEAKY_RELU, NONE, RELU, TANH, Operation, Size
 from fastp2p.engine.supported import HINT, Supported, refuse
 from fastp2p.engine.taps import Taps, all_taps, live_taps
 from fastp2p.errors import InputError
@@ -97,6 +98,7 @@ class Plan:
     outputs: list[Source]
     in_channels: int
     out_channels: list[int]  # each output's
+    follows_layers: list[bool]  # whether what a node reads depends on parameters
 
     @property
     def layers(self) -> list[Layer]:
@@ -106,10 +108,15 @@ class Plan:
         """Multiply-accumulates of the forward pass."""
         return sum(layer.macs(images) for layer in self.layers)
 
-    def has_layers_before(self, place: int) -> bool:
-        """Whether what a node reads depends on parameters."""
-        sources = [source for source in self.nodes[place].sources if source != INPUT]
-        return any(isinstance(self.nodes[s.node], Layer) or self.has_layers_before(s.node) for s in sources)
+    def unreached(self, seeded: tuple[bool, ...]) -> Layer | None:
+        """The last layer to which no gradient comes from those outputs that have one; None where all are reached."""
+        reached = {source.node for source, has_one in zip(self.outputs, seeded, strict=True) if has_one}
+        for place in reversed(range(len(self.nodes))):
+            if place in reached:
+                reached |= {source.node for source in self.nodes[place].sources}
+            elif isinstance(node := self.nodes[place], Layer):
+                return node
+        return None
 
     def output_layer(self, number: int = 0) -> Layer | None:
         """The layer that makes an output of the network; None where a link or the input is the output."""
@@ -277,7 +284,12 @@ class _Planner:
         nodes: list[Node] = [
             self._layer(node, readers, skip_dead_taps) if isinstance(node, _Draft) else node for node in self.nodes
         ]
-        return Plan(nodes, self.outputs, channels, [operation.channels for operation in self.forward.outputs])
+        follows = list[bool]()
+        for place in range(len(nodes)):
+            before = [source.node for source in nodes[place].sources if source != INPUT]
+            follows.append(any(isinstance(nodes[number], Layer) or follows[number] for number in before))
+        out_channels = [operation.channels for operation in self.forward.outputs]
+        return Plan(nodes, self.outputs, channels, out_channels, follows)
 
     def _layer(self, draft: _Draft, readers: dict[Source, list[Any]], skip_dead_taps: bool) -> Layer:
         conv, (first, *others) = draft.conv, draft.activations or ((NONE, 0.0),)
@@ -287,8 +299,8 @@ class _Planner:
         in_size, out_size = draft.operation.inputs[0].size, draft.operation.size
         if min(out_size) < 1 or (draft.norm is not None and out_size == (1, 1)):
             raise InputError(
-                f"engine: layer {draft.name} leaves {out_size} of an input of {in_size}, and its norm needs two values "
-                "per channel at least; enlarge the crop, or take fewer layers"
+                f"engine: layer {draft.name} leaves {out_size} of an input of {in_size}; expected a pixel, or two "
+                "before a norm; enlarge the crop, or take fewer layers"
             )
         return Layer(
             name=draft.name,
@@ -313,10 +325,11 @@ def _check_norm(layer: str, operation: Operation) -> None:
     """Raise InputError on a norm whose running averages the engine does not move."""
     norm = operation.module
     if isinstance(norm, nn.InstanceNorm2d):
-        served = not norm.track_running_stats
+        served = not norm.track_running_stats and norm.running_mean is None
     else:
         assert isinstance(norm, nn.BatchNorm2d)
-        served = norm.momentum is not None and norm.running_mean is not None and norm.num_batches_tracked is not None
+        kept = (norm.momentum, norm.running_mean, norm.num_batches_tracked)
+        served = norm.track_running_stats and all(value is not None for value in kept)
     if not served:
         raise InputError(
             f"engine: layer {layer} has {norm}; expected BatchNorm2d with running averages of a momentum, or "

@@ -1,7 +1,7 @@
 """What the fused engine computes, module by module: whatever a network does beside it is refused by name."""
 
 import math
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -37,18 +37,19 @@ class Supported:
         for name, module in self.names.items():
             _check(name, module)
         self.parameters = [p for module in self.names.values() for p in module._parameters.values() if p is not None]
-        if len(self.parameters) != len(set(map(id, self.parameters))):
+        addresses = {p.data_ptr() if p.device.type != "meta" and p.numel() else id(p) for p in self.parameters}
+        if len(self.parameters) != len(addresses):
             raise InputError(f"engine: two modules share a parameter; expected one for each{HINT}")
         self._check_parameters()
         self.modules = list(self.names.values())
-        self.settings = [_settings(module) for module in self.modules]
+        self.settings = [settings_of(module) for module in self.modules]
 
     def check_again(self) -> None:
         """Raise InputError where a setting, a mode or a hook has changed since the step was made."""
         _check_global_hooks()
-        if [_settings(module) for module in self.modules] != self.settings:
+        if [settings_of(module) for module in self.modules] != self.settings:
             for name, module, before in zip(self.names, self.modules, self.settings, strict=True):
-                if _settings(module) != before:
+                if settings_of(module) != before:
                     _check(name, module)
                     _refuse(name, module, "was changed after the step was made", hint="; make a new FusedStep")
         self._check_parameters()
@@ -90,6 +91,8 @@ def _check_convolution(name: str, module: nn.Conv2d | nn.ConvTranspose2d) -> Non
     alike = all(isinstance(padding, tuple) and len(set(padding)) == 1 for padding in paddings)
     if (module.dilation, module.groups, module.padding_mode, square, alike) != ((1, 1), 1, "zeros", True, True):
         _refuse(name, module, "expected zeros around it, equal strides and sides, no dilation and no groups")
+    if module.padding[0] < 0 or not 0 <= module.output_padding[0] < module.stride[0]:  # type: ignore[operator]
+        _refuse(name, module, "expected padding of 0 or more, and less output_padding than stride")
     channels = (module.out_channels, module.in_channels)
     expected = (*(channels[::-1] if isinstance(module, nn.ConvTranspose2d) else channels), *module.kernel_size)
     if tuple(module.weight.shape) != expected or (module.bias is not None and module.bias.shape != channels[:1]):
@@ -99,7 +102,9 @@ def _check_convolution(name: str, module: nn.Conv2d | nn.ConvTranspose2d) -> Non
 def _check_norm(name: str, module: nn.BatchNorm2d | nn.InstanceNorm2d) -> None:
     tensors = [*module._parameters.values(), *(t for key, t in module._buffers.items() if key.startswith("running"))]
     there = [tensor for tensor in tensors if tensor is not None]
-    if (module.weight is None) != (module.bias is None) or {tuple(t.shape) for t in there} > {(module.num_features,)}:
+    if (module.weight is None) != (module.bias is None) or not {tuple(t.shape) for t in there} <= {
+        (module.num_features,)
+    }:
         _refuse(name, module, f"expected weight and bias of ({module.num_features},), or neither, and averages so")
     if (module.running_mean is None) != (module.running_var is None):
         _refuse(name, module, "expected two running averages, or none")
@@ -126,20 +131,28 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def _settings(module: nn.Module) -> Settings:
+def settings_of(module: nn.Module) -> Settings:
     """Everything of a module that decides what it computes, but for the values of its tensors."""
     values = module.__dict__
     held = *values["_parameters"].values(), *values["_buffers"].values(), *values["_modules"].values()
     hooks = any(map(values.__getitem__, _HOOKS))
     names = _OWN.get(type(module))
     # A container's forward may ask for any of its attributes
-    own = [(name, value) for name, value in values.items() if type(value) in _PLAIN] if names is None else [
+    own = [(name, _identity(value)) for name, value in values.items() if name not in _HELD] if names is None else [
         values.get(name) for name in names
     ]  # fmt: skip
     return type(module), hooks, *map(id, held), *own
 
 
-_PLAIN = (bool, int, float, str, tuple, type(None))
+def _identity(value: Any) -> Any:
+    """What tells whether an attribute is still the same; of a list, dict or set also what it holds."""
+    if isinstance(value, bool | int | float | str | None):
+        return value
+    held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()
+    return id(value), *(item if isinstance(item, bool | int | float | str) else id(item) for item in held)
+
+
+_HELD = set(nn.Module().__dict__) - {"training"}  # what every module has, and `settings_of` looks at otherwise
 
 # Attributes that decide what a leaf computes; forward and _conv_forward are among them where an instance has its own
 _OF_ALL = ("training", "forward")
@@ -151,7 +164,7 @@ _OWN: dict[type[nn.Module], tuple[str, ...]] = {
         (*_OF_ALL, "_conv_forward", "dilation", "stride", "padding", "padding_mode", "groups", "output_padding"),
     ),
     **{nn.ReLU: (*_OF_ALL, "inplace"), nn.LeakyReLU: (*_OF_ALL, "negative_slope", "inplace")},
-    **{nn.Dropout: (*_OF_ALL, "p"), nn.Sequential: _OF_ALL},
+    **{nn.Dropout: (*_OF_ALL, "p", "inplace"), nn.Sequential: _OF_ALL},
     nn.ReflectionPad2d: (*_OF_ALL, "padding"),
     nn.AvgPool2d: (*_OF_ALL, "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
     nn.Upsample: (*_OF_ALL, "size", "scale_factor", "mode", "align_corners"),

@@ -42,7 +42,8 @@ def live_taps(conv: Convolution, in_size: Size, out_size: Size) -> Taps:
         return [k for k in range(kernel) if any(0 <= i * stride - padding + k < inner for i in range(outer))]
 
     rows, columns = (live(inner, outer) for inner, outer in zip(large, small, strict=True))
-    if not rows or rows != columns or padding < rows[0]:
+    gaps = bool(rows) and rows != list(range(rows[0], rows[-1] + 1))
+    if not rows or gaps or rows != columns or padding < rows[0]:
         return all_taps(conv)
     taps = Taps(rows[0], len(rows), padding - rows[0])
     sizes = tuple((side + 2 * taps.padding - taps.count) // stride + 1 for side in large)

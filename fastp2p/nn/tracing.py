@@ -136,7 +136,7 @@ class _Tracer(fx.Tracer):
         self.failed_at: str | None = None
 
     def follow(self, module: nn.Module, concrete_args: dict[str, Any] | None) -> fx.Graph:
-        with _undisturbed(module, self.training):
+        with undisturbed(module, self.training):
             return self.trace(module, concrete_args)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -174,7 +174,7 @@ def _ways(module: nn.Module) -> list[dict[str, Any] | None]:
 
 
 @contextlib.contextmanager
-def _undisturbed(module: nn.Module, training: bool) -> Iterator[None]:
+def undisturbed(module: nn.Module, training: bool) -> Iterator[None]:
     """In training or eval mode for a while; afterwards all attributes and random generators are as before."""
     submodules = list(module.modules())
     attributes = [dict(m.__dict__) for m in submodules]

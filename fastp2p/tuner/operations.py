@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastp2p import ops
 from fastp2p.engine.arena import ALIGNMENT
-from fastp2p.engine.forward import NONE, Size
+from fastp2p.engine.operation import NONE, Size
 from fastp2p.engine.record import Call, record
 from fastp2p.engine.step import Step
 from fastp2p.ops.kernel_choices import CONVOLUTIONS, Problem, problem_of

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastp2p.count import plan_table
 from fastp2p.engine import Plan
-from fastp2p.engine.forward import LEAKY_RELU, NONE, RELU, TANH
+from fastp2p.engine.operation import LEAKY_RELU, NONE, RELU, TANH
 from fastp2p.engine.plan import plan_network
 from fastp2p.models.pix2pix.networks import PatchDiscriminator, PixelDiscriminator, UnetGenerator
 from fastp2p.models.pix2pix.step import layer_names

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastp2p.engine.arena import Arena, Reduce, dead_taps_move
-from fastp2p.engine.forward import NONE, TANH
 from fastp2p.engine.loss_scale import LossScale
 from fastp2p.engine.network import FusedNetwork
+from fastp2p.engine.operation import NONE, TANH
 from fastp2p.engine.plan import INPUT, Plan, plan_network
 from fastp2p.engine.ranges import part
 from fastp2p.engine.record import about, net_on_meta
@@ -61,15 +61,17 @@ def _first_convolution(net: nn.Module) -> nn.Conv2d | nn.ConvTranspose2d:
     raise InputError(f"engine: got a {type(net).__name__} without convolutions; expected a generator, a discriminator")
 
 
-def _check_ends(G: Plan, D: Plan) -> None:
+def _check_ends(G: Plan, D: Plan, size: tuple[int, int]) -> None:
     """Raise InputError where the networks begin or end otherwise than the step's gradients take for granted."""
     last = G.output_layer()
     if len(G.outputs) != 1 or last is None or not last.activation_in_conv or last.activation != TANH:
         raise InputError(f"engine: got a generator that does not end in a convolution and Tanh{HINT}")
+    if last.out_size != size:
+        raise InputError(f"engine: got a generator of {last.out_size} from an image of {size}; expected the same{HINT}")
     last = D.output_layer()
     if len(D.outputs) != 1 or last is None or not last.activation_in_conv or last.activation != NONE:
         raise InputError(f"engine: got a discriminator that does not end in a convolution of logits{HINT}")
-    if [node for node in D.nodes if INPUT in node.sources] != D.layers[:1]:
+    if [node for node in D.nodes if INPUT in node.sources] != D.layers[:1] or D.layers[0].transposed:
         raise InputError(f"engine: got a discriminator whose input something else reads than one convolution{HINT}")
 
 
@@ -137,7 +139,7 @@ class FusedStep:
         self.padding = [(n // 2, n - n // 2) for n in missing]  # (before, after)
         sizes = ((size[0] + missing[0], size[1] + missing[1]), size)
         plans = self._plans(sizes, skip_dead_taps and reduce is None and self.loss_scale is None)
-        _check_ends(*plans)
+        _check_ends(plans[0], plans[1], sizes[0])
         unscale = None if self.loss_scale is None else self.loss_scale.unscale
         self.netG, self.netD = (
             FusedNetwork(plan, Arena([net], optimizer, [plan], dtype, reduce=reduce, unscale=unscale), self.rng)
