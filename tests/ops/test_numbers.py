@@ -1,4 +1,4 @@
-"""Activations and pointwise losses have one numbering: Python's names in their order, Triton's constants, C++'s enums."""
+"""Activations and pointwise losses have one numbering: Python's names in order, Triton's constants, C++'s enums."""
 
 import re
 from collections.abc import Sequence
