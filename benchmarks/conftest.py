@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from epochs import write_builtin_pairs
-from machine import name_of
+from harness.epochs import write_builtin_pairs
+from harness.machine import name_of
+from harness.providers import EAGER, HALF_SIDE, OTHERS, PAPER, TINY, providers
+from harness.results import Row, head, new_path, save, tables
+from harness.team import Team
 from plot import plot
-from providers import EAGER, HALF_SIDE, OTHERS, PAPER, TINY, providers
-from results import Row, head, new_path, save, tables
-from team import Team
 
 from fastp2p.count.ceilings import copy_bytes_per_sec
 

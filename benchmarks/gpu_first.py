@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import gpu_cache
-from machine import ROOT
-from results import save, tables
+from harness.machine import ROOT
+from harness.results import save, tables
 
 BENCHMARKS = ROOT / "benchmarks"
 GRACE_S = 3.0  # between asking a stage to end and killing it

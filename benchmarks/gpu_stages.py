@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe, smi_state
-from providers import EAGER, OTHERS, PAPER, TINY, Provider, Scale, training
-from results import save
-from team import FLOAT32, HALF, difference, relative_distance
+from harness.machine import describe, smi_state
+from harness.providers import EAGER, OTHERS, PAPER, TINY, Provider, Scale, training
+from harness.results import save
+from harness.stopwatch import quartiles
+from harness.team import FLOAT32, HALF, difference, relative_distance
+from harness.worker import images, moments
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity
-from worker import images, moments
 
 from fastp2p.commands.info import info
 from fastp2p.commands.measure import Spread, Workload
@@ -331,11 +332,12 @@ def _summary(lines: Sequence[Content]) -> Content:
     """The last line of each kind, and the spread of throughput."""
     speeds = [line["img_per_sec"] for line in lines if "img_per_sec" in line]
     scores = [line for line in lines if "val_L1" in line]
-    return {"lines": len(lines), "last": lines[-1:], "scores": scores[-3:], "img_per_sec": _quartiles(speeds)}
-
-
-def _quartiles(values: list[float]) -> list[float] | None:
-    return None if not values else torch.tensor(values).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+    return {
+        "lines": len(lines),
+        "last": lines[-1:],
+        "scores": scores[-3:],
+        "img_per_sec": [*quartiles(speeds)] if speeds else None,
+    }
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from machine import describe
-from results import save
+from harness.machine import describe
+from harness.results import save
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from machine import ROOT, TOLERATED_SHARE, describe, name_of, slug
+from harness.machine import ROOT, TOLERATED_SHARE, describe, name_of, slug
 
 RESULTS = ROOT / "benchmarks" / "results"
 NOTES = [

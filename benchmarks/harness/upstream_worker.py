@@ -1,6 +1,6 @@
 """The official implementation from a checkout of its own, in a process of its own: see worker.py for how it is asked.
 
-    python upstream_worker.py CHECKOUT [--device cpu|cuda] [--scale paper|tiny]
+    python -m harness.upstream_worker CHECKOUT [--device cpu|cuda] [--scale paper|tiny]
 
 Its modules are called data, models, options and util, so nothing of ours by these names may be imported here. Between
 its loader and its optimize_parameters() there is nothing; the prints, pages and checkpoints of its train.py are left
@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from epochs import check_count
-from providers import SCALES, Scale
 from torch import Tensor
-from worker import SETTLING, Answer, Measured, Unit, images, moments, serve
+
+from harness.epochs import check_count
+from harness.providers import SCALES, Scale
+from harness.worker import SETTLING, Answer, Measured, Unit, images, moments, serve
 
 
 class Upstream(Measured):

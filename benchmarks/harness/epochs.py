@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from providers import Provider, Scale
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -23,6 +22,7 @@ from fastp2p.device import best_precision
 from fastp2p.models.pix2pix.losses import Losses
 from fastp2p.models.pix2pix.options import Pix2PixConfig
 from fastp2p.train.state import TrainState
+from harness.providers import Provider, Scale
 
 PAIRS = 400  # an epoch, as facades has
 PR_SET_PDEATHSIG = 1  # see prctl(2)
