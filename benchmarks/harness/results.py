@@ -50,6 +50,28 @@ def save(content: Row, path: Path) -> None:
     write_atomically(path, json.dumps(content, indent=1).encode() + b"\n")
 
 
+class Report:
+    """Results that are rewritten on disk with each addition.
+
+    Args:
+        path: where they go; None to keep them in memory alone.
+        content: what they begin with.
+    """
+
+    def __init__(self, path: Path | None, **content: Any):
+        self.path, self.content = path, content
+        self.set()
+
+    def set(self, **content: Any) -> None:
+        self.content |= content
+        if self.path is not None:
+            save(self.content, self.path)
+
+    def row(self, **row: Any) -> None:
+        self.content.setdefault("rows", []).append(row)
+        self.set()
+
+
 def tables(content: Row) -> list[str]:
     """Lines to print: a table of providers for each suite, one line a case for operators, and a verdict."""
     lines: list[str] = []

@@ -244,6 +244,8 @@ class Team:
     def _why_not(self, provider: Provider, what: str, batch: int) -> str:
         if provider.name in self.left_out:
             return self.left_out[provider.name]
+        if what == "inference" and provider.engine == "layers":
+            return "its generator is what fastp2p.fuse makes, as the other one's of ours"
         known = provider.name in self.first_s.get((what, batch), {})
         late = time.monotonic() - self.begun > QUICK_COMPILES_FOR_S and not known
         if self.quick and provider.compile_mode and (what != "step" or late):

@@ -66,11 +66,8 @@ class Upstream(Measured):
 
     def _options(self, batch: int, data: str, direction: str, *more: str) -> Any:
         """Parsed by its own parser, with its own defaults but for what a comparison must fix."""
-        scale, folder = self.scale, self.folder.name
         given: dict[str, object] = {"dataroot": data, "direction": direction, "batch_size": batch, "model": "pix2pix"}
-        given |= {"crop_size": scale.size, "load_size": scale.load_size, "name": "fastp2p", "checkpoints_dir": folder}
-        given |= {"ngf": scale.width, "ndf": scale.width}
-        given |= {"netG": f"unet_{2**scale.levels}", "netD": "n_layers", "n_layers_D": scale.n_layers}
+        given |= {"name": "fastp2p", "checkpoints_dir": self.folder.name, **self.scale.options}
         if "--gpu_ids" in (self.checkout / "options/base_options.py").read_text():  # before 2025
             given["gpu_ids"] = 0 if self.device.type == "cuda" else -1
         words = ((f"--{name}", str(value)) for name, value in given.items())

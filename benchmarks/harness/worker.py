@@ -104,7 +104,7 @@ class ProviderWorker(Measured):
             run, begin = inference(self.provider, nets[0], self.device), time.perf_counter()
             output = _sampled([run(real_A)], OUTPUT_STRIDE)
             return {"output": output, "first_s": time.perf_counter() - begin}
-        work = training(self.provider, nets, self.device, self.scale.size)
+        work = training(self.provider, nets, self.device, self.scale)
         begin = time.perf_counter()
         losses = [float(loss) for loss in work.step(real_A, real_B)]
         answer = {"losses": losses, "first_s": time.perf_counter() - begin} | moments(work.nets, work.optimizers)
@@ -113,7 +113,7 @@ class ProviderWorker(Measured):
         return answer | {"later losses": [float(loss) for loss in later]}
 
     def _step(self, batch: int) -> Unit:
-        step = training(self.provider, self.scale.networks(dropout=True), self.device, self.scale.size).step
+        step = training(self.provider, self.scale.networks(dropout=True), self.device, self.scale).step
         sets = itertools.cycle(self._images(batch))
         return lambda: self._keep(step(*next(sets)))
 
@@ -127,7 +127,7 @@ class ProviderWorker(Measured):
         if self.provider.ours:
             steps = fused_steps(*source)
             return lambda: self._keep(next(steps))
-        step = training(self.provider, self.scale.networks(dropout=True), self.device, self.scale.size).step
+        step = training(self.provider, self.scale.networks(dropout=True), self.device, self.scale).step
         batches = eager_batches(*source)
         return lambda: self._keep(step(*next(batches)))
 

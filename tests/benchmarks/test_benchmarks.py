@@ -17,7 +17,10 @@ pytest.importorskip("pytest_benchmark", reason="needs pytest-benchmark")
 import compare
 import plot
 from harness import contest, machine, results, team
-from harness.providers import EAGER, OTHERS, TINY, providers
+from harness.providers import EAGER, LAYERS, OTHERS, TINY, our_provider, providers
+from harness.worker import ProviderWorker
+
+from fastp2p.device import best_precision
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -119,7 +122,7 @@ ends: list[str] = []  # what fake workers were told, in its order
 
 def fake_team(monkeypatch: pytest.MonkeyPatch, **faults: tuple[str, ...]) -> team.Team:
     monkeypatch.setattr(team, "Worker", type("Worker", (FakeWorker,), faults))
-    members = [EAGER, OTHERS[1], *(p for p in providers(CPU, quick=True)[0] if p.ours)]
+    members = [EAGER, OTHERS[1], our_provider(best_precision(CPU), CPU)]
     return team.Team(members, CPU, TINY, {}, quick=True)
 
 
@@ -156,6 +159,19 @@ def test_who_fails_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch):
     assert rows[mine.ours.name]["settings"] == mine.ours.settings
     with pytest.raises(pytest.fail.Exception, match=r"fastp2p .* fails, so nothing is timed: out of memory"):
         fake_team(monkeypatch, broken=(mine.ours.name,)).compare(benchmark, "step", 4)
+
+
+def test_layers_are_compared_too():
+    """Of ours the fused step comes first: it is what a verdict speaks of."""
+    who, left_out = providers(CPU, quick=True)
+    best, layers = (p for p in who if p.ours)
+    assert (best.engine, layers.engine, layers.name) == ("fused", "layers", LAYERS)
+    assert LAYERS not in left_out
+    expected = ProviderWorker(EAGER, CPU, TINY).check("step", 2)
+    for precision in dict.fromkeys((layers.precision, "fp32")):
+        provider = our_provider(precision, CPU, engine="layers")
+        got = ProviderWorker(provider, CPU, TINY).check("step", 2)
+        assert team.difference(got, expected, team.bounds_of(provider, "step", CPU)) == ""
 
 
 def test_a_worker_answers_fails_and_is_ended():
