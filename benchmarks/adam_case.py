@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 import torch
-from parity import assert_adam
+from harness.parity import assert_adam
 from torch import Tensor, nn
 
 from fastp2p.ops import adam

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from calls import compare_calls
 from cpu_parts import parts
-from providers import PAPER, TINY
+from harness.calls import compare_calls
+from harness.providers import PAPER, TINY
 
 from fastp2p import ops
 from fastp2p.device import DTYPES, best_precision

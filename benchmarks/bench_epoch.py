@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from epochs import PAIRS
-from providers import BATCHES
-from team import Team
+from harness.epochs import PAIRS
+from harness.providers import BATCHES
+from harness.team import Team
 
 
 @pytest.mark.parametrize("batch_size", BATCHES)

@@ -1,8 +1,8 @@
 """The generator alone, in eval mode, by every provider in turn: unet_256 at 256 px."""
 
 import pytest
-from providers import BATCHES
-from team import Team
+from harness.providers import BATCHES
+from harness.team import Team
 
 
 @pytest.mark.parametrize("batch_size", BATCHES)

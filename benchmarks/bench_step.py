@@ -1,8 +1,8 @@
 """The training step of unet_256 and the 70x70 PatchGAN at 256 px, by every provider in turn."""
 
 import pytest
-from providers import BATCHES
-from team import Team
+from harness.providers import BATCHES
+from harness.team import Team
 
 
 @pytest.mark.parametrize("batch_size", BATCHES)

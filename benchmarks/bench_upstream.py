@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from contest import Row
-from epochs import PAIRS
-from providers import BATCHES
-from team import HERE, Team, Worker, bounds_of, contest, difference
+from harness.contest import Row
+from harness.epochs import PAIRS
+from harness.providers import BATCHES
+from harness.team import Team, Worker, bounds_of, contest, difference
 
 NAME = "upstream"
 
@@ -29,8 +29,9 @@ def upstream(pytestconfig: pytest.Config, rehearse: bool, request: pytest.Fixtur
         pytest.skip("the official U-Nets have no tiny size")
     pytest.importorskip("torchvision", reason="the official repository needs torchvision: pip install torchvision")
     team: Team = request.getfixturevalue("team")  # not begun where this is skipped
-    script = str(HERE / "upstream_worker.py")
-    worker = Worker(NAME, script, str(checkout.resolve()), "--device", team.device.type, "--scale", team.scale.name)
+    worker = Worker(
+        NAME, "upstream_worker", str(checkout.resolve()), "--device", team.device.type, "--scale", team.scale.name
+    )
     yield worker
     worker.close()
 

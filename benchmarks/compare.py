@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from machine import name_of
-from results import distrust
+from harness.machine import name_of
+from harness.results import distrust
 
 Row = dict[str, Any]
 SAME = 0.05  # quotients nearer to 1 are not called a change, nor are medians that lie in each other's quartiles

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from epochs import write_builtin_pairs
-from machine import name_of
+from harness.epochs import write_builtin_pairs
+from harness.machine import name_of
+from harness.providers import EAGER, HALF_SIDE, LAYERS, OTHERS, PAPER, TINY, providers
+from harness.results import Row, head, new_path, save, tables
+from harness.team import Team
 from plot import plot
-from providers import EAGER, HALF_SIDE, OTHERS, PAPER, TINY, providers
-from results import Row, head, new_path, save, tables
-from team import Team
 
 from fastp2p.count.ceilings import copy_bytes_per_sec
 
@@ -45,7 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             raise pytest.UsageError(f"--out: cannot write to {folder}: {error}; choose another folder") from error
-    others = [p.name for p in OTHERS if p is not EAGER]
+    others = [*(p.name for p in OTHERS if p is not EAGER), LAYERS]
     if unknown := set(config.getoption("without")) - set(others):
         raise pytest.UsageError(f"--without: got {', '.join(unknown)}; expected some of {', '.join(others)}")
 

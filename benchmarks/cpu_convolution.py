@@ -5,13 +5,15 @@ python benchmarks/cpu_convolution.py --dtype bfloat16 --batch 4
 
 import argparse
 import importlib
-import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from cpu_parts import DIRECTIONS, Convolved, convolved_layers
+from harness.stopwatch import elapsed_ms
 from torch import nn
 
+CPU = torch.device("cpu")
 ROUNDS = 5
 ALGORITHMS = ("direct", "gemm", "auto")
 
@@ -41,9 +43,7 @@ def times(layers: list[Convolved], ours: Callable[[Convolved], object], algorith
     samples: list[list[float]] = [[] for _ in layers]
     for _ in range(ROUNDS + 1):
         for layer, list_ in zip(layers, samples, strict=True):
-            start = time.perf_counter()
-            ours(layer)
-            list_.append((time.perf_counter() - start) * 1e3)
+            list_.append(elapsed_ms(partial(ours, layer), CPU))
     force("auto")
     return [min(list_[1:]) for list_ in samples]
 

@@ -12,8 +12,8 @@ from functools import lru_cache, partial
 import torch
 import torch.nn.functional as F
 from adam_case import AdamCase
-from parity import assert_loss, assert_norm_gradients, assert_normalised, assert_product
-from providers import PAPER, Scale
+from harness.parity import assert_loss, assert_norm_gradients, assert_normalised, assert_product
+from harness.providers import PAPER, Scale
 from torch import Tensor, nn
 
 from fastp2p.ops import augment, augment_ref, norm_act, norm_stats, patch_loss

@@ -28,7 +28,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from machine import ROOT, commit
+from harness.machine import ROOT, commit
 
 FOLDER = ROOT / ".gpu-cache"
 WORK = ROOT / "build" / "gpu-cache"

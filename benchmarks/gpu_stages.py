@@ -15,47 +15,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe, smi_state
-from providers import EAGER, OTHERS, PAPER, TINY, Provider, Scale, training
-from results import save
-from team import FLOAT32, HALF, difference, relative_distance
+from harness.machine import describe, smi_state
+from harness.providers import EAGER, OTHERS, PAPER, TINY, Provider, Scale, engine_step, our_provider, training
+from harness.results import Report
+from harness.stopwatch import quartiles
+from harness.team import FLOAT32, HALF, difference, relative_distance
+from harness.worker import images, moments
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity
-from worker import images, moments
 
 from fastp2p.commands.info import info
 from fastp2p.commands.measure import Spread, Workload
 from fastp2p.commands.profile import profile_step
 from fastp2p.count.ceilings import measure_ceilings
 from fastp2p.data import Crops
-from fastp2p.device import DTYPES
 from fastp2p.engine import GraphedStep
 from fastp2p.models.pix2pix.options import Pix2PixConfig
-from fastp2p.models.pix2pix.step import FusedStep
 from fastp2p.ops import kernel_choices
 from fastp2p.tuner.store import tune_networks
 
 Content = dict[str, Any]
 PRECISIONS = ("bf16", "fp16", "fp32")
-STEPS = 3  # that the fused step and autograd are compared over
+STEPS = 3  # that ours and autograd are compared over; a graph is captured in the fourth
 REPLAYS = 5  # profiled, of a graph
 ADAM = {"lr": 2e-4, "betas": (0.5, 0.999)}
-
-
-class Report:
-    """A stage's results so far, rewritten on disk with each addition."""
-
-    def __init__(self, path: Path, **content: Any):
-        self.path, self.content = path, content
-        save(self.content, path)
-
-    def set(self, **content: Any) -> None:
-        self.content |= content
-        save(self.content, self.path)
-
-    def row(self, **row: Any) -> None:
-        self.content.setdefault("rows", []).append(row)
-        save(self.content, self.path)
 
 
 def main() -> int:
@@ -115,10 +98,11 @@ def once(args: argparse.Namespace) -> int:
     """Two steps; how long they took, and how many programs Triton compiled for them."""
     report, began = Report(args.file), time.perf_counter()
     compiled = _count_compiled()
-    step, _ = _fused(args.scale, args.device, DTYPES[args.precision], dropout=True)
+    provider, nets = our_provider(args.precision, args.device), args.scale.networks(dropout=True)
+    step = training(provider, nets, args.device, args.scale).step
     (real_A, real_B), *_ = images(args.scale, args.batch, args.device, torch.channels_last)
     seconds = []
-    for _ in range(2):
+    for _ in range(2):  # fewer than go before the capture of a graph
         losses = [float(loss) for loss in step(real_A, real_B)]
         seconds.append(round(time.perf_counter() - began, 2))
         report.set(seconds=seconds, losses=losses, compiled=dict(compiled))
@@ -140,16 +124,6 @@ def _count_compiled() -> Counter[str]:
     return compiled
 
 
-def _fused(
-    scale: Scale, device: torch.device, dtype: torch.dtype, *, dropout: bool
-) -> tuple[FusedStep, list[torch.optim.Adam]]:
-    nets = scale.networks(dropout=dropout)
-    for net in nets:
-        net.to(device)
-    optimizers = [torch.optim.Adam(net.parameters(), **ADAM) for net in nets]
-    return FusedStep(*nets, *optimizers, size=(scale.size, scale.size), dtype=dtype), optimizers
-
-
 def parity(args: argparse.Namespace) -> int:
     """Three fused steps against autograd's in float32, TF32 off; then the CUDA graph against the ordinary step."""
     report = Report(args.file, green=False, rows=[])
@@ -159,7 +133,8 @@ def parity(args: argparse.Namespace) -> int:
         expected = _three_steps(EAGER, args, batch)
         autocast = next(p for p in OTHERS if p.amp)
         others = [] if args.rehearse else [autocast]  # to see how far off PyTorch's own half precision is
-        mine = [Provider(f"fastp2p {p}", "", p) for p in (("fp32",) if args.rehearse else ("fp32", "bf16", "fp16"))]
+        precisions = ("fp32",) if args.rehearse else ("fp32", "bf16", "fp16")
+        mine = [our_provider(precision, args.device) for precision in precisions]
         for provider in (*mine, *others):
             got = _three_steps(provider, args, batch)
             bounds = FLOAT32 if provider.precision == "fp32" else HALF
@@ -174,7 +149,7 @@ def parity(args: argparse.Namespace) -> int:
             print(what, "ok" if ok else "WRONG", found, flush=True)
     if args.device.type == "cuda":
         for precision in ("bf16", "fp32", "fp16"):
-            found = _graph_is_the_step(args.scale, args.device, DTYPES[precision])
+            found = _graph_is_the_step(args.scale, our_provider(precision, args.device), args.device)
             faults += bool(found)
             report.row(what=f"graph, {precision}, batches of 1 and 4 in one pool", ok=not found, found=found or "equal")
             print(report.content["rows"][-1], flush=True)
@@ -187,12 +162,8 @@ def parity(args: argparse.Namespace) -> int:
 def _three_steps(provider: Provider, args: argparse.Namespace, batch: int) -> dict[str, list[float]]:
     """Losses of the first step and of the last, and both networks' gradients in the first."""
     device, scale = args.device, args.scale
-    if provider.ours:
-        step, optimizers = _fused(scale, device, DTYPES[provider.precision], dropout=False)
-        nets = step.nets
-    else:
-        step, nets, optimizers = training(provider, scale.networks(dropout=False), device, scale.size)
-        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+    step, nets, optimizers = training(provider, scale.networks(dropout=False), device, scale)
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
     pairs = images(scale, batch, device, torch.channels_last)
     result: dict[str, list[float]] = {"losses": [float(loss) for loss in step(*pairs[0])]}
     result |= moments(nets, optimizers)
@@ -201,9 +172,11 @@ def _three_steps(provider: Provider, args: argparse.Namespace, batch: int) -> di
     return result
 
 
-def _graph_is_the_step(scale: Scale, device: torch.device, dtype: torch.dtype) -> str:
+def _graph_is_the_step(scale: Scale, provider: Provider, device: torch.device) -> str:
     """What differs between a GraphedStep and the ordinary step, with dropout; empty if not a bit does."""
-    ordinary, other = (_fused(scale, device, dtype, dropout=True)[0] for _ in range(2))
+    players = [[net.to(device) for net in scale.networks(dropout=True)] for _ in range(2)]
+    adams = [[torch.optim.Adam(net.parameters(), **ADAM) for net in nets] for nets in players]
+    ordinary, other = (engine_step(provider, *each, scale) for each in zip(players, adams, strict=True))
     graphed = GraphedStep(other)
     random = torch.Generator().manual_seed(0)
     side = scale.load_size
@@ -217,7 +190,7 @@ def _graph_is_the_step(scale: Scale, device: torch.device, dtype: torch.dtype) -
         expected, got = (tuple(x.values()) for x in (ordinary.train(crops.cut(device)), graphed(crops)))
         if not torch.equal(torch.stack(expected), torch.stack(got)):
             return f"losses of step {number}, batch {n}: {[*map(float, got)]}, expected {[*map(float, expected)]}"
-    for net, (one, two) in enumerate(zip(ordinary.nets, other.nets, strict=True)):
+    for net, (one, two) in enumerate(zip(*players, strict=True)):
         for name, value in one.state_dict().items():
             if not torch.equal(value, two.state_dict()[name]):
                 return f"net {net}: {name} after 16 steps"
@@ -293,11 +266,8 @@ def tuner(args: argparse.Namespace) -> int:
 
 def _config(args: argparse.Namespace, batch: int) -> Pix2PixConfig:
     """The paper's networks; in a rehearsal small ones."""
-    scale: Scale = args.scale
-    sizes = {"crop_size": scale.size, "load_size": scale.load_size, "ngf": scale.width, "ndf": scale.width}
-    nets = {"netG": f"unet_{2**scale.levels}", "netD": "n_layers", "n_layers_D": scale.n_layers}
     precision = "fp32" if args.rehearse else "bf16"
-    return Pix2PixConfig(batch_size=batch, precision=precision, device=args.device.type, **sizes, **nets)
+    return Pix2PixConfig(batch_size=batch, precision=precision, device=args.device.type, **args.scale.options)
 
 
 def train(args: argparse.Namespace) -> int:
@@ -331,11 +301,12 @@ def _summary(lines: Sequence[Content]) -> Content:
     """The last line of each kind, and the spread of throughput."""
     speeds = [line["img_per_sec"] for line in lines if "img_per_sec" in line]
     scores = [line for line in lines if "val_L1" in line]
-    return {"lines": len(lines), "last": lines[-1:], "scores": scores[-3:], "img_per_sec": _quartiles(speeds)}
-
-
-def _quartiles(values: list[float]) -> list[float] | None:
-    return None if not values else torch.tensor(values).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+    return {
+        "lines": len(lines),
+        "last": lines[-1:],
+        "scores": scores[-3:],
+        "img_per_sec": [*quartiles(speeds)] if speeds else None,
+    }
 
 
 if __name__ == "__main__":

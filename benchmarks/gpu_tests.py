@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from machine import ROOT
-from results import save
+from harness.machine import ROOT
+from harness.results import save
 
 SHARDS = 4  # of each file of operator tests
 MOST_FAILURES, MOST_CHARACTERS = 100, 4000  # kept in the results: of failures, and of each one's text

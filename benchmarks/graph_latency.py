@@ -23,16 +23,18 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from machine import describe
-from results import save
+from harness.machine import describe
+from harness.results import Report, Row
+from harness.stopwatch import elapsed_ms, quartiles
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from fastp2p.engine.graph import Graphed, joined
+
 NODES = 256
 REPLAYS = 50
-HIDING_CYCLES = 2_000_000  # about a millisecond: the GPU sleeps while the host launches a replay
+Spread = tuple[float, float, float]  # quartiles of a replay's microseconds
 WEIGHT_PROGRAMS, WEIGHT_COLUMNS, WEIGHT_KIB = 264, 128, (8, 32, 64)
-Row = dict[str, Any]
 
 
 @triton.jit
@@ -114,13 +116,11 @@ def main() -> int:
     if torch.cuda.get_device_capability() < (9, 0):
         name = torch.cuda.get_device_name()
         parser.exit(2, f"graph_latency: {name} has no programmatic dependent launch; an H100 or newer has it\n")
-    report = describe(gpu=True) | {"replays": REPLAYS, "rows": []}
+    report = Report(args.out, **describe(gpu=True), replays=REPLAYS, rows=[])
     for row in rows():
-        report["rows"].append(row)
+        report.row(**row)
         print(json.dumps(row), flush=True)
-        if args.out:
-            save(report, args.out)
-    wrong = [row for row in report["rows"] if not row["ok"]]
+    wrong = [row for row in report.content["rows"] if not row["ok"]]
     for row in wrong:
         print(f"graph_latency: wrong result: {json.dumps(row)}", file=sys.stderr)
     return 1 if wrong else 0
@@ -144,34 +144,23 @@ def rows() -> Iterator[Row]:
         yield barrier(programs)
 
 
-def replayed(record: Callable[[], None], reset: Callable[[], object]) -> list[float]:
+def replayed(record: Callable[[], None], reset: Callable[[], object]) -> Spread:
     """Quartiles of a replay's microseconds; `record` queues the work, `reset` puts its state back.
 
-    The GPU sleeps before the first event, so that no time of the host's launch is between the events.
+    The main chain's stream has the priority of a branch's, unlike a step's: what is measured is their nodes alone.
     """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        record()  # compiles
-    side.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        record()
+    graph = Graphed(record, stream=torch.cuda.Stream(), warm_up=1)
     samples = []
-    for _ in range(REPLAYS + 5):
-        reset()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(HIDING_CYCLES)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        samples.append(begin.elapsed_time(end) * 1e3)
-    return torch.tensor(samples[5:]).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+    with joined(graph.stream):
+        graph()  # compiles
+        for _ in range(REPLAYS + 5):
+            reset()
+            samples.append(elapsed_ms(graph, graph.stream.device, hide_launch=True) * 1e3)
+    return quartiles(samples[5:])
 
 
-def as_row(what: str, quartiles: list[float], nodes: int, ok: bool, **more: Any) -> Row:
-    us = [round(value / nodes, 3) for value in quartiles]
+def as_row(what: str, spread: Spread, nodes: int, ok: bool, **more: Any) -> Row:
+    us = [round(value / nodes, 3) for value in spread]
     return {"what": what, **more, "nodes": nodes, "us_a_node": us[1], "quartiles": [us[0], us[2]], "ok": ok}
 
 
@@ -182,8 +171,8 @@ def chain(programs: int, pdl: bool) -> Row:
         for _ in range(NODES):
             add_one[programs,](x, PDL=pdl, BLOCK=128, num_warps=4, launch_pdl=pdl)
 
-    quartiles = replayed(record, x.zero_)
-    return as_row("chain", quartiles, NODES, bool((x == NODES).all()), programs=programs, pdl=pdl)
+    spread = replayed(record, x.zero_)
+    return as_row("chain", spread, NODES, bool((x == NODES).all()), programs=programs, pdl=pdl)
 
 
 def copies() -> Row:
@@ -212,9 +201,9 @@ def two_chains(programs: int) -> Row:
                 add_one[programs,](y, PDL=False, BLOCK=128, num_warps=4)
         main.wait_stream(branch)
 
-    quartiles = replayed(record, lambda: (x.zero_(), y.zero_()))
+    spread = replayed(record, lambda: (x.zero_(), y.zero_()))
     ok = bool((x == NODES).all() and (y == NODES).all())
-    return as_row("two chains", quartiles, NODES, ok, programs=programs)
+    return as_row("two chains", spread, NODES, ok, programs=programs)
 
 
 def weights(kib: int, wait: str) -> Row:
@@ -230,11 +219,11 @@ def weights(kib: int, wait: str) -> Row:
                 x, layer, ROWS=shape[2], COLUMNS=columns, WAIT=wait, num_warps=8, launch_pdl=wait != "none"
             )
 
-    quartiles = replayed(record, x.zero_)
+    spread = replayed(record, x.zero_)
     ok = torch.equal(x, w.sum((0, 2, 3), dtype=torch.float32))  # whole numbers below 2^24: exact in any order
     mib = w[0].nbytes / 2**20
-    rate = round(w.nbytes / quartiles[1] * 1e-3)
-    return as_row("weights", quartiles, nodes, ok, mib_a_node=mib, wait=wait, gb_per_s=rate)
+    rate = round(w.nbytes / spread[1] * 1e-3)
+    return as_row("weights", spread, nodes, ok, mib_a_node=mib, wait=wait, gb_per_s=rate)
 
 
 def weight_nodes() -> int:
@@ -262,9 +251,9 @@ def sums(programs: int, last: bool) -> Row:
                 sum_rows[programs,](x, parts, **sizes)
                 merge[1,](parts, y, programs, **sizes)
 
-    quartiles = replayed(record, lambda: (parts.fill_(torch.nan), y.fill_(torch.nan)))
+    spread = replayed(record, lambda: (parts.fill_(torch.nan), y.fill_(torch.nan)))
     ok = torch.equal(y, x.sum(0)) and int(counter) == 0
-    return as_row("sums", quartiles, 64, ok, programs=programs, by="the last to arrive" if last else "a second kernel")
+    return as_row("sums", spread, 64, ok, programs=programs, by="the last to arrive" if last else "a second kernel")
 
 
 def barrier(programs: int) -> Row:
@@ -280,8 +269,8 @@ def barrier(programs: int) -> Row:
     def record() -> None:
         barriers[programs,](x, counter, rounds, programs)
 
-    quartiles = replayed(record, reset)
-    return as_row("barrier in a kernel", quartiles, rounds, bool((x[-1] == rounds).all()), programs=programs)
+    spread = replayed(record, reset)
+    return as_row("barrier in a kernel", spread, rounds, bool((x[-1] == rounds).all()), programs=programs)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from machine import name_of
+from harness.machine import name_of
 
 SUITES = {"step": "training step", "epoch": "epoch, data included", "inference": "inference"}
 

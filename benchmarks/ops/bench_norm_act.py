@@ -5,8 +5,8 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from harness.parity import assert_norm_gradients, assert_normalised
 from layers import NOISE, each_batch_size, each_dtype
-from parity import assert_norm_gradients, assert_normalised
 from torch import Tensor
 
 from fastp2p.ops import norm_act, norm_act_backward_ref, norm_act_ref, norm_stats, norm_stats_ref

@@ -1,8 +1,8 @@
 """norm_stats: mean and variance of the first normalised maps of the U-Net, against torch.var_mean."""
 
 import torch
+from harness.parity import assert_stats
 from layers import NOISE, each_batch_size, each_dtype
-from parity import assert_stats
 
 from fastp2p.ops import norm_stats, norm_stats_ref
 

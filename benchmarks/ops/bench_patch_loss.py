@@ -2,8 +2,8 @@
 
 import torch
 import torch.nn.functional as F
+from harness.parity import assert_loss
 from layers import NOISE, each_batch_size, each_dtype
-from parity import assert_loss
 
 from fastp2p.ops import patch_loss, patch_loss_ref
 from fastp2p.ops.patch_loss import KINDS

@@ -1,8 +1,8 @@
 """running_stats: one group's update of 512 channels, against the four operations of eager PyTorch, two per buffer."""
 
 import torch
+from harness.parity import UNIT, assert_within
 from layers import DEVICE
-from parity import UNIT, assert_within
 
 from fastp2p.ops import running_stats, running_stats_ref
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from calls import compare_calls
+from harness.calls import compare_calls
 from layers import DEVICE
 
 ROUNDS, QUICK_ROUNDS = 9, 5

@@ -1,7 +1,9 @@
-"""The whole step as one CUDA graph: a replay costs the host a few microseconds, whatever the number of kernels."""
+"""Work as one CUDA graph: a replay costs the host a few microseconds, whatever the number of kernels."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,9 +12,67 @@ from fastp2p.data import Crops
 from fastp2p.engine.step import LossValues, Step
 from fastp2p.errors import InputError
 
-WARM_UP = 3  # ordinary steps of each batch size before its graph is captured: kernels compile, the allocator settles
+WARM_UP = 3  # ordinary calls before the capture: kernels compile, the allocator settles
 MAIN_PRIORITY = -1  # the graph's main chain has it; streams have 0 by default, as the branch beside it has
 STAGES = 2  # buffers for the host's pairs: one is filled while the GPU reads the other
+Result = TypeVar("Result")
+
+
+@contextmanager
+def joined(stream: torch.cuda.Stream) -> Iterator[None]:
+    """Launch on a stream: it waits for what is on the caller's stream by now, which in the end waits for it."""
+    outside = torch.cuda.current_stream(stream.device)
+    if outside == stream:
+        yield
+        return
+    stream.wait_stream(outside)
+    with torch.cuda.stream(stream):
+        yield
+    outside.wait_stream(stream)
+
+
+class Graphed(Generic[Result]):
+    """A function of no arguments as one CUDA graph: each call does its work once, and returns what it returned.
+
+    The first calls are ordinary ones; the next one captures the function, and from then on a call replays the graph.
+    A replay uses the captured call's addresses. So the function reads tensors that stay where they are, and each call
+    overwrites the result of the one before. Its stream is `joined` to the caller's.
+
+    Args:
+        function: launches work on the current stream, and never waits for the GPU.
+        stream: to run and capture on; by default a new one of MAIN_PRIORITY on the current device.
+        pool: of memory, `torch.cuda.graph_pool_handle()`, for graphs that never run side by side; by default its own.
+        warm_up: ordinary calls before the capture.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[], Result],
+        *,
+        stream: torch.cuda.Stream | None = None,
+        pool: Any = None,
+        warm_up: int = WARM_UP,
+    ):
+        self.function, self.pool, self.warm_up = function, pool, warm_up
+        self.stream = torch.cuda.Stream(priority=MAIN_PRIORITY) if stream is None else stream
+        self.calls = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> Result:
+        self.calls += 1
+        with joined(self.stream):
+            if self.calls <= self.warm_up:
+                return self.function()
+            if self.graph is None:
+                self.result, self.graph = self._capture()
+            self.graph.replay()
+            return self.result
+
+    def _capture(self) -> tuple[Result, torch.cuda.CUDAGraph]:
+        graph = torch.cuda.CUDAGraph()
+        # Threads that decode images or write checkpoints need know nothing of it
+        with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
+            return self.function(), graph
 
 
 class Key(NamedTuple):
@@ -23,14 +83,11 @@ class Key(NamedTuple):
     resident_at: int | None  # address of pairs on the device, which the graph holds; None for the host's
 
 
-@dataclass
-class Recorded:
-    """A batch size: where its batches are read, and once it is captured the graph and where that leaves its losses."""
+class Recorded(NamedTuple):
+    """A batch size: where its batches are read, and the step that reads them there."""
 
     inputs: "GraphInputs"
-    calls: int = 0
-    graph: torch.cuda.CUDAGraph | None = None
-    losses: LossValues | None = None
+    launch: Graphed[LossValues]
 
 
 class GraphedStep:
@@ -60,33 +117,21 @@ class GraphedStep:
                 for shapes in (crops.shapes, self.step.shapes)
             )
             raise InputError(f"engine: got crops {got}, but this step was made for {made_for}")
-        outside = torch.cuda.current_stream(self.device)
-        self.stream.wait_stream(outside)
-        with torch.cuda.stream(self.stream):
-            key = Key(len(crops), crops.pairs.shape[1:], crops.pairs.data_ptr() if crops.pairs.is_cuda else None)
+        key = Key(len(crops), crops.pairs.shape[1:], crops.pairs.data_ptr() if crops.pairs.is_cuda else None)
+        with joined(self.stream):
             if key not in self.recorded:
-                self.recorded[key] = Recorded(GraphInputs(crops, self.device))
-            recorded = self.recorded[key]
+                self.recorded[key] = self._record(crops)
+            inputs, launch = self.recorded[key]
             self.step.prepare()
-            recorded.inputs.fill(crops)
-            losses = self._run(recorded)
+            inputs.fill(crops)
+            losses = launch()
             self.step.conclude()
-        outside.wait_stream(self.stream)
         return losses
 
-    def _run(self, recorded: Recorded) -> LossValues:
-        recorded.calls += 1
-        if recorded.calls <= WARM_UP:
-            return self.step.launch(recorded.inputs.crops.cut(self.device))
-        if recorded.graph is None:
-            graph = torch.cuda.CUDAGraph()
-            # Threads that decode images or write checkpoints need know nothing of it
-            with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
-                recorded.losses = self.step.launch(recorded.inputs.crops.cut(self.device))
-            recorded.graph = graph
-        recorded.graph.replay()
-        assert recorded.losses is not None
-        return recorded.losses
+    def _record(self, like: Crops) -> Recorded:
+        inputs = GraphInputs(like, self.device)
+        launch = Graphed(lambda: self.step.launch(inputs.crops.cut(self.device)), stream=self.stream, pool=self.pool)
+        return Recorded(inputs, launch)
 
 
 @dataclass

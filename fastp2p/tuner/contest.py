@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from fastp2p.engine.graph import Graphed, joined
 from fastp2p.ops import kernel_choices, library
 from fastp2p.ops.kernel_choices import Choice, Measured, Place, Table, name_of
 from fastp2p.tuner import ahead
@@ -223,35 +224,33 @@ def _measure_on_gpu(operations: Sequence[Operation], place: Place, report: Repor
     noise = Noise(device)
     stream = torch.cuda.Stream(device)  # a graph cannot be captured on the default one
     for operation in operations:
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.device(device), torch.cuda.stream(stream):
+        with torch.cuda.device(device), joined(stream):
             sets = min(MOST_SETS, -(-COLD_BYTES // operation.n_bytes))
             trials = [Trial(operation, noise) for _ in range(sets)]
             contest, runs = _contest(trials[0], device, report)
             graphs = {name: _capture(run, trials, stream) for name, run in runs.items()}
             for _ in range(GPU_ROUNDS):
-                for name, (graph, calls) in graphs.items():
+                for name, (graphed, calls) in graphs.items():
                     if contest.hopeful(name):
-                        contest.add(name, _elapsed(graph.replay) / calls)
+                        contest.add(name, _elapsed(graphed) / calls)
         yield contest
     torch.cuda.empty_cache()  # the graphs' memory, for the step
 
 
-def _capture(run: Run, trials: list[Trial], stream: torch.cuda.Stream) -> tuple[torch.cuda.CUDAGraph, int]:
+def _capture(run: Run, trials: list[Trial], stream: torch.cuda.Stream) -> tuple[Graphed[None], int]:
     """A graph of calls in turn through the sets of operands, and how many there are."""
 
-    def once() -> None:
-        for trial in trials:
-            run(trial.args)
+    def through(rounds: int) -> None:
+        for _ in range(rounds):
+            for trial in trials:
+                run(trial.args)
 
+    once = partial(through, 1)
     once()
     rounds = max(1, min(50, round(GRAPH_MS / _elapsed(once))))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        for _ in range(rounds):
-            once()
-    graph.replay()
-    return graph, rounds * len(trials)
+    graphed = Graphed(partial(through, rounds), stream=stream, warm_up=0)
+    graphed()
+    return graphed, rounds * len(trials)
 
 
 def _elapsed(run: Callable[[], object]) -> float:

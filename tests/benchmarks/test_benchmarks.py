@@ -15,12 +15,12 @@ import torch
 pytest.importorskip("pytest_benchmark", reason="needs pytest-benchmark")
 
 import compare
-import contest
-import machine
 import plot
-import results
-import team
-from providers import EAGER, OTHERS, TINY, providers
+from harness import contest, machine, results, team
+from harness.providers import EAGER, LAYERS, OTHERS, TINY, our_provider, providers
+from harness.worker import ProviderWorker
+
+from fastp2p.device import best_precision
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -122,7 +122,7 @@ ends: list[str] = []  # what fake workers were told, in its order
 
 def fake_team(monkeypatch: pytest.MonkeyPatch, **faults: tuple[str, ...]) -> team.Team:
     monkeypatch.setattr(team, "Worker", type("Worker", (FakeWorker,), faults))
-    members = [EAGER, OTHERS[1], *(p for p in providers(CPU, quick=True)[0] if p.ours)]
+    members = [EAGER, OTHERS[1], our_provider(best_precision(CPU), CPU)]
     return team.Team(members, CPU, TINY, {}, quick=True)
 
 
@@ -161,8 +161,21 @@ def test_who_fails_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch):
         fake_team(monkeypatch, broken=(mine.ours.name,)).compare(benchmark, "step", 4)
 
 
+def test_layers_are_compared_too():
+    """Of ours the fused step comes first: it is what a verdict speaks of."""
+    who, left_out = providers(CPU, quick=True)
+    best, layers = (p for p in who if p.ours)
+    assert (best.engine, layers.engine, layers.name) == ("fused", "layers", LAYERS)
+    assert LAYERS not in left_out
+    expected = ProviderWorker(EAGER, CPU, TINY).check("step", 2)
+    for precision in dict.fromkeys((layers.precision, "fp32")):
+        provider = our_provider(precision, CPU, engine="layers")
+        got = ProviderWorker(provider, CPU, TINY).check("step", 2)
+        assert team.difference(got, expected, team.bounds_of(provider, "step", CPU)) == ""
+
+
 def test_a_worker_answers_fails_and_is_ended():
-    worker = team.Worker(EAGER.name, str(team.HERE / "worker.py"), EAGER.name, "--scale", "tiny")
+    worker = team.Worker(EAGER.name, "worker", EAGER.name, "--scale", "tiny")
     try:
         check = worker.ask("check", what="step", batch=2)
         assert len(check["losses"]) == 4
@@ -212,8 +225,9 @@ def test_rows_are_kept_before_the_workers_end(tmp_path: Path):
     (tmp_path / "test_measures.py").write_text(MEASURES.replace("ROW", repr(row("", 1.0))))
     out = tmp_path / "out.json"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "conftest", "-p", "no:cacheprovider", "test_measures.py"]
+    # In a worker of xdist pytest-benchmark would measure nothing
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    environment["PYTHONPATH"] = str(team.HERE)  # and in a worker of xdist, pytest-benchmark would measure nothing
+    environment["PYTHONPATH"] = str(ROOT / "benchmarks")
     done = subprocess.run([*command, "--out", str(out)], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert "1 failed, 1 passed" in done.stdout
     assert "error" not in done.stdout
@@ -354,8 +368,8 @@ def test_upstream_s_worker_takes_its_checkout(tmp_path: Path):
     for name, text in UPSTREAM.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    upstream = team.Worker("upstream", str(team.HERE / "upstream_worker.py"), str(tmp_path), "--scale", "tiny")
-    ours = team.Worker(EAGER.name, str(team.HERE / "worker.py"), EAGER.name, "--scale", "tiny")
+    upstream = team.Worker("upstream", "upstream_worker", str(tmp_path), "--scale", "tiny")
+    ours = team.Worker(EAGER.name, "worker", EAGER.name, "--scale", "tiny")
     try:
         weights = str(tmp_path / "weights.pt")
         expected = upstream.ask("check", batch=2, data="somewhere", weights=weights)

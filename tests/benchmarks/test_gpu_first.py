@@ -18,8 +18,8 @@ pytest.importorskip("pytest_benchmark", reason="needs pytest-benchmark")
 
 import gpu_first
 import gpu_tests
-import machine
 from gpu_first import Run, Stage
+from harness import machine
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = [sys.executable, str(ROOT / "benchmarks" / "gpu_first.py")]

@@ -185,7 +185,7 @@ def test_a_step_as_a_graph(watch: Watch, dtype: torch.dtype, place: str):
                 step(batch)
     assert len(step.recorded) == 2
     for recorded, batch in zip(step.recorded.values(), batches, strict=True):
-        assert recorded.graph is not None
+        assert recorded.launch.graph is not None
         inputs = recorded.inputs.crops
         assert {t.device.type for t in (inputs.pairs, inputs.index, inputs.offset, inputs.flip)} == {"cuda"}
         assert len(inputs.pairs) == (PAIRS if place == "on the GPU" else len(batch))

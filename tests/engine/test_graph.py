@@ -49,7 +49,7 @@ def test_replay_is_the_step_bit_for_bit(dtype: torch.dtype, kept: str):
         batch = crops(1 if step % 5 == 4 else 2, step, resident)
         expected, losses = ordinary.train(batch.cut("cuda")), graphed(batch)
         assert torch.equal(torch.stack([*losses.values()]), torch.stack([*expected.values()])), f"step {step}"
-    assert [recorded.graph is not None for recorded in graphed.recorded.values()] == [True, True]
+    assert [recorded.launch.graph is not None for recorded in graphed.recorded.values()] == [True, True]
     found = other.tensors()
     for name, value in one.tensors().items():
         assert torch.equal(value, found[name]), name

@@ -1,14 +1,13 @@
 """Contestants in turn: rounds in which each one has its sample, so that a machine that slows down slows all of them."""
 
 import os
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from machine import Strangers
-
-Row = dict[str, Any]
+from harness.machine import Strangers
+from harness.results import Row
+from harness.stopwatch import quartiles
 
 
 class Contestant(Protocol):
@@ -34,9 +33,7 @@ class Samples:
         return [
             {
                 "provider": name,
-                "ms": statistics.median(samples),
-                "first_quartile": quartiles(samples)[0],
-                "third_quartile": quartiles(samples)[1],
+                **dict(zip(("first_quartile", "ms", "third_quartile"), quartiles(samples), strict=True)),
                 "n": len(samples),
                 "strangers_cores": self.strangers.cores(),
                 "load_average": self.load_average,
@@ -44,13 +41,6 @@ class Samples:
             }
             for name, samples in self.ms.items()
         ]
-
-
-def quartiles(samples: list[float]) -> tuple[float, float]:
-    if len(samples) == 1:
-        return samples[0], samples[0]
-    first, _, third = statistics.quantiles(samples, n=4, method="inclusive")
-    return first, third
 
 
 def take_turns(

@@ -1,7 +1,7 @@
 """Who is compared: ways to train pix2pix's networks and to run its generator, with every setting that each one has."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -9,20 +9,25 @@ import torch
 from torch import Tensor, nn
 
 import fastp2p
-from fastp2p.config import Precision
+from fastp2p.config import Engine, Precision
 from fastp2p.device import DTYPES, best_precision
+from fastp2p.engine import LossScale
+from fastp2p.engine.graph import Graphed, joined
+from fastp2p.engine.step import Step as EngineStep
 from fastp2p.models.gan_losses import GANLoss
 from fastp2p.models.pix2pix.losses import Losses
+from fastp2p.models.pix2pix.model import MODEL
 from fastp2p.models.pix2pix.networks import Dropout, PatchDiscriminator, UnetGenerator
+from fastp2p.models.pix2pix.options import Pix2PixConfig
 from fastp2p.models.pix2pix.reference import train_step
-from fastp2p.models.pix2pix.step import FusedStep
 from fastp2p.nn.init import init_weights
 
 Step = Callable[[Tensor, Tensor], Losses[Tensor]]
 Inference = Callable[[Tensor], Tensor]
 
+NETS, OPTIMIZERS = ("netG", "netD"), ("optimizer_G", "optimizer_D")
+OBJECTIVE: dict[str, Any] = {"gan_mode": "vanilla", "lambda_L1": 100.0}  # of a step
 BATCHES = [1, 4, 16, 64] if torch.cuda.is_available() else [1, 4]
-GRAPH_WARM_UP = 3  # steps before a capture: the allocator and cuDNN's choice settle
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,8 @@ class Provider:
 
     name: str
     settings: str  # all of them, for the reader of a table
-    precision: Precision | None = None  # of the fused engine; None is eager PyTorch
+    precision: Precision | None = None  # of ours; None is eager PyTorch
+    engine: Engine = "fused"  # of ours
     amp: bool = False  # autocast to the device's half precision
     channels_last: bool = False
     fused_adam: bool = False
@@ -52,6 +58,7 @@ EAGER = Provider("eager float32", "as upstream: float32 (convolutions in TF32 wh
 _TRICKS = {"amp": True, "channels_last": True, "fused_adam": True}
 _PUBLIC = "channels_last, Adam(fused=True), autocast (inference: half-precision weights), cudnn.benchmark"
 _COMPILED = {**_TRICKS, "checked_with_dropout": True}
+LAYERS = "fastp2p layers"  # in the best precision
 _LAYOUT = "inductor's force_layout_optimization"
 OTHERS = [
     EAGER,
@@ -66,23 +73,32 @@ OTHERS = [
 ]  # fmt: skip
 
 
+def our_provider(precision: Precision, device: torch.device, engine: Engine = "fused") -> Provider:
+    """Ours: by the step on fused operators, or by autograd over fused layers."""
+    graph = " as one CUDA graph" if device.type == "cuda" else ""
+    epochs = "epochs: decoded once, before the first"
+    if engine == "layers":
+        return Provider(LAYERS, f"autograd over fastp2p.fuse, flat Adam{graph}; {epochs}", precision, engine)
+    settings = f"the fused engine{graph}; inference: fastp2p.fuse, without a graph; {epochs}"
+    return Provider(f"fastp2p {precision}", settings, precision)
+
+
 def providers(device: torch.device, *, quick: bool) -> tuple[list[Provider], dict[str, str]]:
     """Those to compare on a device, ours last, of these the best precision first; and why the rest is left out."""
     left_out = {p.name: f"is for {p.only_on}" for p in OTHERS if p.only_on not in ("", device.type)}
     left_out |= {p.name: "takes longer than --quick has" for p in OTHERS if quick and not p.quick}
     best = best_precision(device)
-    graph = " as one CUDA graph" if device.type == "cuda" else ""
-    settings = (
-        f"the fused engine{graph}; inference: fastp2p.fuse, without a graph; epochs: decoded once, before the first"
-    )
-    ours = [Provider(f"fastp2p {name}", settings, name) for name in dict.fromkeys((best, "fp32"))]  # type: ignore[call-overload]
+    ours = [our_provider(precision, device) for precision in dict.fromkeys((best, "fp32"))]  # type: ignore[call-overload]
+    layers = our_provider(best, device, engine="layers")
+    if best == "fp16":
+        left_out[LAYERS] = "does not compute in float16, since it scales no losses"
     others = OTHERS
     if best == "fp32":  # half precision would slow them down
         others = [replace(p, amp=False, settings=f"{p.settings}; in float32, since half is slow here") if p.amp else p
                   for p in OTHERS]  # fmt: skip
     if quick:
         left_out |= {p.name: "--quick takes ours in the best precision alone" for p in ours[1:]}
-    return [p for p in [*others, *ours] if p.name not in left_out], left_out
+    return [p for p in [*others, *ours, layers] if p.name not in left_out], left_out
 
 
 @dataclass(frozen=True)
@@ -99,6 +115,13 @@ class Scale:
     def load_size(self) -> int:
         """What images are resized to before the crop: 286 px for 256."""
         return self.size + self.size * 30 // 256
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of a run, by the names that upstream and we have for them."""
+        nets = {"netG": f"unet_{2**self.levels}", "ngf": self.width}
+        nets |= {"netD": "n_layers", "n_layers_D": self.n_layers, "ndf": self.width}
+        return nets | {"crop_size": self.size, "load_size": self.load_size}
 
     def networks(self, *, dropout: bool) -> tuple[UnetGenerator, PatchDiscriminator]:
         """The same weights at every call: dropout has none, so it changes nothing about them."""
@@ -145,7 +168,7 @@ class Training(NamedTuple):
     optimizers: tuple[torch.optim.Adam, torch.optim.Adam]
 
 
-def training(provider: Provider, nets: tuple[UnetGenerator, nn.Module], device: torch.device, size: int) -> Training:
+def training(provider: Provider, nets: tuple[UnetGenerator, nn.Module], device: torch.device, scale: Scale) -> Training:
     """A provider's training step on these networks, which it takes over."""
     set_cudnn(provider)
     for net in nets:
@@ -155,18 +178,42 @@ def training(provider: Provider, nets: tuple[UnetGenerator, nn.Module], device: 
     settings |= {"capturable": True} if provider.graph else {}
     optimizers = tuple(torch.optim.Adam(net.parameters(), **settings) for net in nets)
     if provider.precision is not None:
-        fused = FusedStep(*nets, *optimizers, size=(size, size), dtype=DTYPES[provider.precision])
-        return Training(GraphedFused(fused) if device.type == "cuda" else fused, nets, optimizers)
+        ours = engine_step(provider, nets, optimizers, scale)
 
-    called = compiled(provider, *nets)
+        def launch(real_A: Tensor, real_B: Tensor) -> Losses[Tensor]:
+            return Losses(**ours.launch({"A": real_A, "B": real_B}))
+
+        launched = graphed(launch) if device.type == "cuda" else launch
+
+        def train(real_A: Tensor, real_B: Tensor) -> Losses[Tensor]:
+            ours.prepare()
+            losses = launched(real_A, real_B)
+            ours.conclude()
+            return losses
+
+        return Training(train, nets, optimizers)
+
+    called, gan_loss = compiled(provider, *nets), GANLoss(OBJECTIVE["gan_mode"])
 
     def step(real_A: Tensor, real_B: Tensor) -> Losses[Tensor]:
         if provider.compile_mode and device.type == "cuda":  # two of the modes have CUDA graphs
             torch.compiler.cudagraph_mark_step_begin()
         with torch.autocast(device.type, half(device), enabled=provider.amp):
-            return train_step(*called, *optimizers, real_A, real_B, gan_loss=GANLoss(), lambda_L1=100.0)
+            return train_step(*called, *optimizers, real_A, real_B, gan_loss=gan_loss, lambda_L1=OBJECTIVE["lambda_L1"])
 
-    return Training(Graphed(step) if provider.graph else step, nets, optimizers)
+    return Training(graphed(step) if provider.graph else step, nets, optimizers)
+
+
+def engine_step(
+    provider: Provider, nets: Sequence[nn.Module], optimizers: Sequence[torch.optim.Adam], scale: Scale
+) -> EngineStep:
+    """The step of our engine on these networks, as the trainer makes it."""
+    device = next(nets[0].parameters()).device
+    assert provider.precision is not None
+    config = Pix2PixConfig(engine=provider.engine, precision=provider.precision, **OBJECTIVE, **scale.options)
+    resolved = config.resolve(device.type, provider.precision)
+    players = (dict(zip(names, who, strict=True)) for names, who in ((NETS, nets), (OPTIMIZERS, optimizers)))
+    return MODEL.step(resolved, *players, step=0, loss_scale=LossScale.new_state(device))
 
 
 def inference(provider: Provider, netG: UnetGenerator, device: torch.device) -> Inference:
@@ -191,7 +238,7 @@ def inference(provider: Provider, netG: UnetGenerator, device: torch.device) -> 
         with torch.inference_mode():
             return called(real_A.to(dtype))
 
-    return Graphed(run) if provider.graph else run
+    return graphed(run) if provider.graph else run
 
 
 def set_cudnn(provider: Provider) -> None:
@@ -214,46 +261,16 @@ def half(device: torch.device) -> torch.dtype:
     return torch.float16 if device.type == "cuda" and best_precision(device) == "fp16" else torch.bfloat16
 
 
-class Graphed:
+def graphed(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function of tensors as one CUDA graph, which reads them from fixed addresses. Its results are overwritten."""
+    inputs: list[Tensor] = []
+    graph = Graphed(lambda: function(*inputs))
 
-    def __init__(self, function: Callable[..., Any]):
-        self.function, self.calls = function, 0
-        self.stream = torch.cuda.Stream()
-        self.graph: torch.cuda.CUDAGraph | None = None
+    def call(*tensors: Tensor) -> Any:
+        with joined(graph.stream):
+            inputs.extend(torch.empty_like(t) for t in tensors[len(inputs) :])
+            for mine, given in zip(inputs, tensors, strict=True):
+                mine.copy_(given)
+            return graph()
 
-    def __call__(self, *tensors: Tensor) -> Any:
-        self.calls += 1
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            result = self._run(*tensors)
-        torch.cuda.current_stream().wait_stream(self.stream)
-        return result
-
-    def _run(self, *tensors: Tensor) -> Any:
-        if self.calls <= GRAPH_WARM_UP:
-            return self.function(*tensors)
-        if self.graph is None:
-            self.inputs = [torch.empty_like(t) for t in tensors]
-            self.graph = torch.cuda.CUDAGraph()
-            # A loader's thread that pins memory need know nothing of it
-            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
-                self.result = self.function(*self.inputs)
-        for mine, given in zip(self.inputs, tensors, strict=True):
-            mine.copy_(given)
-        self.graph.replay()
-        return self.result
-
-
-class GraphedFused:
-    """The fused step on given images as one CUDA graph; what the trainer replays cuts its crops in the graph, too."""
-
-    def __init__(self, fused: FusedStep):
-        self.fused = fused
-        self.launch = Graphed(lambda real_A, real_B: Losses(**fused.launch({"A": real_A, "B": real_B})))
-
-    def __call__(self, real_A: Tensor, real_B: Tensor) -> Losses[Tensor]:
-        self.fused.prepare()
-        losses = self.launch(real_A, real_B)
-        self.fused.conclude()
-        return losses
+    return call

@@ -1,6 +1,5 @@
 """The machine that results are of: what it is, its clocks, and what else keeps it busy."""
 
-import importlib.metadata
 import math
 import os
 import platform
@@ -11,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SMI_FIELDS = (
     "name,driver_version,pstate,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,"
     "temperature.gpu,power.draw,power.limit,utilization.gpu,memory.used,memory.total"
@@ -24,6 +23,8 @@ def describe(*, gpu: bool) -> dict[str, Any]:
     """Hardware, versions and commit, for the head of results. gpu: they are a GPU's, not the CPU's."""
     import torch
 
+    from fastp2p.commands.info import version_of
+
     smi = smi_state() if gpu else None
     facts = {
         "gpu": torch.cuda.get_device_name() if gpu else None,
@@ -34,12 +35,12 @@ def describe(*, gpu: bool) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "versions": {
             "python": platform.python_version(),
-            "torch": torch.__version__,
-            "triton": _version("triton"),
-            "numpy": _version("numpy"),
+            "torch": version_of("torch"),
+            "triton": version_of("triton"),
+            "numpy": version_of("numpy"),
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version() if gpu else None,
-            "fastp2p": _version("fastp2p"),
+            "fastp2p": version_of("fastp2p"),
         },
         "platform": platform.platform(),
     }
@@ -49,13 +50,6 @@ def describe(*, gpu: bool) -> dict[str, Any]:
 def name_of(head: dict[str, Any]) -> str:
     """The GPU, or how many cores of which CPU."""
     return head["gpu"] or f"{head['cpu_cores']} cores of {head['cpu']}"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _cpu_name() -> str:

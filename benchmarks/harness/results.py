@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from machine import ROOT, TOLERATED_SHARE, describe, name_of, slug
+from harness.machine import ROOT, TOLERATED_SHARE, describe, name_of, slug
 
 RESULTS = ROOT / "benchmarks" / "results"
 NOTES = [
@@ -48,6 +48,28 @@ def save(content: Row, path: Path) -> None:
     from fastp2p.files import write_atomically
 
     write_atomically(path, json.dumps(content, indent=1).encode() + b"\n")
+
+
+class Report:
+    """Results that are rewritten on disk with each addition.
+
+    Args:
+        path: where they go; None to keep them in memory alone.
+        content: what they begin with.
+    """
+
+    def __init__(self, path: Path | None, **content: Any):
+        self.path, self.content = path, content
+        self.set()
+
+    def set(self, **content: Any) -> None:
+        self.content |= content
+        if self.path is not None:
+            save(self.content, self.path)
+
+    def row(self, **row: Any) -> None:
+        self.content.setdefault("rows", []).append(row)
+        self.set()
 
 
 def tables(content: Row) -> list[str]:

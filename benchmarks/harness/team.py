@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-from contest import Row, take_turns
-from machine import smi_state
-from providers import EAGER, Provider, Scale
 
-HERE = Path(__file__).resolve().parent
+from harness.contest import Row, take_turns
+from harness.machine import ROOT, smi_state
+from harness.providers import EAGER, Provider, Scale
+
 ROUNDS = 9
 QUICK_COMPILES_FOR_S = 70  # of --quick's three minutes from the beginning; what is not compiled by then is left out
 GPU_SAMPLE_MS = 50  # at least, where a step may take less than one
@@ -48,15 +48,17 @@ class Worker:
 
     Args:
         name: for the tables.
-        command: script and arguments.
+        module: the harness's own, such as worker.
+        args: its arguments.
         env: variables beside this process's.
     """
 
-    def __init__(self, name: str, *command: str, env: dict[str, str] | None = None):
+    def __init__(self, name: str, module: str, *args: str, env: dict[str, str] | None = None):
         self.name = name
         self.log = tempfile.NamedTemporaryFile(prefix="fastp2p-worker-", suffix=".log")  # noqa: SIM115 (see close)
         self.process = subprocess.Popen(
-            [sys.executable, *command], cwd=HERE, env=os.environ | (env or {}), start_new_session=True,
+            [sys.executable, "-m", f"harness.{module}", *args], cwd=ROOT / "benchmarks",
+            env=os.environ | (env or {}), start_new_session=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,
         )  # fmt: skip
 
@@ -144,7 +146,7 @@ class Team:
         self.caches = tempfile.TemporaryDirectory(prefix="fastp2p-compiled-")
         env = {} if quick else {"TORCHINDUCTOR_CACHE_DIR": self.caches.name}
         options = ("--device", device.type, "--scale", scale.name)
-        self.workers = {name: Worker(name, str(HERE / "worker.py"), name, *options, env=env) for name in self.members}
+        self.workers = {name: Worker(name, "worker", name, *options, env=env) for name in self.members}
         self.begun = time.monotonic()
         self.first_s: dict[tuple[str, int], dict[str, float]] = {}  # of what was checked, everyone's first call
         self.ours = next(p for p in members if p.ours)
@@ -242,6 +244,8 @@ class Team:
     def _why_not(self, provider: Provider, what: str, batch: int) -> str:
         if provider.name in self.left_out:
             return self.left_out[provider.name]
+        if what == "inference" and provider.engine == "layers":
+            return "its generator is what fastp2p.fuse makes, as the other one's of ours"
         known = provider.name in self.first_s.get((what, batch), {})
         late = time.monotonic() - self.begun > QUICK_COMPILES_FOR_S and not known
         if self.quick and provider.compile_mode and (what != "step" or late):

@@ -1,6 +1,6 @@
 """The official implementation from a checkout of its own, in a process of its own: see worker.py for how it is asked.
 
-    python upstream_worker.py CHECKOUT [--device cpu|cuda] [--scale paper|tiny]
+    python -m harness.upstream_worker CHECKOUT [--device cpu|cuda] [--scale paper|tiny]
 
 Its modules are called data, models, options and util, so nothing of ours by these names may be imported here. Between
 its loader and its optimize_parameters() there is nothing; the prints, pages and checkpoints of its train.py are left
@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from epochs import check_count
-from providers import SCALES, Scale
 from torch import Tensor
-from worker import SETTLING, Answer, Measured, Unit, images, moments, serve
+
+from harness.epochs import check_count
+from harness.providers import SCALES, Scale
+from harness.worker import SETTLING, Answer, Measured, Unit, images, moments, serve
 
 
 class Upstream(Measured):
@@ -65,11 +66,8 @@ class Upstream(Measured):
 
     def _options(self, batch: int, data: str, direction: str, *more: str) -> Any:
         """Parsed by its own parser, with its own defaults but for what a comparison must fix."""
-        scale, folder = self.scale, self.folder.name
         given: dict[str, object] = {"dataroot": data, "direction": direction, "batch_size": batch, "model": "pix2pix"}
-        given |= {"crop_size": scale.size, "load_size": scale.load_size, "name": "fastp2p", "checkpoints_dir": folder}
-        given |= {"ngf": scale.width, "ndf": scale.width}
-        given |= {"netG": f"unet_{2**scale.levels}", "netD": "n_layers", "n_layers_D": scale.n_layers}
+        given |= {"name": "fastp2p", "checkpoints_dir": self.folder.name, **self.scale.options}
         if "--gpu_ids" in (self.checkout / "options/base_options.py").read_text():  # before 2025
             given["gpu_ids"] = 0 if self.device.type == "cuda" else -1
         words = ((f"--{name}", str(value)) for name, value in given.items())

@@ -2,7 +2,7 @@
 
 So its memory, its caches and PyTorch's global switches are its own, and a crash ends nobody else.
 
-    python worker.py PROVIDER [--device cpu|cuda] [--scale paper|tiny]
+    python -m harness.worker PROVIDER [--device cpu|cuda] [--scale paper|tiny]
 """
 
 import argparse
@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from epochs import die_with_parent, eager_batches, fused_steps
-from peak_memory import Peak
-from providers import SCALES, Provider, Scale, inference, providers, training
 from torch import Tensor, nn
 
 from fastp2p.models.pix2pix.losses import Losses
+from harness.epochs import die_with_parent, eager_batches, fused_steps
+from harness.peak_memory import Peak
+from harness.providers import SCALES, Provider, Scale, inference, providers, training
+from harness.stopwatch import elapsed_ms
 
 SETTLING = {"cpu": 1, "cuda": 5}  # units after the first one; a graph is captured in the fourth
 SETS = 6  # of inputs that calls take in turn
@@ -52,9 +53,7 @@ class Measured:
         self.release()
         self.peak.begin()
         self.unit = getattr(self, f"_{what}")(**request)
-        begin = time.perf_counter()
-        self._ms(1)
-        first_s = time.perf_counter() - begin
+        first_s = self._ms(1) / 1e3
         self.peak.restart()  # cuDNN has tried its algorithms, some of which take a lot
         self._ms(SETTLING[self.device.type])
         return {"first_s": first_s, "settled_ms": self._ms(1), "peak_mem_mib": self.peak.mib()}
@@ -72,27 +71,11 @@ class Measured:
         return {"ms": self._ms(calls) / calls}
 
     def _ms(self, calls: int) -> float:
-        """By the wall clock, on a GPU by events on its stream."""
-        if self.device.type == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            for _ in range(calls):
-                self.unit()
-            end.record()
-            end.synchronize()
-            self._check_losses()
-            return float(begin.elapsed_time(end))
-        began = time.perf_counter()
-        for _ in range(calls):
-            self.unit()
-        ms = (time.perf_counter() - began) * 1e3
-        self._check_losses()
-        return ms
-
-    def _check_losses(self) -> None:
-        """Those of the last step: no figure comes from NaN."""
+        """Of so many units. Raises RuntimeError where the last losses are not finite: no figure comes from NaN."""
+        ms = elapsed_ms(self.unit, self.device, calls=calls)
         if self.losses is not None and not all(loss.isfinite() for loss in self.losses):
             raise RuntimeError(f"not finite: {self.losses}")
+        return ms
 
 
 class ProviderWorker(Measured):
@@ -121,7 +104,7 @@ class ProviderWorker(Measured):
             run, begin = inference(self.provider, nets[0], self.device), time.perf_counter()
             output = _sampled([run(real_A)], OUTPUT_STRIDE)
             return {"output": output, "first_s": time.perf_counter() - begin}
-        work = training(self.provider, nets, self.device, self.scale.size)
+        work = training(self.provider, nets, self.device, self.scale)
         begin = time.perf_counter()
         losses = [float(loss) for loss in work.step(real_A, real_B)]
         answer = {"losses": losses, "first_s": time.perf_counter() - begin} | moments(work.nets, work.optimizers)
@@ -130,7 +113,7 @@ class ProviderWorker(Measured):
         return answer | {"later losses": [float(loss) for loss in later]}
 
     def _step(self, batch: int) -> Unit:
-        step = training(self.provider, self.scale.networks(dropout=True), self.device, self.scale.size).step
+        step = training(self.provider, self.scale.networks(dropout=True), self.device, self.scale).step
         sets = itertools.cycle(self._images(batch))
         return lambda: self._keep(step(*next(sets)))
 
@@ -144,7 +127,7 @@ class ProviderWorker(Measured):
         if self.provider.ours:
             steps = fused_steps(*source)
             return lambda: self._keep(next(steps))
-        step = training(self.provider, self.scale.networks(dropout=True), self.device, self.scale.size).step
+        step = training(self.provider, self.scale.networks(dropout=True), self.device, self.scale).step
         batches = eager_batches(*source)
         return lambda: self._keep(step(*next(batches)))
 

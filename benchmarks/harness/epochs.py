@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from providers import Provider, Scale
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -23,6 +22,7 @@ from fastp2p.device import best_precision
 from fastp2p.models.pix2pix.losses import Losses
 from fastp2p.models.pix2pix.options import Pix2PixConfig
 from fastp2p.train.state import TrainState
+from harness.providers import Provider, Scale
 
 PAIRS = 400  # an epoch, as facades has
 PR_SET_PDEATHSIG = 1  # see prctl(2)
@@ -75,9 +75,8 @@ def fused_steps(
 ) -> Iterator[Losses[Tensor]]:
     """The trainer's own way: pairs in memory as uint8, cut on the device, one step for each batch."""
     config = Pix2PixConfig(
-        data=str(data), direction=direction, batch_size=batch, precision=provider.precision,
-        netG=f"unet_{2**scale.levels}", ngf=scale.width, ndf=scale.width, netD="n_layers", n_layers_D=scale.n_layers,
-        crop_size=scale.size, load_size=scale.load_size,
+        data=str(data), direction=direction, batch_size=batch, precision=provider.precision, engine=provider.engine,
+        **scale.options,
     ).resolve(device.type, best_precision(device))  # fmt: skip
     dataset = load_split(str(data), "train", PairFormat(config.direction, config.load_size), stream="never")
     check_count(len(dataset), batch)

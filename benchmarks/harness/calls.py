@@ -1,13 +1,14 @@
 """Two calls in this process in turn: eager PyTorch and one of our operators, after their results were compared."""
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from contest import take_turns
-from peak_memory import Peak
+
+from harness.contest import take_turns
+from harness.peak_memory import Peak
+from harness.stopwatch import elapsed_ms
 
 EAGER, OURS = "eager", "fastp2p"
 SAMPLE_SECONDS = 0.02  # at least, so that neither the clock nor a hiccup of the system weighs much
@@ -23,12 +24,7 @@ class Caller:
     session: int | None = None  # none but this one
 
     def sample(self, calls: int) -> float:
-        begin = time.perf_counter()
-        for _ in range(calls):
-            self.call()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return (time.perf_counter() - begin) * 1e3 / calls
+        return elapsed_ms(self.call, self.device, calls=calls) / calls
 
 
 def compare_calls(
