@@ -12,9 +12,9 @@ class LossScale:
     divided by it again in float32. A step whose gradients overflow is skipped and the scale halved (Micikevicius et
     al., "Mixed precision training", ICLR 2018, section 3.2).
 
-    The operator that makes the first gradients takes its factor from the host, so it takes the constant `HOST_SCALE`,
-    and the rest is multiplied onto its result: exactly, since both are powers of two. `HOST_SCALE` alone overflows no
-    loss of the recipe, down to a map of one logit, and keeps 1e-4 on a map of 256² logits above float16's least value.
+    The operator that makes the first gradients takes its factor from the host: the constant `HOST_SCALE`. `rescale_`
+    multiplies the rest onto its result, exactly, since both are powers of two. `HOST_SCALE` alone overflows no loss of
+    the recipe, down to a map of one logit. It keeps 1e-4 on a map of 256² logits above float16's least value.
 
     Args:
         state: (2,) float32 on the networks' device, (scale, steps since it last changed); updated.

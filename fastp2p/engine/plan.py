@@ -138,8 +138,8 @@ def plan_network(
         skip_dead_taps: leave out taps that only ever meet padding: they change no result and have no gradient.
 
     Raises:
-        InputError: naming the first module or function that the engine does not compute in its place, or where a norm
-            would see a single value per channel.
+        InputError: naming the first module or function that the engine does not compute in its place. Also where a
+            norm would see a single value per channel.
     """
     Supported(net)
     planner = _Planner(follow(net, channels, size), names)

@@ -46,7 +46,7 @@ class Model(ABC, Generic[Config]):
     config: ClassVar[type[RunConfig]]  # those, and what runs of all models are told
     generator_spec: ClassVar[type[GeneratorSpec]]  # how its generators' files tell of them
     losses: ClassVar[tuple[str, ...]]  # in the order of the log
-    scores: ClassVar[tuple[str, ...]]  # of validation; the best state is the one whose first score is lowest
+    scores: ClassVar[tuple[str, ...]]  # validation's; the best state is the one whose first score is lowest
 
     @abstractmethod
     def nets(self, config: Config) -> dict[str, nn.Module]:

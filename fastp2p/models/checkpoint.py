@@ -23,12 +23,12 @@ from fastp2p.models.generator_spec import GeneratorSpec
 from fastp2p.models.pickled import load_pickled_tensors
 from fastp2p.terminal import Say, warn
 
-CHECKSUM = "sha256"  # of the content, beside it; files of earlier versions have none
+CHECKSUM = "sha256"  # beside the content; files of earlier versions have none
 
 # Raised when the meaning of a file's contents changes
 CHECKPOINT_FORMAT = 2
 GENERATOR_FORMAT = 1
-RANGE = "[-1, 1]"  # of the generator's input and output; written for other programs that read the file
+RANGE = "[-1, 1]"  # the generator's input and output; written for other programs that read the file
 
 StateDict = Mapping[str, Tensor]
 
@@ -131,8 +131,8 @@ def load_generator(path: Path, say: Say = warn) -> tuple[nn.Module, GeneratorSpe
         say: takes a line when a file of an earlier version has no checksum.
 
     Raises:
-        InputError: when it is no such file, is damaged or was changed, or its weights do not fit its own description,
-            which is found before memory is taken for them.
+        InputError: when it is no such file, is damaged or was changed. Also when its weights do not fit its own
+            description, which is found before memory is taken for them.
     """
     check_file(path, "a file, of a run its netG.safetensors")
     if path.name == "checkpoint.pt":

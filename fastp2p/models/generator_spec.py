@@ -9,7 +9,7 @@ from fastp2p.config import MAX_SIDE, Direction
 from fastp2p.errors import InputError
 from fastp2p.models.generate import NormStats
 
-MAX_CHANNELS = 4096  # of an image or a first layer; a small file that claims more is damaged
+MAX_CHANNELS = 4096  # an image's or a first layer's; a small file that claims more is damaged
 
 
 @dataclass(frozen=True, kw_only=True)

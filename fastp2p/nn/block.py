@@ -27,8 +27,8 @@ def run_block(
 ) -> Tensor:
     """drop(act(norm(conv(x)))), or of cat([skip, x], 1), which is not written.
 
-    conv and norm own the parameters, settings and running statistics and say by their `training` and
-    `track_running_stats` what the norm does, as they would when called one by one; they are not called.
+    conv and norm own the parameters, settings and running statistics. Their `training` and `track_running_stats` say
+    what the norm does, as when they are called one by one; nobody calls them.
 
         norm             computed as
         none             one operator, activation in its epilogue

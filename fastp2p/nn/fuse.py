@@ -57,9 +57,8 @@ class FuseReport:
 def fuse(model: nn.Module, *, channels_last: bool = True) -> FuseReport:
     """Let each convolution of a model do the normalisation, activation and dropout that follow it, in place.
 
-    Chains of Conv2d or ConvTranspose2d -> BatchNorm2d or InstanceNorm2d -> ReLU, LeakyReLU or Tanh -> Dropout, of which
-    norm, activation and dropout may be missing (but not both of the first two), are found by following the model's
-    forward with torch.fx. The convolution then computes the whole chain (see `fastp2p.nn.ConvNormAct`) and the other
+    `fuse` follows the model's forward with torch.fx and finds chains: Conv2d or ConvTranspose2d -> BatchNorm2d or
+    InstanceNorm2d -> ReLU, LeakyReLU or Tanh -> Dropout. A chain has a norm, an activation, or both. The convolution then computes the whole chain (see `fastp2p.nn.ConvNormAct`) and the other
     modules pass on what they get. Outputs, gradients and running statistics are as before, up to rounding; dropout
     draws another mask.
 
@@ -70,13 +69,13 @@ def fuse(model: nn.Module, *, channels_last: bool = True) -> FuseReport:
 
     What changes afterwards is followed, or refused with an InputError that names the module:
 
-    - Weights and settings are read at every call, edits through `.data` included. With a setting that no fused operator
-      serves (groups, dilation, padding_mode, momentum None, a hook on a member, a parametrization), for an empty batch
-      and while torch.jit.trace looks, each module of the chain does its own part, as if never fused.
+    - Weights and settings are read at every call, edits through `.data` included. No fused operator serves groups,
+      dilation, padding_mode, momentum None, a hook on a member, or a parametrization. Then each module of the chain
+      does its own part, as if never fused; so it does for an empty batch, and while torch.jit.trace looks.
     - So it does wherever the forward in which `fuse` saw the chain is not running: in a slice of a Sequential, in
       `Sequential(*list(net.children())[:-1])`, in model.forward(x) called without model(x).
-    - Where that forward runs and takes another path than in training or eval mode today, or a module of the chain was
-      replaced or removed, the call raises InputError. Call `unfuse`, then `fuse`.
+    - Where that forward takes another path than in training or eval mode today, the call raises InputError; also where
+      a module of the chain was replaced or removed. Call `unfuse`, then `fuse`.
 
     What does not work on a fused model:
 

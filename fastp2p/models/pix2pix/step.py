@@ -94,11 +94,11 @@ class FusedStep:
         skip_dead_taps: leave out the taps of a kernel that meet padding alone, which changes no result.
 
     Raises:
-        InputError: on networks in eval mode, on several devices or in another dtype; on networks that hold anything
-            the engine does not compute (the text names the module), share or freeze parameters, do not fit each other,
-            or are too deep for the size; on an optimizer that is not Adam itself over exactly one network's parameters
-            in one group, has a hook or other options than lr, betas and eps, or states of unequal steps; on another
-            dtype to compute in.
+        InputError: on networks in eval mode, on several devices or in another dtype; on networks that do what the
+            engine does not compute (the text names the module); on shared or frozen parameters, networks that do not
+            fit each other or are too deep for the size. On an optimizer that is not Adam itself, over exactly one
+            network's parameters in one group; on its hooks, other options than lr, betas and eps, or states of unequal
+            steps. On another dtype to compute in.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class FusedStep:
         netG, netD = self.nets
         input_nc = _first_convolution(netG).in_channels
         G = plan_network(netG, input_nc, sizes[0], names=layer_names(netG), skip_dead_taps=skip_dead_taps)
-        self.channels = (input_nc, G.out_channels[0])  # of real_A, of real_B
+        self.channels = (input_nc, G.out_channels[0])  # real_A's, real_B's
         seen, expected = _first_convolution(netD).in_channels, sum(self.channels)
         if seen != expected:
             raise InputError(
