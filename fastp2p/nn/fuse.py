@@ -58,9 +58,9 @@ def fuse(model: nn.Module, *, channels_last: bool = True) -> FuseReport:
     """Let each convolution of a model do the normalisation, activation and dropout that follow it, in place.
 
     `fuse` follows the model's forward with torch.fx and finds chains: Conv2d or ConvTranspose2d -> BatchNorm2d or
-    InstanceNorm2d -> ReLU, LeakyReLU or Tanh -> Dropout. A chain has a norm, an activation, or both. The convolution then computes the whole chain (see `fastp2p.nn.ConvNormAct`) and the other
-    modules pass on what they get. Outputs, gradients and running statistics are as before, up to rounding; dropout
-    draws another mask.
+    InstanceNorm2d -> ReLU, LeakyReLU or Tanh -> Dropout. A chain has a norm, an activation, or both. Its convolution
+    then computes the whole chain (see `fastp2p.nn.ConvNormAct`), and the other modules pass on what they get. Outputs,
+    gradients and running statistics are as before, up to rounding; dropout draws another mask.
 
     All modules stay the objects they were, with their parameters, buffers, names, modes and settings: optimizers go on,
     state_dicts load both ways, train(), eval(), requires_grad_(), .to(), deepcopy, pickle, AveragedModel,

@@ -216,7 +216,7 @@ def test_a_step_is_autograd_s(name: str, gathers: bool):
 
 
 def test_taps_that_are_no_neighbours_are_all_kept():
-    """Of 4874 convolutions 182 have taps that meet padding alone; in 14 the others are no block."""
+    """182 convolutions among 4874 have taps that meet padding alone; in 14 the others are no block."""
     cases = [
         (make(2, 4, k, stride, padding), side)
         for make in (nn.Conv2d, nn.ConvTranspose2d)

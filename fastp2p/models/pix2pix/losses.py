@@ -24,9 +24,9 @@ def read_losses(losses: Losses[float], gan_mode: GanMode) -> Reading:
     """One line that says who is winning, and whether it should be a warning.
 
     Near balance D can only guess. D's loss is the mean of real and fake. When it, or G's, is under a tenth of balance,
-    that player has won, and the other one learns little from it any more. Hinge's loss_G_GAN has no lower end; there G has
-    won when loss_D_fake is over three times balance. Losses far above balance, without a winner who may explain them,
-    are those of a training that runs away.
+    that player has won, and the other one learns little from it any more. Hinge's loss_G_GAN has no lower end; there G
+    has won when loss_D_fake is over three times balance. Losses far above balance, without a winner who may explain
+    them, are those of a training that runs away.
     """
     balance = BALANCE[gan_mode]
     loss_D = (losses.loss_D_real + losses.loss_D_fake) / 2
