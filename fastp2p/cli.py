@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar, Union
+from typing import Annotated, Any, Union
 
 import torch
 import tyro
@@ -16,6 +16,7 @@ from tyro.conf import OmitArgPrefixes, Positional, subcommand
 from fastp2p.commands.convert import convert
 from fastp2p.commands.evaluate import evaluate, format_table, to_json
 from fastp2p.commands.info import info
+from fastp2p.commands.options import RunOptions, with_groups
 from fastp2p.commands.profile import profile_step
 from fastp2p.commands.roofline import count_roofline, measure_roofline
 from fastp2p.commands.translate import translate
@@ -30,17 +31,13 @@ from fastp2p.terminal import lasting_streams
 from fastp2p.train.loop import train
 from fastp2p.train.run_folder import read_config
 
-Config = TypeVar("Config", bound=RunConfig)
-Options = TypeVar("Options", bound=Workload)
-
 
 @dataclass(frozen=True)
-class Train(Generic[Config]):
+class Train(RunOptions):
     """Train a model on images; without arguments, pix2pix on the built-in set."""
 
-    config: Config
     resume: Path | None = None
-    """Continue the run in this folder, bit for bit as if it had never stopped; its limits may be changed."""
+    """Continue the run in this folder, bit for bit; its limits may change."""
 
     def run(self) -> None:
         if self.resume is not None and self.config.out != self.resume:
@@ -61,8 +58,7 @@ class Translate:
     size: int | None = None
     """Resize each image to this side first, px. None: keep its own size."""
     norm_stats: NormStats | None = None
-    """What batch norm normalises with: the image's own statistics (as upstream's test does), the batch's (the same,
-    one image at a time), or the running averages of training (eval mode). None: what the model was trained for."""
+    """Batch norm's statistics: the image's, the batch's, or running averages. None: the model's own."""
     dropout: bool = False
     """Keep dropout on, as the paper does at test time."""
     overwrite: bool = False
@@ -89,8 +85,7 @@ class Evaluate:
     direction: Direction | None = None
     """Which side of a pair is the input. None: the model's own."""
     norm_stats: NormStats | None = None
-    """What batch norm normalises with: each image's own statistics, those of 8 images at a time, or the running
-    averages of training. None: what the model was trained for."""
+    """Batch norm's statistics: the image's, those of 8, or running averages. None: the model's own."""
     dropout: bool = False
     """Keep dropout on, as the paper does at test time."""
     skip_bad: bool = False
@@ -132,31 +127,27 @@ class Convert:
 
 
 @dataclass(frozen=True)
-class OnAStep(Generic[Options]):
+class OnAStep(RunOptions):
     """What the commands share that look at a training step without images."""
 
-    options: Options
-    model: str = "pix2pix"
-    """Whose step: a folder of fastp2p/models."""
-
-    def config(self) -> RunConfig:
-        fields = {field.name: getattr(self.options, field.name) for field in dataclasses.fields(self.options)}
-        return registry.find(self.model).config(data="random pairs", **fields)
+    @property
+    def given(self) -> dict[str, Any]:
+        return {"data": "random pairs", **super().given}
 
 
 @dataclass(frozen=True)
-class Tune(OnAStep[Options]):
-    """Measure which kernels are the fastest here for a network, which fastp2p train otherwise does at its first run."""
+class Tune(OnAStep):
+    """Measure which kernels are the fastest here, as the first fastp2p train does for its own networks."""
 
     again: bool = False
     """Measure what is known, too."""
 
     def run(self) -> None:
-        print(tune_networks(self.config(), again=self.again))
+        print(tune_networks(self.config, again=self.again))
 
 
 @dataclass(frozen=True)
-class Roofline(OnAStep[Options]):
+class Roofline(OnAStep):
     """Count what a training step must do, and compare the least time that takes here with what it takes."""
 
     steps: int = 5
@@ -164,21 +155,20 @@ class Roofline(OnAStep[Options]):
     layers: bool = False
     """Show every call of an operator, instead of sums."""
     limits: tuple[float, float] | None = None
-    """TFLOP/s and GB/s of another machine, an H200's being 790 4300: its floors, in --precision (auto: bf16), with
-    nothing run."""
+    """TFLOP/s and GB/s of another machine, an H200's being 790 4300: count for it, run nothing."""
     json: bool = False
     """Print JSON instead of a table."""
 
     def run(self) -> None:
         if self.limits is None:
-            result = measure_roofline(self.config(), steps=self.steps)
+            result = measure_roofline(self.config, steps=self.steps)
         else:
-            result = count_roofline(self.config(), tflop_per_sec=self.limits[0], gb_per_sec=self.limits[1])
+            result = count_roofline(self.config, tflop_per_sec=self.limits[0], gb_per_sec=self.limits[1])
         print(json.dumps(result.as_dict(), indent=1) if self.json else result.table(layers=self.layers))
 
 
 @dataclass(frozen=True)
-class Profile(OnAStep[Options]):
+class Profile(OnAStep):
     """Show where a training step's time goes, part by part and kernel by kernel, and write its timeline."""
 
     steps: int = 5
@@ -191,7 +181,7 @@ class Profile(OnAStep[Options]):
     """Print JSON instead of tables."""
 
     def run(self) -> None:
-        result = profile_step(self.config(), trace=self.trace, steps=self.steps, overwrite=self.overwrite)
+        result = profile_step(self.config, trace=self.trace, steps=self.steps, overwrite=self.overwrite)
         print(json.dumps(result.as_dict(), indent=1) if self.json else result.table())
 
 
@@ -203,23 +193,28 @@ class Info:
         print(info())
 
 
-AnyCommand = Train[Any] | Translate | Evaluate | Convert | Tune[Any] | Roofline[Any] | Profile[Any] | Info
+AnyCommand = Train | Translate | Evaluate | Convert | Tune | Roofline | Profile | Info
 
 
-def commands_of(model: Model[Any]) -> Any:
-    """The union of all commands, with a model's own options where they take them."""
-    options = dataclasses.make_dataclass("Options", [], bases=(model.options, Workload), frozen=True, kw_only=True)
+def commands_of(model: Model[Any], config: RunConfig | None = None) -> Any:
+    """The union of all commands, with a model's own options where they take them.
+
+    Args:
+        model: whose options they are.
+        config: gives the defaults of train; None: the model's own defaults.
+    """
+    on_a_step = {"model", *(field.name for kind in (model.options, Workload) for field in dataclasses.fields(kind))}
     kinds: dict[str, Any] = {
-        "train": Train[model.config],  # type: ignore[name-defined]
+        "train": with_groups(Train, model, config=config),
         "translate": Translate,
         "evaluate": Evaluate,
         "convert": Convert,
-        "tune": Tune[options],  # type: ignore[valid-type]
-        "roofline": Roofline[options],  # type: ignore[valid-type]
-        "profile": Profile[options],  # type: ignore[valid-type]
+        "tune": with_groups(Tune, model, names=on_a_step),
+        "roofline": with_groups(Roofline, model, names=on_a_step),
+        "profile": with_groups(Profile, model, names=on_a_step),
         "info": Info,
     }
-    return Union[tuple(Annotated[kind, subcommand(name)] for name, kind in kinds.items())]  # noqa: UP007 (of a tuple)
+    return Union[tuple(Annotated[kind, subcommand(name)] for name, kind in kinds.items())]  # noqa: UP007 (a tuple's)
 
 
 def parse(args: Sequence[str]) -> AnyCommand:
@@ -231,9 +226,8 @@ def parse(args: Sequence[str]) -> AnyCommand:
     model = registry.find(named or (config.model if config else "pix2pix"))
     if config is not None and config.model != model.name:
         raise InputError(f"model: got {model.name}, but {resumed} was trained as {config.model}; drop the option")
-    kind = commands_of(model)
-    default = {} if config is None else {"default": Train(config, Path(str(resumed)))}
-    command: Any = tyro.cli(kind, prog="fastp2p", args=args, config=(OmitArgPrefixes,), **default)  # type: ignore[call-overload]
+    kind = commands_of(model, config)
+    command: Any = tyro.cli(kind, prog="fastp2p", args=args, config=(OmitArgPrefixes,))
     assert isinstance(command, Train | Translate | Evaluate | Convert | Tune | Roofline | Profile | Info)
     return command
 

@@ -46,21 +46,17 @@ class Workload(Settings):
     """What decides, beside a model's own options, how much a training step computes."""
 
     input_nc: Literal[1, 3] = 3
-    """Channels of the input image: 3 colour, 1 grey. Source: upstream."""
+    """Channels of the input image: 3 colour, 1 grey. [upstream]"""
     output_nc: Literal[1, 3] = 3
-    """Channels of the output image: 3 colour, 1 grey. Source: upstream."""
+    """Channels of the output image: 3 colour, 1 grey. [upstream]"""
     crop_size: int | None = None
-    """Side of the random crop that is trained on, px. None: 256, or 128 for builtin:emoji. Source: paper, appendix
-    6.2."""
+    """Side of the random crop, px. None: 256; builtin:emoji 128. [paper 6.2]"""
     batch_size: int = 1
-    """Pairs per step. Source: paper, appendix 6.2."""
+    """Pairs in a step. [paper 6.2]"""
     precision: Precision = "auto"
-    """Number format of the fused engine's activations, their gradients and the weights it multiplies by; the weights
-    that Adam updates, statistics and losses are in fp32. auto: bf16 on GPUs from compute capability 8.0 on and on CPUs
-    with AVX512_BF16 or AMX, fp16 with loss scaling on GPUs of 7.0 and 7.5, else fp32. fp64 is for proofs. Source: ours;
-    fp16, Micikevicius et al. 2018."""
+    """Number format of the products. auto: bf16, fp16 or fp32, as the hardware has it. [ours]"""
     device: Device = "auto"
-    """Where to train. auto: a CUDA GPU if PyTorch finds one, else the CPU. Source: ours."""
+    """Where to train. auto: a CUDA GPU if PyTorch finds one, else the CPU. [ours]"""
 
     def check(self) -> None:
         super().check()
@@ -77,61 +73,52 @@ class RunConfig(Workload):
     """
 
     model: str = "pix2pix"
-    """What to train: a folder of fastp2p/models. Source: ours."""
+    """What to train: a folder of fastp2p/models. [ours]"""
     data: str = BUILTIN
-    """Folder or .zip with train/ and, if there is one, val/: aligned A|B images, or folders A and B matched by file
-    name. builtin:emoji is the set inside the package. Source: ours."""
+    """Folder or .zip that holds train/ and perhaps val/. [ours]"""
     direction: Direction = "AtoB"
-    """Which side of a pair is the input. Source: upstream."""
+    """Which side of a pair is the input. [upstream]"""
     load_size: int | None = None
-    """Side to which images are resized (bicubic) before the random crop, px. None: 286, or 143 for builtin:emoji.
-    Source: paper, appendix 6.2."""
+    """Side of an image before the crop, px. None: 286; builtin:emoji 143. [paper 6.2]"""
     flip: bool = True
-    """Mirror a random half of the training pairs. Source: paper, appendix 6.2."""
+    """Mirror a random half of the training pairs. [paper 6.2]"""
     skip_bad: bool = False
-    """Train on the rest when images are unmatched or damaged, instead of stopping with their list. Source: ours."""
+    """Leave out unmatched and damaged images instead of stopping. [ours]"""
     stream: Literal["auto", "always", "never"] = "auto"
-    """Decode images in every epoch anew instead of keeping them in memory. auto: when they would take more than half
-    of this machine's memory. Source: ours."""
+    """Decode images anew in every epoch. auto: if they would fill half of the memory. [ours]"""
 
     lr: float = 2e-4
-    """Learning rate of both Adam optimizers. Source: paper, section 3.3."""
+    """Learning rate of both Adam optimizers. [paper 3.3]"""
     beta1: float = 0.5
-    """Adam's decay of the mean gradient. Source: paper, section 3.3."""
+    """Adam's decay of the mean gradient. [paper 3.3]"""
     beta2: float = 0.999
-    """Adam's decay of the squared gradient. Source: paper, section 3.3."""
+    """Adam's decay of the squared gradient. [paper 3.3]"""
     n_epochs: int | None = None
-    """Epochs at the full learning rate. None: 100, or a short schedule for builtin:emoji. Source: upstream."""
+    """Epochs at the full learning rate. None: 100; builtin:emoji fewer. [upstream]"""
     n_epochs_decay: int | None = None
-    """Epochs of linear decay after them. None: 100, or a short schedule for builtin:emoji. Source: upstream."""
+    """Epochs of linear decay after them. None: 100; builtin:emoji fewer. [upstream]"""
     max_steps: int | None = None
-    """Stop after this many steps in all, the schedule notwithstanding. None: no limit. Source: ours."""
+    """Stop after this many steps in all. None: no limit. [ours]"""
     max_minutes: float | None = None
-    """Stop after this many minutes of this call. None: no limit. Source: ours."""
+    """Stop after this many minutes of this call. None: no limit. [ours]"""
 
     seed: int = 0
-    """Seed of the weights, the order, the jitter and the dropout, 0 to 2**32 - 1. The same seed gives the same run
-    on the same kernels. Where none are kept yet, a run measures them, and may choose others: --kernels RUN takes
-    another run's. Source: ours."""
+    """Seed of weights, order, jitter and dropout: 0 to 2**32 - 1. [ours]"""
     engine: Engine = "fused"
-    """fused: the fast one, without autograd. layers: autograd over fused layers, for any network. reference: plain
-    PyTorch, to compare with. Source: ours."""
+    """fused: no autograd. layers: fused, with autograd. reference: plain PyTorch. [ours]"""
     kernels: str = "auto"
-    """Of the fused engine's convolutions. auto: for each layer the fastest on this machine, which is measured where
-    fastp2p has not done so before. aten: ATen's, on a GPU cuDNN's. triton: our own on a GPU, by rule. A path: those of
-    another run, named by its folder or its kernels.json; with its seed, its bits. Source: ours."""
+    """Convolution kernels: auto (measured), aten, triton, or those of a run folder. [ours]"""
 
     out: Path | None = None
-    """Run folder to make. None: the next free runs/DATA-NUMBER. Source: ours."""
+    """Run folder to make. None: the next free runs/DATA-NUMBER. [ours]"""
     log_steps: int = 20
-    """Steps between two lines of stats.jsonl; losses are means over them. Source: ours."""
+    """Steps between two lines of stats.jsonl, which hold mean losses. [ours]"""
     panel_steps: int = 200
-    """Steps between two pictures of the validation panel (input, output, target). Source: ours."""
+    """Steps between two pictures of the validation panel. [ours]"""
     val_epochs: int = 1
-    """Epochs between two validations (L1, PSNR, SSIM); there is one more at the end. Source: ours."""
+    """Epochs between two validations (L1, PSNR, SSIM). [ours]"""
     save_minutes: float = 2.0
-    """Minutes between two checkpoints; there is one more at the end and on Ctrl-C. 0: after every step. Source:
-    ours."""
+    """Minutes between two checkpoints. 0: after every step. [ours]"""
 
     def check(self) -> None:
         super().check()

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, get_args, get_origin
 import pytest
 
 from fastp2p import cli
+from fastp2p.commands.options import RunOptions
 from fastp2p.models.gan_losses import BALANCE
 from fastp2p.models.pix2pix.options import Pix2PixConfig
 
@@ -166,7 +167,8 @@ def test_commands_parse(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     for command in commands(page):
         try:
-            cli.parse(shlex.split(command, comments=True)[1:])
+            parsed = cli.parse(shlex.split(command, comments=True)[1:])
+            assert not isinstance(parsed, RunOptions) or parsed.config
         except SystemExit:
             pytest.fail(f"{page.name}: {command}")
 

@@ -35,7 +35,7 @@ from fastp2p.config import RunConfig, Settings
 @dataclass(frozen=True, kw_only=True)
 class DummyOptions(Settings):
     channels: int = 4
-    """Channels between the two convolutions. Source: this test."""
+    """Channels between the two convolutions. [this test]"""
 
     def check(self) -> None:
         super().check()
@@ -45,7 +45,7 @@ class DummyOptions(Settings):
 @dataclass(frozen=True, kw_only=True)
 class DummyConfig(DummyOptions, RunConfig):
     model: Literal["dummy"] = "dummy"
-    """What to train. Source: this test."""
+    """What to train. [this test]"""
 ''',
     "generator.py": '''"""How its network is rebuilt."""
 

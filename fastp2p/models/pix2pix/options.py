@@ -16,34 +16,27 @@ class Pix2PixOptions(Settings):
     """The networks and the objective."""
 
     netG: str | None = None
-    """Generator: unet_S halves the side log2(S) times. None: unet_256, or for builtin:emoji unet_128, on a CPU
-    unet_32. Source: paper, appendix 6.1.1."""
+    """Generator: unet_S. None: 256; builtin:emoji 128, on a CPU 32. [paper 6.1.1]"""
     ngf: int | None = None
-    """Channels of the generator's first layer. None: 64, or 32 for builtin:emoji on a CPU. Source: paper, appendix
-    6.1.1."""
+    """Channels of netG's first layer. None: 64; emoji on a CPU 32. [paper 6.1.1]"""
     netD: NetD = "basic"
-    """Discriminator: basic is the 70x70 PatchGAN, n_layers takes --n-layers-D, pixel judges each pixel alone. Source:
-    paper, appendix 6.1.2."""
+    """Discriminator: basic (70x70 PatchGAN), n_layers or pixel. [paper 6.1.2]"""
     ndf: int | None = None
-    """Channels of the discriminator's first layer. None: 64, or 16 for builtin:emoji on a CPU. Source: paper,
-    appendix 6.1.2."""
+    """Channels of netD's first layer. None: 64; emoji on a CPU 16. [paper 6.1.2]"""
     n_layers_D: int = 3
-    """Strided layers of --netD n_layers, 1 to 5: a patch of 16, 34, 70, 142 or 286 px. Source: upstream."""
+    """Strided layers of --netD n_layers, 1 to 5. [upstream]"""
     norm: Norm = "batch"
-    """Normalisation layer of both networks. Source: paper, appendix 6.1."""
+    """Normalisation layer of both networks. [paper 6.1]"""
     statistics: Statistics = "batch"
-    """Over what batch norm takes its statistics: the batch, or each sample alone, which at any batch size is what batch
-    size 1 does. Source: batch, upstream; sample, ours."""
+    """Batch norm's statistics: over the batch, or of each sample. [upstream; sample ours]"""
     dropout: Dropout = "upstream"
-    """Place of the decoder's Dropout(0.5): as upstream has it, one level deeper as in the paper, or none. Source:
-    upstream; paper, appendix 6.1.1."""
+    """Place of the decoder's Dropout(0.5); paper: one level deeper. [upstream; paper 6.1.1]"""
     init_gain: float = 0.02
-    """Standard deviation of the initial weights. Source: paper, appendix 6.2."""
+    """Standard deviation of the initial weights. [paper 6.2]"""
     gan_mode: GanMode | None = None
-    """Adversarial loss. None: vanilla, or lsgan for builtin:emoji on a CPU, where a short run is smoother with it.
-    Source: vanilla, paper eq. 1; lsgan, Mao et al. 2017; hinge, Lim and Ye 2017."""
+    """Adversarial loss. None: vanilla; builtin:emoji on a CPU lsgan. [paper eq. 1; others]"""
     lambda_L1: float = 100.0
-    """Weight of the L1 loss. Source: paper, eq. 4 and section 3.3."""
+    """Weight of the L1 loss. [paper eq. 4]"""
 
     def check(self) -> None:
         super().check()
@@ -65,14 +58,14 @@ class Pix2PixOptions(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class Pix2PixConfig(Pix2PixOptions, RunConfig):
-    """Train pix2pix on paired images.
+    """pix2pix, paired image-to-image translation, with the paper's settings.
 
-    The defaults are the paper's (Isola et al. 2017, "paper" in the options' sources) as upstream
-    (junyanz/pytorch-CycleGAN-and-pix2pix) implements them.
+    Each option names its source. [paper N] is section N of Isola et al. 2017.
+    [upstream] is junyanz/pytorch-CycleGAN-and-pix2pix. [ours] is fastp2p.
     """
 
     model: Literal["pix2pix"] = "pix2pix"
-    """What to train: pix2pix, paired image-to-image translation. Source: ours."""
+    """What to train. [ours]"""
 
     def check(self) -> None:
         super().check()
