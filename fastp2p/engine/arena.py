@@ -79,7 +79,7 @@ class Arena:
         group = _only_group(optimizer, self.parameters, wide)
         (self.beta1, self.beta2), self.eps = group["betas"], group["eps"]
         self.options = {name: group[name] for name in _OPTIONS}
-        self.accumulates, self.reduce, self.unscale = accumulates, reduce, unscale
+        self.nets, self.accumulates, self.reduce, self.unscale = nets, accumulates, reduce, unscale
 
         # The flat buffers
         self.starts, size = _starts(self.parameters)
@@ -241,7 +241,11 @@ class Arena:
             return
         late = [p for p in self.parameters if id(p) not in self.brought and id(p) not in self.no_gradient]
         if late:
-            raise InputError(f"engine: {len(late)} parameters have no gradient in this step; expected one for each")
+            paths = [path for net in self.nets for path, p in net.named_parameters() if p is late[0]]
+            raise InputError(
+                f"engine: {len(late)} parameters have no gradient in this step, the first of them {paths[0]}; expected "
+                f"one for each{REFERENCE}"
+            )
         if self.reduce is not None:
             self.reduce(self.grad)
         unscale = None if self.unscale is None else self.unscale(self.grad)

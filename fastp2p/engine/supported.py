@@ -37,8 +37,8 @@ class Supported:
         for name, module in self.names.items():
             _check(name, module)
         self.parameters = [p for module in self.names.values() for p in module._parameters.values() if p is not None]
-        addresses = {p.data_ptr() if p.device.type != "meta" and p.numel() else id(p) for p in self.parameters}
-        if len(self.parameters) != len(addresses):
+        places = {(p.untyped_storage()._cdata, p.storage_offset()) for p in self.parameters}
+        if len(self.parameters) != len(places):
             raise InputError(f"engine: two modules share a parameter; expected one for each{HINT}")
         self._check_parameters()
         self.modules = list(self.names.values())

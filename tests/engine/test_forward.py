@@ -182,6 +182,13 @@ def test_shapes_that_are_known_may_be_asked_for():
     ]
 
 
+def test_parameters_that_share_memory_are_refused():
+    net = Net(lambda self, y: y, c=nn.Conv2d(4, 4, 3))
+    net.c.weight.data = net.b.weight.data
+    with pytest.raises(InputError, match="two modules share a parameter"):
+        plan_network(net, 3, SIZE)
+
+
 def test_the_same_object_stays_the_same():
     """What PyTorch gives back itself, a stand-in is, too."""
     seen = []
