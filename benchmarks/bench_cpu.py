@@ -42,12 +42,9 @@ def bench_part(
         name if name.startswith("adam") else f"{name}, batch {batch_size}",
         suite="parts of a step, CPU",
         what="eager in float32, NCHW, as upstream has it, and fastp2p in the dtype told; every layer of the step once",
-        eager=part.eager,
-        ours=part.ours,
-        check=part.check,
         device=CPU,
         dtype=dtype,
         rounds=QUICK_ROUNDS if quick else ROUNDS,
-        n_bytes=part.n_bytes,
         copy_gb_per_sec=copy_gb_per_sec,
+        **vars(part),
     )

@@ -11,27 +11,16 @@ from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
-from adam_case import AdamCase
+from harness.cases import Call, Case, adam_case, augment_case
 from harness.parity import assert_loss, assert_norm_gradients, assert_normalised, assert_product
 from harness.providers import PAPER, Scale
 from torch import Tensor, nn
 
-from fastp2p.ops import augment, augment_ref, norm_act, norm_stats, patch_loss
+from fastp2p.ops import norm_act, norm_stats, patch_loss
 from fastp2p.ops.activation import ACTIVATIONS
 
-Call = Callable[[], object]
 LAMBDA_L1 = 100.0
 operators = torch.ops.fastp2p
-
-
-@dataclass(frozen=True)
-class Part:
-    """Calls that do the same work: upstream's in float32 and NCHW, ours; and the bytes ours must move."""
-
-    eager: Call
-    ours: Call
-    check: Callable[[], None]  # raises AssertionError unless they have the same results
-    n_bytes: int = 0  # 0 where it is arithmetic that counts
 
 
 @dataclass(frozen=True)
@@ -60,7 +49,7 @@ class Convolved:
         return self.module.stride[0], self.module.padding[0]
 
 
-def parts(batch: int, dtype: torch.dtype, scale: Scale = PAPER) -> Iterator[tuple[str, Callable[[], Part]]]:
+def parts(batch: int, dtype: torch.dtype, scale: Scale = PAPER) -> Iterator[tuple[str, Callable[[], Case]]]:
     """Each part's name, and what makes it; dtype is that of our activations and weights."""
     for direction in DIRECTIONS:
         yield f"convolutions, {direction}", partial(_convolutions, batch, dtype, scale, direction)
@@ -71,7 +60,8 @@ def parts(batch: int, dtype: torch.dtype, scale: Scale = PAPER) -> Iterator[tupl
     yield "patch_loss, L1 of the image", lambda: _image_loss(batch, dtype, scale.size)
     yield "patch_loss, BCE of the map", lambda: _map_loss(batch, dtype)
     yield "adam, both networks", lambda: _adam(dtype, scale)
-    yield "augment", lambda: _augment(batch, dtype, scale.size)
+    options = {"eager_dtype": torch.float32, "device": torch.device("cpu")}
+    yield "augment", lambda: augment_case(batch, scale.size, scale.load_size, dtype, **options)
 
 
 @lru_cache(maxsize=1)
@@ -97,7 +87,7 @@ def convolved_layers(batch: int, dtype: torch.dtype, scale: Scale = PAPER) -> li
     return layers
 
 
-def _convolutions(batch: int, dtype: torch.dtype, scale: Scale, direction: str) -> Part:
+def _convolutions(batch: int, dtype: torch.dtype, scale: Scale, direction: str) -> Case:
     eager, ours = DIRECTIONS[direction]
     layers = convolved_layers(batch, dtype, scale)
 
@@ -108,7 +98,7 @@ def _convolutions(batch: int, dtype: torch.dtype, scale: Scale, direction: str) 
             size = 1.0 if direction == "weight gradient" else float(layer.weight.std())  # the maps' deviation is 1
             assert_product(what, ours(layer), expected, dtype=dtype, terms=terms, size=size)
 
-    return Part(*(_all([partial(call, layer) for layer in layers]) for call in (eager, ours)), check)
+    return Case(*(_all([partial(call, layer) for layer in layers]) for call in (eager, ours)), check)
 
 
 def _exactly(*tensors: Tensor, dtype: torch.dtype) -> list[Tensor]:
@@ -178,7 +168,7 @@ def _norms(
     ours: MakeNorm,
     compare: CheckNorm,
     passes: int,
-) -> Part:
+) -> Case:
     """Batch norm and LeakyReLU wherever the networks have a norm; passes: over its map, to read or to write.
 
     dy is 0 where rounding may decide on which side of its kink LeakyReLU is.
@@ -198,7 +188,7 @@ def _norms(
             compare(mine(), theirs(), *operands)
 
     n_bytes = sum(x.numel() for x, *_ in layers) * dtype.itemsize * passes
-    return Part(_all(eager_calls), _all(our_calls), check, n_bytes)
+    return Case(_all(eager_calls), _all(our_calls), check, n_bytes)
 
 
 def _eager_forward(x: Tensor, weight: Tensor, bias: Tensor, _: Tensor) -> Callable[[], Results]:
@@ -234,7 +224,7 @@ def _check_backward(ours: Results, eager: Results, x: Tensor, weight: Tensor, _:
     assert_norm_gradients(ours, eager, x, weight, dy)
 
 
-def _image_loss(batch: int, dtype: torch.dtype, size: int) -> Part:
+def _image_loss(batch: int, dtype: torch.dtype, size: int) -> Case:
     fake_B, real_B = _exactly(*torch.rand(2, batch, 3, size, size), dtype=dtype)
     ours, target = (_ours(t, dtype) for t in (fake_B, real_B))
     return _loss(
@@ -245,7 +235,7 @@ def _image_loss(batch: int, dtype: torch.dtype, size: int) -> Part:
     )
 
 
-def _map_loss(batch: int, dtype: torch.dtype) -> Part:
+def _map_loss(batch: int, dtype: torch.dtype) -> Case:
     (logits,) = _exactly(torch.randn(batch, 1, 30, 30), dtype=dtype)
     ours = _ours(logits, dtype)
     return _loss(
@@ -256,7 +246,7 @@ def _map_loss(batch: int, dtype: torch.dtype) -> Part:
     )
 
 
-def _loss(x: Tensor, eager: Callable[[], Tensor], ours: Callable[[], Results], n_bytes: int) -> Part:
+def _loss(x: Tensor, eager: Callable[[], Tensor], ours: Callable[[], Results], n_bytes: int) -> Case:
     """A loss of x with its gradient."""
     x.requires_grad_()
 
@@ -264,35 +254,15 @@ def _loss(x: Tensor, eager: Callable[[], Tensor], ours: Callable[[], Results], n
         loss = eager()
         return loss.detach(), *torch.autograd.grad(loss, x)
 
-    return Part(loss_and_gradient, ours, lambda: assert_loss(ours(), loss_and_gradient()), n_bytes)
+    return Case(loss_and_gradient, ours, lambda: assert_loss(ours(), loss_and_gradient()), n_bytes)
 
 
-def _adam(dtype: torch.dtype, scale: Scale) -> Part:
+def _adam(dtype: torch.dtype, scale: Scale) -> Case:
     trained = [parameter for module, *_ in _modules(1, scale) for parameter in module.parameters()]
     parameters = [nn.Parameter(parameter.detach().clone()) for parameter in trained]
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
-    case = AdamCase(parameters, dtype)
-    return Part(case.eager, case.ours, case.check, case.n_bytes)
-
-
-def _augment(batch: int, dtype: torch.dtype, size: int) -> Part:
-    load_size = size * 286 // 256
-    pairs = torch.randint(0, 256, (32, load_size, load_size, 6), dtype=torch.uint8)
-    index, offset = torch.arange(batch), torch.randint(0, load_size - size + 1, (batch, 2))
-    flip = index % 2 == 0
-
-    def eager() -> Results:
-        return augment_ref(pairs, index, offset, flip, size, 3)
-
-    def ours() -> Results:
-        return augment(pairs, index, offset, flip, crop_size=size, input_nc=3, dtype=dtype)
-
-    def check() -> None:
-        """Bit for bit: a function of 256 values, rounded once."""
-        assert all(torch.equal(one, other.to(dtype)) for one, other in zip(ours(), eager(), strict=True)), "augment"
-
-    return Part(eager, ours, check, batch * size**2 * 6 * (1 + dtype.itemsize))
+    return adam_case(parameters, dtype)
 
 
 def _all(calls: Iterable[Call]) -> Call:

@@ -27,12 +27,12 @@ from torch.profiler import ProfilerActivity
 from fastp2p.commands.info import info
 from fastp2p.commands.measure import Spread, Workload
 from fastp2p.commands.profile import profile_step
+from fastp2p.commands.tune import tune_networks
 from fastp2p.count.ceilings import measure_ceilings
 from fastp2p.data import Crops
 from fastp2p.engine import GraphedStep
 from fastp2p.models.pix2pix.options import Pix2PixConfig
 from fastp2p.ops import kernel_choices
-from fastp2p.tuner.store import tune_networks
 
 Content = dict[str, Any]
 PRECISIONS = ("bf16", "fp16", "fp32")

@@ -88,18 +88,14 @@ def commit() -> dict[str, Any]:
     Where there is a repository that variable is not looked at: an old one would put its name to other code's results.
     """
     if not (ROOT / ".git").exists():
-        given = os.environ.get("FASTP2P_COMMIT")
-        if not given:
-            return {"commit": None, "dirty": None}
-        return {"commit": given.removesuffix("-dirty"), "dirty": given.endswith("-dirty")}
-    if shutil.which("git") is None:
-        return {"commit": None, "dirty": None}
-    git = ["git", "-C", str(ROOT)]
-    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-    status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
-    if head.returncode or status.returncode:
-        return {"commit": None, "dirty": None}
-    return {"commit": head.stdout.strip(), "dirty": bool(status.stdout.strip())}
+        if given := os.environ.get("FASTP2P_COMMIT"):
+            return {"commit": given.removesuffix("-dirty"), "dirty": given.endswith("-dirty")}
+    elif shutil.which("git") is not None:
+        commands = (["rev-parse", "HEAD"], ["status", "--porcelain"])
+        done = [subprocess.run(["git", "-C", str(ROOT), *each], capture_output=True, text=True) for each in commands]
+        if not any(command.returncode for command in done):
+            return {"commit": done[0].stdout.strip(), "dirty": bool(done[1].stdout.strip())}
+    return {"commit": None, "dirty": None}
 
 
 class Strangers:

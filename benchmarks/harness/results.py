@@ -5,9 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from harness.machine import ROOT, TOLERATED_SHARE, describe, name_of, slug
+from harness.machine import TOLERATED_SHARE, describe, name_of, slug
 
-RESULTS = ROOT / "benchmarks" / "results"
 NOTES = [
     "ms, first_quartile and third_quartile are milliseconds a unit of work (a step, a batch of an epoch, a call) over "
     "n samples; providers took turns, each in a process of its own; an operator's in one process",

@@ -7,7 +7,6 @@ its loader and its optimize_parameters() there is nothing; the prints, pages and
 out.
 """
 
-import argparse
 import itertools
 import sys
 import tempfile
@@ -19,16 +18,17 @@ import torch
 from torch import Tensor
 
 from harness.epochs import check_count
-from harness.providers import SCALES, Scale
+from harness.providers import Scale
 from harness.worker import SETTLING, Answer, Measured, Unit, images, moments, serve
 
 
 class Upstream(Measured):
     """The official pix2pix, as its own options make it."""
 
-    def __init__(self, checkout: Path, device: torch.device, scale: Scale):
+    def __init__(self, checkout: str, device: torch.device, scale: Scale):
         super().__init__(device)
-        self.checkout, self.scale = checkout, scale
+        sys.path.insert(0, checkout)
+        self.checkout, self.scale = Path(checkout), scale
         self.folder = tempfile.TemporaryDirectory(prefix="fastp2p-upstream-")  # for what it writes
 
     def check(self, batch: int, data: str, weights: str) -> Answer:
@@ -95,15 +95,5 @@ class Upstream(Measured):
         return (pairs for pairs in epochs if len(pairs["A"]) == batch)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkout", type=Path)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--scale", default="paper", choices=[*SCALES])
-    args = parser.parse_args()
-    sys.path.insert(0, str(args.checkout))
-    serve(lambda: Upstream(args.checkout, torch.device(args.device), SCALES[args.scale]))
-
-
 if __name__ == "__main__":
-    main()
+    serve("checkout", Upstream, __doc__)

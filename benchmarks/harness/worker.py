@@ -164,12 +164,23 @@ def _sampled(tensors: Iterable[Tensor], stride: int) -> list[float]:
     return list(itertools.chain.from_iterable(values))
 
 
-def serve(make: Callable[[], object]) -> None:
-    """Answer what comes on stdin by calling methods of what make() gives. What else is printed goes to stderr."""
+def serve(subject: str, make: Callable[[str, torch.device, Scale], object], about: str | None) -> None:
+    """Answer what comes on stdin by calling methods of what `make` gives. What else is printed goes to stderr.
+
+    Args:
+        subject: what the command line names first, and `make` takes.
+        make: subject, device, scale -> who works.
+        about: text of --help.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(subject)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--scale", default="paper", choices=[*SCALES])
+    args = parser.parse_args()
     die_with_parent()
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    worker = make()
+    worker = make(getattr(args, subject), torch.device(args.device), SCALES[args.scale])
     for line in sys.stdin:
         request = json.loads(line)
         try:
@@ -179,16 +190,10 @@ def serve(make: Callable[[], object]) -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("provider")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--scale", default="paper", choices=[*SCALES])
-    args = parser.parse_args()
-    device = torch.device(args.device)
+def provider_worker(name: str, device: torch.device, scale: Scale) -> ProviderWorker:
     known = {p.name: p for p in providers(device, quick=False)[0]}
-    serve(lambda: ProviderWorker(known[args.provider], device, SCALES[args.scale]))
+    return ProviderWorker(known[name], device, scale)
 
 
 if __name__ == "__main__":
-    main()
+    serve("provider", provider_worker, __doc__)

@@ -5,7 +5,7 @@ each pass.
 """
 
 import torch
-from adam_case import UNET_256_PARAMETERS, AdamCase
+from harness.cases import UNET_256_PARAMETERS, adam_case
 from layers import NOISE, each_dtype
 from torch import nn
 
@@ -19,6 +19,4 @@ def bench_adam(compare, quick: bool, rehearse: bool, dtype: torch.dtype):
     parameters = [nn.Parameter(weight) for weight in weights]
     for parameter, grad in zip(parameters, grads, strict=True):
         parameter.grad = grad
-    case = AdamCase(parameters, dtype)
-    checked = {"eager": case.eager, "ours": case.ours, "check": case.check, "n_bytes": case.n_bytes}
-    compare(f"adam, {n:,} parameters", dtype=dtype, **checked)
+    compare(f"adam, {n:,} parameters", dtype=dtype, **vars(adam_case(parameters, dtype)))

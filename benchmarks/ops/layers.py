@@ -45,7 +45,10 @@ class Convolution:
         small, large = (self.out_side, self.out_side), (self.side, self.side)
         channels = (self.o, self.o if operator == "conv_transpose" else 0, self.c)
         problem = Problem(operator, dtype, images * self.out_side**2, *channels, 4, 4, self.stride)
-        operation = Operation(self.name, problem, images, small, large, padding=1, stat_groups=stat_groups)
+        strides = (16 * self.c, 1, 4 * self.c, self.c)  # channels_last
+        operation = Operation(
+            self.name, problem, images, small, large, padding=1, stat_groups=stat_groups, strides=strides
+        )
         return Trial(operation, NOISE)
 
 

@@ -1,5 +1,6 @@
 """The benchmarks' own machinery: who takes turns, what is refused, and what the tables say."""
 
+import importlib
 import json
 import os
 import re
@@ -65,6 +66,16 @@ def content(*rows: dict[str, Any], **facts: Any) -> dict[str, Any]:
         | {"date": "2026-11-20T12:00:00", "commit": "0123456789ab", "dirty": False, "left_out": {}, "rows": [*rows]}
         | facts
     )
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").rglob("*.py")), ids=lambda path: path.stem)
+def test_what_a_benchmark_imports_is_there(path: Path):
+    """Most of them run on a GPU alone, or for minutes."""
+    name = ".".join(path.relative_to(ROOT / "benchmarks").with_suffix("").parts).removeprefix("ops.")
+    if path.stem in ("gpu_stages", "gpu_programs", "graph_latency", "recorded_tests"):
+        pytest.importorskip("triton", reason="needs triton")
+    if path.stem != "conftest":  # pytest has imported the tests' own under that name
+        importlib.import_module(name)
 
 
 def test_all_take_turns_and_ours_comes_last():
