@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from fastp2p.config import Device, Precision
+from fastp2p.config import Device, Precision, ResolvedConfig, RunConfig
 from fastp2p.errors import InputError
 
 DTYPES: dict[Precision, torch.dtype] = {
@@ -37,6 +37,20 @@ def best_precision(device: torch.device) -> Precision:
         return "bf16" if major >= 8 else "fp16" if major >= 7 else "fp32"
     has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bf16" if has_bf16 else "fp32"
+
+
+def prepare(config: RunConfig) -> tuple[torch.device, ResolvedConfig]:
+    """Choose a run's device and decide its configuration there, and make cuDNN give the same bits each time.
+
+    Returns:
+        The device, and the configuration with every None and auto replaced.
+
+    Raises:
+        InputError: when the configuration asks for cuda and there is none.
+    """
+    device = choose_device(config.device)
+    torch.backends.cudnn.deterministic = True  # or a resumed run would not repeat the unbroken one's bits on a GPU
+    return device, config.resolve(device.type, best_precision(device))
 
 
 def describe_device(device: torch.device) -> str:

@@ -4,8 +4,11 @@ import errno
 from pathlib import Path
 
 
-class InputError(Exception):
-    """What the user gave cannot be used: the text says what was got, what was expected and what to do."""
+class InputError(ValueError):
+    """The user gave something that cannot be used. The text says what it is, what was expected and what to do.
+
+    Whoever catches ValueError around code that raises this one lets it pass first: its text is for the user.
+    """
 
 
 class UnreadablePair(InputError):

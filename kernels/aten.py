@@ -11,10 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from fastp2p.kernels import gemm
 from fastp2p.kernels.adam import adam
 from fastp2p.kernels.norm_stats import merge_partials
-from torch import Tensor
 
 
 def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from fastp2p.kernels.compile_check import Case
 from torch import Tensor
+
+from fastp2p.kernels.compile_check import Case
 
 CONFIGS = [{"BLOCK": 256, "num_warps": 4}, {"BLOCK": 128, "num_warps": 2}, {"BLOCK": 512, "num_warps": 4}]
 

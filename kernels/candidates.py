@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 import triton
-from fastp2p.kernels import conv_wgrad_adam, gemm
-from fastp2p.kernels.layer_shapes import may_split
 from torch import Tensor
 from triton.runtime.errors import PTXASError
+
+from fastp2p.kernels import conv_wgrad_adam, gemm
+from fastp2p.kernels.layer_shapes import may_split
 
 Config = dict[str, int]
 # What refuses a configuration: the launcher, Triton itself, and the assembler behind it

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastp2p.kernels import gemm
 from fastp2p.kernels.compile_check import Case
 from fastp2p.kernels.gemm import dot, within
 from fastp2p.kernels.layer_shapes import LAYERS, Layer, gemm_cases
 from fastp2p.kernels.layout import pixel_rows
-from torch import Tensor
 
 
 @triton.jit(do_not_specialize=gemm.GEOMETRY)

@@ -14,12 +14,13 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastp2p.kernels import gemm
 from fastp2p.kernels.adam import adam_update
 from fastp2p.kernels.compile_check import Case
 from fastp2p.kernels.conv_wgrad import launch_arguments, layer_cases, outer_product, partial_sums, tiles, whole_blocks
 from fastp2p.kernels.layer_shapes import LAYERS, Layer
-from torch import Tensor
 
 
 @triton.jit(do_not_specialize=gemm.GEOMETRY)

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastp2p.kernels.activation import activate, derivative
 from fastp2p.kernels.compile_check import Case
 from fastp2p.kernels.layout import pixel_rows
-from torch import Tensor
 
 CONFIGS = [  # 8 elements a thread, 16 bytes of bfloat16; with 16 elements some of the backward's variants spill
     {"BLOCK_M": 32, "BLOCK_C": 64, "num_warps": 8},

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastp2p.kernels.compile_check import Case
 from fastp2p.kernels.layout import pixel_rows
-from torch import Tensor
 
 CONFIGS = [
     {"BLOCK_M": 64, "BLOCK_C": 64, "num_warps": 8},

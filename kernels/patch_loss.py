@@ -12,8 +12,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from fastp2p.kernels.compile_check import Case
 from torch import Tensor
+
+from fastp2p.kernels.compile_check import Case
 
 CONFIGS = [{"BLOCK": 1024, "num_warps": 4}, {"BLOCK": 256, "num_warps": 2}, {"BLOCK": 4096, "num_warps": 8}]
 BCE, SQUARE, HINGE, LINEAR = (tl.constexpr(kind) for kind in range(4))  # the order of ops.patch_loss.KINDS; then l1

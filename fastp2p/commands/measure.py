@@ -21,7 +21,7 @@ from fastp2p.config import ResolvedConfig, RunConfig
 from fastp2p.count.ceilings import Ceilings, measure_ceilings
 from fastp2p.count.cost import Cost, count_step
 from fastp2p.data import Crops
-from fastp2p.device import best_precision, choose_device
+from fastp2p.device import prepare
 from fastp2p.engine.ranges import AUGMENT, part
 from fastp2p.errors import InputError
 from fastp2p.models import registry
@@ -85,9 +85,7 @@ class Workload:
     """
 
     def __init__(self, config: RunConfig):
-        self.device = choose_device(config.device)
-        torch.backends.cudnn.deterministic = True  # as in training
-        self.config = config.resolve(self.device.type, best_precision(self.device))
+        self.device, self.config = prepare(config)
         state = TrainState.new(self.config, self.device, fingerprint="")
         self.step = state.engine_step(self.config)
         self.costs = count_step(self.step, self.config.batch_size)

@@ -56,6 +56,8 @@ def read_image(file: Traversable, channels: int) -> tuple[Image.Image, str]:
                 if "MAX_TEXT" not in str(error):
                     raise
                 return _decode(_without_texts(content), channels)
+    except InputError:  # has its words
+        raise
     except MemoryError as error:
         raise InputError("cannot be decoded: there is not enough memory for it") from error
     except UnidentifiedImageError as error:

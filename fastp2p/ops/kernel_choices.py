@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastp2p.errors import InputError, WriteError
+from fastp2p.errors import WriteError
 from fastp2p.files import is_there, read_small, write_atomically
 from fastp2p.ops.extension import INTERPRETED, WHY_ABSENT
 
@@ -178,7 +178,7 @@ def read_cache(place: Place) -> Table:
         return {}
     try:
         return from_json(read_small(path), place) if is_there(path) else {}
-    except (OSError, ValueError, InputError) as error:
+    except (OSError, ValueError) as error:
         warnings.warn(f"{path}: cannot be used ({error}); kernels go by rule until they are tuned anew", stacklevel=2)
         return {}
 
@@ -191,7 +191,7 @@ def add_to_cache(place: Place, choices: Table) -> None:
         return
     try:
         kept = from_json(read_small(path), place)
-    except (OSError, ValueError, InputError):  # none yet, or said when it was read
+    except (OSError, ValueError):  # none yet, or said when it was read
         kept = {}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from fastp2p import terminal
 from fastp2p.config import ResolvedConfig, RunConfig
 from fastp2p.data import Crops, batches_per_epoch, eval_batches, train_crops
 from fastp2p.data.splits import TrainData, load_train_data
-from fastp2p.device import best_precision, choose_device
+from fastp2p.device import prepare
 from fastp2p.errors import InputError, TrainingDiverged
 from fastp2p.files import is_there, remove_leftovers
 from fastp2p.models.checkpoint import load_checkpoint, save_checkpoint, save_generator
@@ -50,9 +50,7 @@ def train(config: RunConfig, *, resume: bool = False, say: Say = terminal.say) -
         TrainingDiverged: when a loss or a weight is no longer finite; the last good checkpoint is kept.
         WriteError: when a file cannot be written; the previous checkpoint is kept.
     """
-    device = choose_device(config.device)
-    resolved = config.resolve(device.type, best_precision(device))
-    torch.backends.cudnn.deterministic = True  # or a resumed run would not repeat the unbroken one's bits on a GPU
+    device, resolved = prepare(config)
     with contextlib.ExitStack() as stack:
         # Everything that can be wrong is found before anything is written; what takes no time, before images are read
         saved = None

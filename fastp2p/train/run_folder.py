@@ -135,7 +135,7 @@ def read_config(folder: Path) -> RunConfig:
             raise ValueError(f"it holds {fields!r:.60}, expected settings by name")
         model = registry.find(fields.get("model", "pix2pix"))  # earlier versions knew no other, and wrote none
         return model.config(**fields | {"out": folder})
-    except (ValueError, TypeError, RecursionError, InputError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as a configuration of this version: {error}") from error
 
 

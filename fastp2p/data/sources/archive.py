@@ -50,6 +50,8 @@ def read_bytes(file: Traversable) -> bytes:
         assert isinstance(file, Path)
         _check_size(file.stat().st_size)
         return file.read_bytes()
+    except InputError:  # has its words
+        raise
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror or error}") from error
     except MemoryError as error:
