@@ -65,6 +65,6 @@ def memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")  # of the container; "max" for none
+    limit = Path("/sys/fs/cgroup/memory.max")  # the container's; "max" for none
     text = limit.read_text().strip() if limit.exists() else "max"
     return min(physical, int(text)) if text.isdigit() else physical

@@ -16,7 +16,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         WriteError: when it cannot be written (a full disk); the old file is then untouched.
     """
-    temporary = path.with_name(f".{path.name[:55]}.{os.getpid()}.tmp")  # of fewer than 255 bytes, as names may have
+    temporary = path.with_name(f".{path.name[:55]}.{os.getpid()}.tmp")  # fewer than 255 bytes, as names may have
     try:
         temporary.unlink(missing_ok=True)  # a killed process of the same number left it, or it is somebody's link
         with open(temporary, "xb") as stream:  # x: never through a link

@@ -35,7 +35,7 @@ def _augment_kernel(
     C_PADDED: tl.constexpr,  # the next power of two
     BLOCK: tl.constexpr,  # pixels
 ):
-    blocks = tl.cdiv(crop_size * crop_size, BLOCK)  # of a sample
+    blocks = tl.cdiv(crop_size * crop_size, BLOCK)  # a sample's
     sample = tl.program_id(0) // blocks
     pixel = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)[:, None]
     channel = tl.arange(0, C_PADDED)[None, :]

@@ -97,7 +97,7 @@ def candidates(product: Product) -> list[Config]:
 
 
 def _most_splits(product: Product, config: Config) -> int:
-    """Of a sum, into blocks of LEAST_BLOCKS / 2 at least."""
+    """The most parts that a sum is split into, each of LEAST_BLOCKS / 2 blocks at least."""
     if not (product.may_split and may_split(config)):
         return 1
     blocks = product.k // config["BLOCK_K"]

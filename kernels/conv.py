@@ -36,9 +36,9 @@ def _conv_kernel(
     gate_ptr,  # (pixels, n_out)
     out_ptr,  # (pixels, n_out); float32 (SPLIT, pixels, n_out) where the sum is split
     partial_ptr,  # (G, tiles, 3, n_out) float32
-    pixels,  # of out, over all images
-    rows,  # of a statistics group
-    tiles,  # of a statistics group
+    pixels,  # out's, over all images
+    rows,  # a statistics group's
+    tiles,  # a statistics group's
     height,
     width,
     out_height,

@@ -37,10 +37,10 @@ def _conv_transpose_kernel(
     gate_ptr,  # (pixels, n_out)
     out_ptr,  # (pixels, n_out); float32 (SPLIT, pixels, n_out) where the sum is split
     partial_ptr,  # (G, tiles, STRIDE², 3, n_out) float32
-    pixels,  # of out, over all images
-    rows,  # of a phase and a statistics group
-    tiles,  # of a phase and a statistics group
-    images,  # of a statistics group
+    pixels,  # out's, over all images
+    rows,  # those of a phase and a statistics group
+    tiles,  # those of a phase and a statistics group
+    images,  # a statistics group's
     height,
     width,
     out_height,

@@ -32,7 +32,7 @@ def _conv_wgrad_kernel(
     outer2_ptr,  # (pixels, n_outer2), rows outer2_stride apart
     inner_ptr,  # (images * height * width, n_inner), rows inner_stride apart
     out_ptr,  # dweight, (n_outer + n_outer2, KH, KW, n_inner); float32 (SPLIT, ...) where the sum is split
-    pixels,  # of outer, over all images
+    pixels,  # outer's, over all images
     height,
     width,
     outer_height,

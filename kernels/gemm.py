@@ -110,8 +110,8 @@ def _reduce_kernel(
     gate_ptr,  # (pixels, n_out)
     partial_ptr,  # (G, tiles, 3, n_out) float32
     pixels,
-    rows,  # of a group
-    tiles,  # of a group
+    rows,  # a group's
+    tiles,  # a group's
     n_out,
     splits,
     slope,

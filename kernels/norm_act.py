@@ -44,7 +44,7 @@ def _norm_act_kernel(
     weight_ptr,  # (C,) float32; mean_ptr again when there is none
     bias_ptr,  # (C,) float32; mean_ptr again when there is none
     rng_ptr,  # (2,) int64; mean_ptr again without dropout
-    rows,  # of a group
+    rows,  # a group's
     n_channels,
     x_stride,
     eps,
@@ -60,7 +60,7 @@ def _norm_act_kernel(
     BLOCK_C: tl.constexpr,
 ):
     channel_blocks = tl.cdiv(n_channels, BLOCK_C)
-    tiles = tl.cdiv(rows, BLOCK_M)  # of a group
+    tiles = tl.cdiv(rows, BLOCK_M)  # a group's
     tile = tl.program_id(0) // channel_blocks  # over all groups
     channel = (tl.program_id(0) % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
     group = (tile // tiles).to(tl.int64)

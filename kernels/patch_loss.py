@@ -40,7 +40,7 @@ def _patch_loss_kernel(
     t = tl.load(target_ptr + i, mask=inside, other=0.0).to(tl.float32) if HAS_TARGET else target_value
 
     if KIND == BCE:
-        decay = tl.exp(-tl.abs(x))  # of the larger side: never overflows
+        decay = tl.exp(-tl.abs(x))  # the larger side's: never overflows
         loss = tl.maximum(x, 0.0) - x * t + _log1p(decay)
         sigmoid = tl.div_rn(tl.where(x >= 0, 1.0, decay), 1.0 + decay)
         slope = sigmoid - t

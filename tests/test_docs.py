@@ -175,7 +175,7 @@ def test_commands_parse(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_there_are_commands():
-    """Of each subcommand one, in the guide."""
+    """The guide has a command of each kind."""
     given = {command.split()[1] for command in commands(ROOT / "docs" / "guide.md")}
     assert given == {name.lower() for name in (kind.__name__ for kind in get_args(cli.AnyCommand))}
 

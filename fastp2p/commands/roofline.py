@@ -28,7 +28,7 @@ class Measured:
     machine: Machine
     kernels: Kernels
     on_gpu: bool
-    calls: list[float]  # of each operator call under torch.profiler, medians over the steps
+    calls: list[float]  # each operator call's under torch.profiler, medians over the steps
     rest: float  # likewise, of a step outside of them
     step: Spread  # whole steps without the profiler
 

@@ -22,7 +22,7 @@ from fastp2p.data.sources.pairs import Pair, find_pairs, open_root
 from fastp2p.device import memory_bytes
 from fastp2p.errors import InputError, UnreadablePair, printable
 
-DECODING_BYTES_PER_PIXEL = 20  # of load_size, in each thread: both sides resized, their arrays, and these put together
+DECODING_BYTES_PER_PIXEL = 20  # each thread's, for a pixel of load_size: both sides, their arrays, both joined
 
 
 @dataclass
@@ -36,7 +36,7 @@ class PairDataset:
     skipped: dict[str, str] = field(default_factory=dict)  # bad files left out -> reason
     ignored: list[str] = field(default_factory=list)  # sub-folders and files that are no images
     warnings: list[str] = field(default_factory=list)  # on the set as a whole
-    checksums: list[int] = field(default_factory=list)  # of each pair's array
+    checksums: list[int] = field(default_factory=list)  # each pair's array has one
     skip_bad: bool = False  # leave out what cannot be read any more, instead of raising
     say: Callable[[str], None] = lambda line: None  # takes a line for each pair that is left out later
 

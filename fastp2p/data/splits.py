@@ -18,8 +18,8 @@ from fastp2p.device import memory_bytes
 from fastp2p.errors import InputError
 
 PANEL_PAIRS = 8
-RESIDENT_SHARE = 0.25  # of a GPU's memory that the training pairs may take
-SMALLEST_SHARE = 1 / 4  # of crop_size: an image that must be enlarged fourfold has nothing to teach at that size
+RESIDENT_SHARE = 0.25  # share of a GPU's memory that the training pairs may take
+SMALLEST_SHARE = 1 / 4  # share of crop_size: an image that must grow fourfold has nothing to teach at that size
 
 
 @dataclass(frozen=True)

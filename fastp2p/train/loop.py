@@ -69,7 +69,7 @@ def train(config: RunConfig, *, resume: bool = False, say: Say = terminal.say) -
             say(f"resuming {folder} at step {state.step}")
         del saved  # as large as all networks and moments
         steps_per_epoch = batches_per_epoch(data.train, resolved.batch_size)
-        images = min(resolved.batch_size, len(data.train))  # of a batch
+        images = min(resolved.batch_size, len(data.train))  # a batch's
         scheduled = (resolved.n_epochs + resolved.n_epochs_decay) * steps_per_epoch
         last_step = scheduled if resolved.max_steps is None else min(scheduled, resolved.max_steps)
         describe(resolved, state, len(data.train), say)
@@ -169,7 +169,7 @@ class Run:
         self.beside = dict.fromkeys(("validate", "panel", "save"), 0.0)  # seconds beside the steps
         self.images = 0  # trained on since self.logged
         self.validated_at = -1  # step
-        self.reading = ""  # of the losses, at the last line of stats
+        self.reading = ""  # the losses' meaning at the last line of stats
         self.warning = ""  # the last one given, so that each is given once
 
     def train(self, last_step: int, stop: list[int]) -> None:

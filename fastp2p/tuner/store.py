@@ -18,7 +18,7 @@ from fastp2p.tuner import ahead
 from fastp2p.tuner.contest import tune, why_not
 from fastp2p.tuner.operations import Operation, operations
 
-KERNELS = "kernels.json"  # of a run: which kernel computed what, since other ones round otherwise
+KERNELS = "kernels.json"  # a run's: which kernel computed what, since other ones round otherwise
 
 
 def check_kernels(kernels: str, device: torch.device) -> None:

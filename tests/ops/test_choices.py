@@ -26,7 +26,7 @@ in_cpp = pytest.mark.usefixtures("cpp_serves")
 def arguments(
     operator: str, *, dtype: torch.dtype = torch.float32, epilogue: bool = False, inner: int = 40
 ) -> tuple[Any, ...]:
-    """Of a k4 convolution of stride 2 between (2, inner, 8, 6) and (2, 36 + 7, 4, 3); always the same numbers."""
+    """A k4 convolution of stride 2 between (2, inner, 8, 6) and (2, 36 + 7, 4, 3); always the same numbers."""
     small, small2, large = (random(2, *shape, dtype=dtype) for shape in ((36, 4, 3), (7, 4, 3), (inner, 8, 6)))
     weight = random(43, inner, 4, 4, dtype=dtype)
     after = (2, 0.2, 2) if epilogue else (0, 0.0, 0)
