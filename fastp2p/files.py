@@ -57,7 +57,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def is_there(path: Path) -> bool:
-    """Whether a name is in use: also by a link to nowhere, or where one may not look; reading it then says so."""
+    """Whether a name is in use, also by a link to nowhere or where the process may not look: reading then fails."""
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -68,7 +68,7 @@ def is_there(path: Path) -> bool:
 
 
 def check_file(path: Path, expected: str = "a file") -> None:
-    """Raise InputError unless this is a file that may be read: a pipe would be waited for, a device never ends."""
+    """Raise InputError unless this is a readable file: a pipe would make the process wait, a device never ends."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError as error:

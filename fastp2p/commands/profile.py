@@ -39,7 +39,7 @@ class Share:
     name: str
     calls: float  # in a step
     ms: float  # in a step
-    cost: Sum | None = None  # what it must do; None for what is not counted
+    cost: Sum | None = None  # the work that it must do; None where nobody counts it
     insides: list["Share"] = field(default_factory=list)  # kernels; on a CPU operators of ATen, each without its own
 
 

@@ -37,22 +37,22 @@ def train(config: RunConfig, *, resume: bool = False, say: Say = terminal.say) -
             and versions), instead of making a new one.
         say: takes each line of report.
 
-    In the main thread, Ctrl-C, SIGTERM and SIGHUP end it after the step at hand, saved; in another thread it takes no
-    notice of them.
+    In the main thread, Ctrl-C, SIGTERM and SIGHUP end the run after the step at hand, and it saves. In another thread
+    the run takes no notice of them.
 
     Returns:
         The run folder: config.json, kernels.json, checkpoint.pt, stats.jsonl, panel.png, panel/, losses.png,
         tensorboard/, and NAME.safetensors and NAME_best.safetensors for each of the model's generators.
 
     Raises:
-        InputError: when the configuration or the data cannot be used; nothing is written then. When an image can no
-            longer be read in mid-training, the run is saved first.
-        TrainingDiverged: when a loss or a weight is no longer finite; the last good checkpoint is kept.
-        WriteError: when a file cannot be written; the previous checkpoint is kept.
+        InputError: when the run cannot use the configuration or the data; it writes nothing then. When it can no longer
+            read an image in mid-training, it saves first.
+        TrainingDiverged: when a loss or a weight is no longer finite; the run keeps the last good checkpoint.
+        WriteError: when the run cannot write a file; it keeps the previous checkpoint.
     """
     device, resolved = prepare(config)
     with contextlib.ExitStack() as stack:
-        # Everything that can be wrong is found before anything is written; what takes no time, before images are read
+        # Every check comes before the first write, and the quick checks before the images
         saved = None
         if resume:
             folder = reopen_folder(resolved, say)
@@ -125,7 +125,7 @@ def load_saved(folder: Path, say: Say) -> dict[str, Any] | None:
     path = folder / "checkpoint.pt"
     if is_there(path):
         return load_checkpoint(path, say)
-    # A generator is written after checkpoint.pt, and before it only what was best
+    # A run writes a generator after checkpoint.pt, and before it only the best one
     if any(not path.stem.endswith("_best") for path in folder.glob("*.safetensors")):
         raise InputError(f"resume: {path} is missing, but the run had one; bring it back, or start a new run")
     say(f"{folder} had no checkpoint yet: beginning again at step 0")
@@ -170,7 +170,7 @@ class Run:
         self.images = 0  # trained on since self.logged
         self.validated_at = -1  # step
         self.reading = ""  # the losses' meaning at the last line of stats
-        self.warning = ""  # the last one given, so that each is given once
+        self.warning = ""  # the last one printed, so that each is printed once
 
     def train(self, last_step: int, stop: list[int]) -> None:
         """Train until last_step, --max-minutes, or a signal in `stop`; then score, draw and save.
@@ -222,7 +222,7 @@ class Run:
             self.save()
 
     def where_time_went(self) -> str:
-        """The seconds since this Run was made, in a line: what is no pause counts as steps.
+        """A line on the seconds since this Run began: all but the pauses count as steps.
 
         The last panel's file and losses.png are still to come.
         """
