@@ -12,7 +12,7 @@ from pathlib import Path
 from setuptools import errors, setup
 from torch.utils import cpp_extension
 
-STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]  # of torch 2.11; that of Python comes with py_limited_api
+STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]  # torch 2.11's; Python's comes with py_limited_api
 QUIET = ["-g0", "-Wall", "-Wno-maybe-uninitialized"]  # the last is a false alarm of gcc 12 within std::optional
 CXX = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", *QUIET, *STABLE_ABI]
 NVCC = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden", "-DUSE_CUDA", *STABLE_ABI]

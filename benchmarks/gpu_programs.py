@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 import triton
-from fastp2p.kernels import ahead as compiler
-from fastp2p.kernels.ahead import H100, Compiled, Program
 from gpu_cache import FORMAT, MANIFEST, MOST_BYTES, ROOT
 
 from fastp2p.files import write_atomically
+from fastp2p.kernels import ahead as compiler
+from fastp2p.kernels.ahead import H100, Compiled, Program
 from fastp2p.models.pix2pix.networks import PatchDiscriminator, UnetGenerator
 from fastp2p.models.pix2pix.step import FusedStep
 from fastp2p.tuner import ahead

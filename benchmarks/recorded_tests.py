@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 import torch
-from fastp2p.kernels import ahead
 
 from fastp2p.files import write_atomically
+from fastp2p.kernels import ahead
 from fastp2p.ops import library
 
 PROGRAMS = pytest.StashKey[dict[ahead.Program, None]]()

@@ -128,7 +128,7 @@ class Convert:
 
 @dataclass(frozen=True)
 class OnAStep(RunOptions):
-    """What the commands share that look at a training step without images."""
+    """A command that looks at a training step on random pairs: it needs no images."""
 
     @property
     def given(self) -> dict[str, Any]:
@@ -220,7 +220,7 @@ def commands_of(model: Model[Any], config: RunConfig | None = None) -> Any:
 def parse(args: Sequence[str]) -> AnyCommand:
     """The command that the arguments ask for. Exits with 2 and a hint when they do not parse."""
     resumed = _value_of("--resume", args) if {*args[:1]} == {"train"} else None
-    # A run's own configuration gives the defaults, so that only options that were typed change it
+    # A run's own configuration gives the defaults, so only typed options change it
     config = None if resumed is None else read_config(Path(resumed))
     named = _value_of("--model", args) if {*args[:1]} & {"train", "tune", "roofline", "profile"} else None
     model = registry.find(named or (config.model if config else "pix2pix"))
@@ -233,7 +233,7 @@ def parse(args: Sequence[str]) -> AnyCommand:
 
 
 def _value_of(option: str, args: Sequence[str]) -> str | None:
-    """What is given for an option, before the others are known: they depend on it."""
+    """The value that the arguments give an option; parse reads it first, since other options depend on it."""
     for arg, following in zip(args, [*args[1:], None], strict=True):
         if arg == option:
             return following
@@ -243,12 +243,12 @@ def _value_of(option: str, args: Sequence[str]) -> str | None:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run fastp2p; returns the exit status: 0, 1 for an error told in words, 2 for bad usage, 130 for Ctrl-C.
+    """Run fastp2p; returns the exit status: 0, 1 for an error in words, 2 for bad usage, 130 for Ctrl-C.
 
-    Whoever reads the output may go away: the command does its work to the end. Where the output's file is full, it says
-    so at the end and returns 1.
+    The reader of the output may go away: the command does its work to the end. Where the output's file is full, the
+    command prints so at the end and returns 1.
     """
-    warnings.filterwarnings("ignore", module="PIL")  # they name no file; read_image says what matters
+    warnings.filterwarnings("ignore", module="PIL")  # Pillow's warnings name no file; read_image tells what matters
     with lasting_streams() as stdout:
         try:
             status = _run(sys.argv[1:] if args is None else args)

@@ -1,4 +1,4 @@
-"""RunConfig: each setting that runs of all models share, with default, unit and source; the command line shows it."""
+"""RunConfig: the settings that all models share, with default, unit and source; the command line shows them."""
 
 import dataclasses
 import functools
@@ -18,12 +18,12 @@ Precision = Literal["auto", "bf16", "fp16", "fp32", "fp64"]
 
 BUILTIN = "builtin:emoji"
 NAMED_KERNELS = ("auto", "aten", "triton")  # any other --kernels is a path
-MAX_SIDE = 8192  # px, of what a network is trained on
+MAX_SIDE = 8192  # px, the largest image that a network trains on
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Fields that are checked when they are set: their types first, then what `check` adds."""
+    """Fields that check themselves when they are set: first their types, then what `check` adds."""
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -32,7 +32,7 @@ class Settings:
         self.check()
 
     def check(self) -> None:
-        """Raise InputError, with what was expected, on values that nothing can be done with."""
+        """Raise InputError on values that no run can use; the text tells what was expected."""
 
     def require(self, name: str, holds: Callable[[Any], bool], expected: str) -> None:
         """Raise InputError unless a field is None or fulfils a condition."""
@@ -67,7 +67,7 @@ class Workload(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Workload):
-    """What every training run is told, whatever its model; a model's own class adds the model's options.
+    """The settings of every training run, whatever its model; a model's own class adds the model's options.
 
     Where the default reads None the value is chosen from the data and the device, and printed.
     """
@@ -146,7 +146,7 @@ class RunConfig(Workload):
             raise InputError(f"load_size: got {self.load_size}, expected at least crop_size {self.crop_size}")
 
     def defaults(self, device_type: str) -> dict[str, Any]:
-        """What each None stands for, by field: a model's own class tells its recipe's.
+        """The value that each None stands for, by field; a model's own class gives its recipe's.
 
         Args:
             device_type: "cpu" or "cuda".
@@ -217,7 +217,7 @@ _TYPES: dict[type, tuple[type, str]] = {
 
 
 def _check_type(name: str, value: Any, hint: Any) -> None:
-    """Raise InputError on a value of another type or choice, such as a config.json that was edited may hold."""
+    """Raise InputError on a value of another type or choice: an edited config.json may hold one."""
     parts = get_args(hint) or (hint,)
     if value is None and type(None) in parts:
         return

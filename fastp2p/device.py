@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from fastp2p.config import Device, Precision
+from fastp2p.config import Device, Precision, ResolvedConfig, RunConfig
 from fastp2p.errors import InputError
 
 DTYPES: dict[Precision, torch.dtype] = {
@@ -39,6 +39,20 @@ def best_precision(device: torch.device) -> Precision:
     return "bf16" if has_bf16 else "fp32"
 
 
+def prepare(config: RunConfig) -> tuple[torch.device, ResolvedConfig]:
+    """Choose a run's device and decide its configuration there, and make cuDNN give the same bits each time.
+
+    Returns:
+        The device, and the configuration with every None and auto replaced.
+
+    Raises:
+        InputError: when the configuration asks for cuda and there is none.
+    """
+    device = choose_device(config.device)
+    torch.backends.cudnn.deterministic = True  # or a resumed run would not repeat the unbroken one's bits on a GPU
+    return device, config.resolve(device.type, best_precision(device))
+
+
 def describe_device(device: torch.device) -> str:
     """The GPU's name, or the CPU's thread count."""
     if device.type == "cuda":
@@ -51,6 +65,6 @@ def memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")  # of the container; "max" for none
+    limit = Path("/sys/fs/cgroup/memory.max")  # the container's; "max" for none
     text = limit.read_text().strip() if limit.exists() else "max"
     return min(physical, int(text)) if text.isdigit() else physical

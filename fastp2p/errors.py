@@ -1,19 +1,22 @@
-"""The errors that the command line prints as they are, without a traceback."""
+"""The errors that the command line prints without a traceback."""
 
 import errno
 from pathlib import Path
 
 
-class InputError(Exception):
-    """What the user gave cannot be used: the text says what was got, what was expected and what to do."""
+class InputError(ValueError):
+    """The user gave something that cannot be used. The text says what it is, what was expected and what to do.
+
+    Whoever catches ValueError around code that raises this one lets it pass first: its text is for the user.
+    """
 
 
 class UnreadablePair(InputError):
-    """A pair that could be read when the run began cannot be read any more: the text names it, and says why."""
+    """A run cannot read a pair any more that it could read when it began. The text names the pair and the reason."""
 
 
 class WriteError(Exception):
-    """A file could not be written, for a full disk or for want of permission; what was there before is untouched."""
+    """A write failed: the disk is full, say, or a permission is missing. The old file is untouched."""
 
     def __init__(self, path: Path, error: OSError):
         self.is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -22,7 +25,7 @@ class WriteError(Exception):
 
 
 class TrainingDiverged(RuntimeError):
-    """A loss or a weight became NaN or infinite; the last good checkpoint is on disk."""
+    """A loss or a weight became NaN or infinite; the disk has the last good checkpoint."""
 
 
 def printable(name: object) -> str:

@@ -16,7 +16,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         WriteError: when it cannot be written (a full disk); the old file is then untouched.
     """
-    temporary = path.with_name(f".{path.name[:55]}.{os.getpid()}.tmp")  # of fewer than 255 bytes, as names may have
+    temporary = path.with_name(f".{path.name[:55]}.{os.getpid()}.tmp")  # fewer than 255 bytes, as names may have
     try:
         temporary.unlink(missing_ok=True)  # a killed process of the same number left it, or it is somebody's link
         with open(temporary, "xb") as stream:  # x: never through a link
@@ -57,7 +57,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def is_there(path: Path) -> bool:
-    """Whether a name is in use: also by a link to nowhere, or where one may not look; reading it then says so."""
+    """Whether a name is in use, also by a link to nowhere or where the process may not look: reading then fails."""
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -68,7 +68,7 @@ def is_there(path: Path) -> bool:
 
 
 def check_file(path: Path, expected: str = "a file") -> None:
-    """Raise InputError unless this is a file that may be read: a pipe would be waited for, a device never ends."""
+    """Raise InputError unless this is a readable file: a pipe would make the process wait, a device never ends."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError as error:

@@ -18,7 +18,7 @@ Say = Callable[[str], None]
 
 
 class Lasting(ObjectWrapper):
-    """A stream that outlasts its reader: what can no longer be written is left out, and `lost` tells why.
+    """A stream that outlasts its reader: it drops what it can no longer write, and `lost` tells why.
 
     Args:
         stream: text stream to write to; None, as in sys.stdout of a process without one, loses everything.
@@ -49,7 +49,7 @@ class Lasting(ObjectWrapper):
             act()
         except RuntimeError:  # the line of a signal's handler came in the middle of another one
             pass
-        except (OSError, ValueError) as error:  # ValueError: closed by the program itself
+        except (OSError, ValueError) as error:  # ValueError: the program itself closed it
             self.wrapper_setattr("lost", error)
             with contextlib.suppress(OSError, ValueError):  # what is still buffered would fail again at exit
                 null = os.open(os.devnull, os.O_WRONLY)
@@ -58,7 +58,7 @@ class Lasting(ObjectWrapper):
 
 
 def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
-    """What to write for letters that cannot be encoded: a file name's own bytes, or an escape."""
+    """What to write for letters that the encoding lacks: a file name's own bytes, or an escape."""
     try:
         return codecs.lookup_error("surrogateescape")(error)
     except UnicodeError:
@@ -98,7 +98,7 @@ def say(line: str) -> None:
 
 
 def warn(line: str) -> None:
-    """Print a warning on stderr, where it mixes with no result."""
+    """Print a warning on stderr, apart from results."""
     tqdm.write(f"warning: {line}", file=Lasting(sys.stderr))
 
 

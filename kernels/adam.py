@@ -11,8 +11,9 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from fastp2p.kernels.compile_check import Case
 from torch import Tensor
+
+from fastp2p.kernels.compile_check import Case
 
 CONFIGS = [
     {"BLOCK": 1024, "num_warps": 4, "maxnreg": 128},  # unbounded, ptxas aims at 56 on sm_80, and spills

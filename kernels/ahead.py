@@ -23,13 +23,14 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import triton
-from fastp2p.kernels import gemm
-from fastp2p.kernels.compile_check import fix_keys
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia_driver
 from triton.runtime import build
 from triton.runtime.cache import get_cache_key, get_cache_manager
 from triton.runtime.driver import driver
+
+from fastp2p.kernels import gemm
+from fastp2p.kernels.compile_check import fix_keys
 
 DEVICE = -1  # the index in the kernels' own caches; no GPU has it, so nothing here is ever launched
 

@@ -11,10 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from fastp2p.kernels import gemm
 from fastp2p.kernels.adam import adam
 from fastp2p.kernels.norm_stats import merge_partials
-from torch import Tensor
 
 
 def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -116,7 +117,7 @@ def conv_wgrad_adam(
     dtype = torch.bfloat16 if as_it_is else torch.float32
     grad = conv_wgrad(outer, outer2, inner, *param.shape[2:], stride, padding, dtype)
     buffers = [param, exp_avg, exp_avg_sq]
-    dense = [_channels_last(buffer) for buffer in buffers]  # of a slice of the taps a copy
+    dense = [_channels_last(buffer) for buffer in buffers]  # a copy of a slice of the taps
     adam(_flat(dense[0]), _flat(grad), *map(_flat, dense[1:]), lr, powers, beta1, beta2, eps, low)
     for buffer, updated in zip(buffers, dense, strict=True):
         if updated is not buffer:

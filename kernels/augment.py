@@ -12,8 +12,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from fastp2p.kernels.compile_check import Case
 from torch import Tensor
+
+from fastp2p.kernels.compile_check import Case
 
 CONFIGS = [{"BLOCK": 256, "num_warps": 4}, {"BLOCK": 128, "num_warps": 2}, {"BLOCK": 512, "num_warps": 4}]
 
@@ -34,7 +35,7 @@ def _augment_kernel(
     C_PADDED: tl.constexpr,  # the next power of two
     BLOCK: tl.constexpr,  # pixels
 ):
-    blocks = tl.cdiv(crop_size * crop_size, BLOCK)  # of a sample
+    blocks = tl.cdiv(crop_size * crop_size, BLOCK)  # a sample's
     sample = tl.program_id(0) // blocks
     pixel = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)[:, None]
     channel = tl.arange(0, C_PADDED)[None, :]

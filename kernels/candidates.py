@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 import triton
-from fastp2p.kernels import conv_wgrad_adam, gemm
-from fastp2p.kernels.layer_shapes import may_split
 from torch import Tensor
 from triton.runtime.errors import PTXASError
+
+from fastp2p.kernels import conv_wgrad_adam, gemm
+from fastp2p.kernels.layer_shapes import may_split
 
 Config = dict[str, int]
 # What refuses a configuration: the launcher, Triton itself, and the assembler behind it
@@ -96,7 +97,7 @@ def candidates(product: Product) -> list[Config]:
 
 
 def _most_splits(product: Product, config: Config) -> int:
-    """Of a sum, into blocks of LEAST_BLOCKS / 2 at least."""
+    """The most parts that a sum is split into, each of LEAST_BLOCKS / 2 blocks at least."""
     if not (product.may_split and may_split(config)):
         return 1
     blocks = product.k // config["BLOCK_K"]

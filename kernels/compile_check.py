@@ -32,7 +32,11 @@ KERNEL_FILES = sorted(
 # Compute capability -> shared memory of one block in KiB (CUDA programming guide, technical specifications)
 TARGETS = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 PTXAS_FLAGS = ["--regAllocOptLevel=2"] if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else []
+<<<<<<< HEAD
 # A configuration's entries for the compiler; the rest are the kernel's constants
+=======
+# A configuration's options for the compiler; the rest are the kernel's constants
+>>>>>>> w-words2
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
@@ -66,7 +70,7 @@ class Case:
     constants: dict[str, Any]
     configs: list[dict[str, Any]]
     sizes: dict[str, int] = field(default_factory=dict)
-    itemsize: int = 0  # of the matrices that it multiplies, in bytes; 0 for none
+    itemsize: int = 0  # the operands' element, in bytes; 0 where it multiplies none
 
     def fits(self, config: dict[str, Any], capability: int) -> bool:
         """Whether a target has the shared memory for a configuration, by the estimate that launchers go by."""
@@ -99,9 +103,9 @@ class Compiled:
     registers: int  # per thread
     spilled_bytes: int  # per thread
     shared_bytes: int  # per block
-    itemsize: int = 0  # of the matrices that it multiplies, in bytes; 0 for none
+    itemsize: int = 0  # the operands' element, in bytes; 0 where it multiplies none
     tensor_core: int = 0  # instructions: mma, wgmma and tcgen05.mma
-    wgmma: int = 0  # of these
+    wgmma: int = 0  # those among them that are wgmma
 
     @property
     def faults(self) -> list[str]:

@@ -18,13 +18,14 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastp2p.kernels import gemm
 from fastp2p.kernels.compile_check import Case
 from fastp2p.kernels.gemm import dot, epilogue, within
 from fastp2p.kernels.layer_shapes import EPILOGUES, LAYERS, gemm_cases
 from fastp2p.kernels.layout import pixel_rows
 from fastp2p.kernels.norm_stats import merge_partials
-from torch import Tensor
 
 
 @triton.jit(do_not_specialize=gemm.GEOMETRY)
@@ -36,10 +37,10 @@ def _conv_transpose_kernel(
     gate_ptr,  # (pixels, n_out)
     out_ptr,  # (pixels, n_out); float32 (SPLIT, pixels, n_out) where the sum is split
     partial_ptr,  # (G, tiles, STRIDE², 3, n_out) float32
-    pixels,  # of out, over all images
-    rows,  # of a phase and a statistics group
-    tiles,  # of a phase and a statistics group
-    images,  # of a statistics group
+    pixels,  # out's, over all images
+    rows,  # those of a phase and a statistics group
+    tiles,  # those of a phase and a statistics group
+    images,  # a statistics group's
     height,
     width,
     out_height,

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastp2p.kernels import gemm
 from fastp2p.kernels.compile_check import Case
 from fastp2p.kernels.gemm import dot, within
 from fastp2p.kernels.layer_shapes import LAYERS, Layer, gemm_cases
 from fastp2p.kernels.layout import pixel_rows
-from torch import Tensor
 
 
 @triton.jit(do_not_specialize=gemm.GEOMETRY)
@@ -31,7 +32,7 @@ def _conv_wgrad_kernel(
     outer2_ptr,  # (pixels, n_outer2), rows outer2_stride apart
     inner_ptr,  # (images * height * width, n_inner), rows inner_stride apart
     out_ptr,  # dweight, (n_outer + n_outer2, KH, KW, n_inner); float32 (SPLIT, ...) where the sum is split
-    pixels,  # of outer, over all images
+    pixels,  # outer's, over all images
     height,
     width,
     outer_height,

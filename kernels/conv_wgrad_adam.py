@@ -14,12 +14,13 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastp2p.kernels import gemm
 from fastp2p.kernels.adam import adam_update
 from fastp2p.kernels.compile_check import Case
 from fastp2p.kernels.conv_wgrad import launch_arguments, layer_cases, outer_product, partial_sums, tiles, whole_blocks
 from fastp2p.kernels.layer_shapes import LAYERS, Layer
-from torch import Tensor
 
 
 @triton.jit(do_not_specialize=gemm.GEOMETRY)
@@ -27,7 +28,7 @@ def _conv_wgrad_adam_kernel(
     outer_ptr,  # (pixels, n_outer), rows outer_stride apart
     outer2_ptr,  # (pixels, n_outer2), rows outer2_stride apart
     inner_ptr,  # (images * height * width, n_inner), rows inner_stride apart
-    pixels,  # of outer, over all images
+    pixels,  # outer's, over all images
     height,
     width,
     outer_height,
@@ -41,7 +42,7 @@ def _conv_wgrad_adam_kernel(
     param_ptr,  # (n_outer + n_outer2, KH, KW, n_inner) float32, as the next two
     exp_avg_ptr,
     exp_avg_sq_ptr,
-    row_stride,  # of these three, with gaps where SLICED; between two kernel rows the gap has so many elements
+    row_stride,  # these three's, with gaps where SLICED: so many elements between two kernel rows
     kernel_row_gap,
     low_precision_ptr,  # bfloat16 or float16, of the same shape, dense; param_ptr again when there is none
     lr_ptr,  # () float32
@@ -149,7 +150,7 @@ def _layer_cases(layer: Layer, pointers: list[str], types: dict[str, str], const
 
 def _gaps(param: Tensor) -> tuple[int, int]:
     """Elements from row to row of a weight, and those between two kernel rows that are not its own."""
-    n_rows, n_inner, kh, kw = param.shape  # of a dimension of one element the stride means nothing
+    n_rows, n_inner, kh, kw = param.shape  # the stride of a one-element dimension means nothing
     return param.stride(0) if n_rows > 1 else kh * kw * n_inner, param.stride(2) - kw * n_inner if kh > 1 else 0
 
 

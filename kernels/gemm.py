@@ -6,11 +6,12 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastp2p.kernels.activation import activate, derivative
 from fastp2p.kernels.compile_check import Case, shared_bytes
 from fastp2p.kernels.layer_shapes import EPILOGUES, GEOMETRY, may_split
 from fastp2p.kernels.norm_stats import store_partial
-from torch import Tensor
 
 # Triton's interpreter computes bfloat16 dots wrongly; it gets float32, of the same values.
 WIDEN = tl.constexpr(triton.knobs.runtime.interpret)
@@ -109,8 +110,8 @@ def _reduce_kernel(
     gate_ptr,  # (pixels, n_out)
     partial_ptr,  # (G, tiles, 3, n_out) float32
     pixels,
-    rows,  # of a group
-    tiles,  # of a group
+    rows,  # a group's
+    tiles,  # a group's
     n_out,
     splits,
     slope,

@@ -36,12 +36,12 @@ class Layer:
     name: str
     transposed: bool
     n_in: int
-    n_in2: int  # of the skip connection; 0 without one
+    n_in2: int  # the skip connection's; 0 without one
     n_out: int
-    side: int  # of the square input, in pixels
+    side: int  # the square input's, in pixels
     stride: int
-    epilogue: str  # of the forward pass, a key of EPILOGUES
-    gradient: str = "plain"  # of the data gradient: a gate after an activation without a norm
+    epilogue: str  # the forward pass's, a key of EPILOGUES
+    gradient: str = "plain"  # the data gradient's: a gate after an activation without a norm
     others: tuple[str, ...] = ()  # epilogues of the forward pass in other models: biases, norms folded away
 
     @property

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastp2p.kernels.activation import activate, derivative
 from fastp2p.kernels.compile_check import Case
 from fastp2p.kernels.layout import pixel_rows
-from torch import Tensor
 
 CONFIGS = [  # 8 elements a thread, 16 bytes of bfloat16; with 16 elements some of the backward's variants spill
     {"BLOCK_M": 32, "BLOCK_C": 64, "num_warps": 8},
@@ -43,7 +44,7 @@ def _norm_act_kernel(
     weight_ptr,  # (C,) float32; mean_ptr again when there is none
     bias_ptr,  # (C,) float32; mean_ptr again when there is none
     rng_ptr,  # (2,) int64; mean_ptr again without dropout
-    rows,  # of a group
+    rows,  # a group's
     n_channels,
     x_stride,
     eps,
@@ -59,7 +60,7 @@ def _norm_act_kernel(
     BLOCK_C: tl.constexpr,
 ):
     channel_blocks = tl.cdiv(n_channels, BLOCK_C)
-    tiles = tl.cdiv(rows, BLOCK_M)  # of a group
+    tiles = tl.cdiv(rows, BLOCK_M)  # a group's
     tile = tl.program_id(0) // channel_blocks  # over all groups
     channel = (tl.program_id(0) % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
     group = (tile // tiles).to(tl.int64)

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastp2p.kernels.compile_check import Case
 from fastp2p.kernels.layout import pixel_rows
-from torch import Tensor
 
 CONFIGS = [
     {"BLOCK_M": 64, "BLOCK_C": 64, "num_warps": 8},
@@ -26,8 +27,8 @@ CONFIGS = [
     {"BLOCK_M": 1024, "BLOCK_C": 4, "num_warps": 4},
 ]
 MERGE_CONFIG = {"BLOCK_T": 64, "BLOCK_C": 16, "num_warps": 4, "maxnreg": 128}  # unbounded, ptxas spills on sm_100
-MOST_TILES = 512  # of a group, to be merged by one program for each block of channels
-SHARE = 256  # of more tiles, merged by one program of the first level
+MOST_TILES = 512  # a group's, which one program merges for each block of channels
+SHARE = 256  # tiles that one program of the first level merges, where there are more
 
 
 @triton.jit
@@ -58,8 +59,8 @@ def store_partial(
 def _norm_stats_kernel(
     x_ptr,  # (G * rows, C), rows pixel_stride apart
     partial_ptr,  # (G, tiles, 3, C) float32
-    rows,  # of a group
-    tiles,  # of a group
+    rows,  # a group's
+    tiles,  # a group's
     n_channels,
     pixel_stride,
     BLOCK_M: tl.constexpr,
@@ -151,7 +152,7 @@ def norm_stats(x: Tensor, stat_groups: int, config: dict[str, Any] | None = None
     x, pixel_stride = pixel_rows(x)
     channels = x.shape[1]
     config = config or choose_config(channels)
-    rows = x.numel() // channels // max(1, stat_groups)  # of a group
+    rows = x.numel() // channels // max(1, stat_groups)  # a group's
     tiles = triton.cdiv(rows, config["BLOCK_M"])
     partial = torch.empty(stat_groups, tiles, 3, channels, dtype=torch.float32, device=x.device)
     if stat_groups:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from fastp2p.kernels.compile_check import Case
 from torch import Tensor
+
+from fastp2p.kernels.compile_check import Case
 
 CONFIGS = [{"BLOCK": 1024, "num_warps": 4}, {"BLOCK": 256, "num_warps": 2}, {"BLOCK": 4096, "num_warps": 8}]
 BCE, SQUARE, HINGE, LINEAR = (tl.constexpr(kind) for kind in range(4))  # the order of ops.patch_loss.KINDS; then l1
@@ -39,7 +40,7 @@ def _patch_loss_kernel(
     t = tl.load(target_ptr + i, mask=inside, other=0.0).to(tl.float32) if HAS_TARGET else target_value
 
     if KIND == BCE:
-        decay = tl.exp(-tl.abs(x))  # of the larger side: never overflows
+        decay = tl.exp(-tl.abs(x))  # the larger side's: never overflows
         loss = tl.maximum(x, 0.0) - x * t + _log1p(decay)
         sigmoid = tl.div_rn(tl.where(x >= 0, 1.0, decay), 1.0 + decay)
         slope = sigmoid - t

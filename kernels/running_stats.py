@@ -10,8 +10,9 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from fastp2p.kernels.compile_check import Case
 from torch import Tensor
+
+from fastp2p.kernels.compile_check import Case
 
 CONFIGS = [{"BLOCK": 128, "num_warps": 4}, {"BLOCK": 32, "num_warps": 1}, {"BLOCK": 512, "num_warps": 4}]
 

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shlex
+import subprocess
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -174,7 +175,7 @@ def test_commands_parse(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_there_are_commands():
-    """Of each subcommand one, in the guide."""
+    """The guide has a command of each kind."""
     given = {command.split()[1] for command in commands(ROOT / "docs" / "guide.md")}
     assert given == {name.lower() for name in (kind.__name__ for kind in get_args(cli.AnyCommand))}
 
@@ -189,6 +190,16 @@ def test_scripts_and_targets_are_there(page: Path):
             assert words[1] in targets, f"{page.name}: {line}"
         elif words[:1] in (["python"], ["python3"], ["pytest"]) and "/" in words[1]:
             assert (ROOT / words[1]).exists(), f"{page.name}: {line}"
+
+
+def test_plain_make_prints_each_target():
+    printed = subprocess.run(["make"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    given = re.findall(r"^make ([\w-]+) +\S", printed, re.MULTILINE)
+    phony = re.search(r"^\.PHONY: ((?:.*\\\n)*.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert phony is not None
+    assert set(given) == set(phony[1].replace("\\\n", " ").split()) - {"floor-build", "floor-checkout"}
+    assert "about five minutes on two CPU cores" in printed
+    assert "about five minutes on two CPU" in " ".join((ROOT / "README.md").read_text().split())
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "guide.md"], ids=lambda page: page.name)

@@ -21,7 +21,7 @@ from fastp2p.config import ResolvedConfig, RunConfig
 from fastp2p.count.ceilings import Ceilings, measure_ceilings
 from fastp2p.count.cost import Cost, count_step
 from fastp2p.data import Crops
-from fastp2p.device import best_precision, choose_device
+from fastp2p.device import prepare
 from fastp2p.engine.ranges import AUGMENT, part
 from fastp2p.errors import InputError
 from fastp2p.models import registry
@@ -32,7 +32,7 @@ from fastp2p.tuner.operations import operations
 from fastp2p.tuner.store import too_busy
 
 STEP = "training step"  # range around the parts
-PREFIX = "fastp2p::"  # of our operators
+PREFIX = "fastp2p::"  # our operators'
 WARM_UP = 5  # steps; a GPU's graph of the step is captured at the fourth
 
 
@@ -42,7 +42,7 @@ class Machine:
 
     name: str
     versions: dict[str, str]
-    load_average: float  # of the last minute, before measuring
+    load_average: float  # the last minute's, before measuring
     too_busy: bool
 
     @classmethod
@@ -85,9 +85,7 @@ class Workload:
     """
 
     def __init__(self, config: RunConfig):
-        self.device = choose_device(config.device)
-        torch.backends.cudnn.deterministic = True  # as in training
-        self.config = config.resolve(self.device.type, best_precision(self.device))
+        self.device, self.config = prepare(config)
         state = TrainState.new(self.config, self.device, fingerprint="")
         self.step = state.engine_step(self.config)
         self.costs = count_step(self.step, self.config.batch_size)
@@ -115,7 +113,7 @@ class Workload:
         self._run_in_parts()
 
     def seconds(self, steps: int) -> list[float]:
-        """Of so many steps as training runs them."""
+        """Seconds of each of so many steps, as training runs them."""
         if self.device.type == "cuda":
             events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
             events[0].record()
@@ -208,7 +206,7 @@ def check_steps(steps: int) -> None:
 
 @dataclass(frozen=True)
 class Spread:
-    """Of several times: milliseconds."""
+    """Median and spread of several times, in milliseconds."""
 
     median_ms: float
     quartiles_ms: tuple[float, float]
@@ -238,16 +236,16 @@ class Profiled:
         events: list[FunctionEvent] = list(profiler.events())
         self.kernels = [e for e in events if e.device_type == DeviceType.CUDA and not self._is_range(e)]
         self.steps = [e for e in events if e.name == STEP and e.device_type == DeviceType.CPU]
-        self.calls = [list(_operators(step)) for step in self.steps]  # of each step, in order
+        self.calls = [list(_operators(step)) for step in self.steps]  # each step's, in order
         expected = [PREFIX + cost.call.operator for cost in costs]
         assert all([call.name for call in calls] == expected for calls in self.calls), "the count is of another step"
 
     def ms_of_calls(self) -> list[float]:
-        """Of each operator call, medians over the steps."""
+        """Milliseconds of each operator call, medians over the steps."""
         return [median(self.ms(call) for call in same) for same in zip(*self.calls, strict=True)]
 
     def ms_of_the_rest(self) -> float:
-        """Of a step outside of the operators, the median: copies; on a CPU Python, and the profiler's own work."""
+        """Median milliseconds outside of the operators: copies; on a CPU Python, and the profiler's own work."""
         calls = ([self.ms(call) for call in calls] for calls in self.calls)
         return median(self.ms(step) - sum(times) for step, times in zip(self.steps, calls, strict=True))
 
@@ -257,7 +255,7 @@ class Profiled:
         return float(us) / 1e3
 
     def idle_ms(self) -> float:
-        """Of a step, when the GPU computed nothing at all."""
+        """Milliseconds of a step in which the GPU computed nothing at all."""
         spans = sorted((e.time_range.start, e.time_range.end) for e in self.kernels)
         idle, end = 0.0, spans[0][0] if spans else 0.0
         for start, stop in spans:

@@ -27,8 +27,8 @@ from fastp2p.count.cost import Cost, Sum
 from fastp2p.errors import InputError
 from fastp2p.files import is_there, write_atomically
 
-SMALL = 0.002  # of a step: what is less stands in one line, as others
-LONGEST_NAME = 60  # of a kernel; templates' run to hundreds of letters
+SMALL = 0.002  # share of a step: what takes less stands in one line, as others
+LONGEST_NAME = 60  # letters of a kernel's name; a template's has hundreds
 SUFFIXES = (".json", ".json.gz")
 
 
@@ -39,7 +39,7 @@ class Share:
     name: str
     calls: float  # in a step
     ms: float  # in a step
-    cost: Sum | None = None  # what it must do; None for what is not counted
+    cost: Sum | None = None  # the work that it must do; None where nobody counts it
     insides: list["Share"] = field(default_factory=list)  # kernels; on a CPU operators of ATen, each without its own
 
 
@@ -53,11 +53,11 @@ class Profile:
     ceilings: Ceilings
     on_gpu: bool
     n_steps: int
-    ms: float  # of a step; on a GPU of its kernels
-    idle_ms: float | None  # of a step on a GPU, when it computed nothing
+    ms: float  # a step's; on a GPU its kernels'
+    idle_ms: float | None  # the part of a step in which a GPU computed nothing
     parts: list[Share]
     operators: list[Share]
-    rest: Share  # of no operator
+    rest: Share  # what belongs to no operator
     trace: Path
 
     def as_dict(self) -> dict[str, Any]:

@@ -28,7 +28,7 @@ class Measured:
     machine: Machine
     kernels: Kernels
     on_gpu: bool
-    calls: list[float]  # of each operator call under torch.profiler, medians over the steps
+    calls: list[float]  # each operator call's under torch.profiler, medians over the steps
     rest: float  # likewise, of a step outside of them
     step: Spread  # whole steps without the profiler
 
@@ -209,7 +209,7 @@ def measure_roofline(config: RunConfig, *, steps: int = 5) -> Roofline:
 
 
 def count_roofline(config: RunConfig, *, tflop_per_sec: float, gb_per_sec: float) -> Roofline:
-    """The floors on another machine: nothing is run or measured, and no memory taken.
+    """The floors on another machine; this runs and measures nothing, and takes no memory.
 
     Args:
         config: its networks, sizes, batch size and precision; auto is bf16.

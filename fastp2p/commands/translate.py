@@ -78,7 +78,7 @@ def translate(
             bad[str(file)] = str(error)
             continue
         width, height = image.size if size is None else (size, size)
-        # What the outermost level holds at once, in float32: with less memory the system would kill the process
+        # The outermost level holds this at once, in float32; with less memory the system would kill the process
         least = 4 * width * height * spec.channels_at_full_size
         if least > memory_bytes(chosen):
             bad[str(file)] = f"{width}x{height} px take {least / 2**30:.0f} GiB at least; use a smaller --size"

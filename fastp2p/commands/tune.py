@@ -2,11 +2,9 @@
 
 import math
 
-import torch
-
 from fastp2p import terminal
 from fastp2p.config import RunConfig
-from fastp2p.device import best_precision, choose_device, describe_device
+from fastp2p.device import describe_device, prepare
 from fastp2p.errors import InputError
 from fastp2p.ops import kernel_choices
 from fastp2p.ops.kernel_choices import Table, name_of
@@ -23,9 +21,7 @@ def tune_networks(config: RunConfig, *, again: bool, say: Say = terminal.say) ->
     Returns:
         A table to read: each operation's candidates, the choice, and their sums.
     """
-    device = choose_device(config.device)
-    resolved = config.resolve(device.type, best_precision(device))
-    torch.backends.cudnn.deterministic = True  # as in training
+    device, resolved = prepare(config)
     step = TrainState.new(resolved, device, fingerprint="").engine_step(resolved)
     if (reason := why_not(device, step.dtype)) is not None:
         raise InputError(f"tune: there is nothing to choose from, {reason}")

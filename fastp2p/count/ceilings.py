@@ -10,7 +10,7 @@ from fastp2p.errors import InputError
 from fastp2p.ops import kernel_choices
 
 COPY_BYTES = {"cpu": 256_000_000, "cuda": 2_000_000_000}  # more than caches hold
-SIDES = {"cpu": 4096, "cuda": 8192}  # of the matrices
+SIDES = {"cpu": 4096, "cuda": 8192}  # the matrices' side
 SIDES_ON_CPU = {torch.float64: 2048, torch.float16: 512}  # where a product takes long; float16 has no instructions
 MOST, FEWEST, SECONDS = 8, 3, 1.5  # runs of each, within so many seconds; the fastest counts: others only ever add
 
@@ -24,7 +24,7 @@ class Ceilings:
     bytes_per_sec: float
 
     def or_higher(self, other: "Ceilings") -> "Ceilings":
-        """Of two measurements the higher ones."""
+        """The higher of two measurements, limit by limit."""
         flop_per_sec = max(self.flop_per_sec, other.flop_per_sec)
         return Ceilings(self.name, flop_per_sec, max(self.bytes_per_sec, other.bytes_per_sec))
 
@@ -55,14 +55,14 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
 
 
 def copy_bytes_per_sec(device: torch.device) -> float:
-    """Of a copy in memory, bytes read and written."""
+    """Bytes a second that a copy in memory reads and writes."""
     source = torch.ones(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.numel() / _least_seconds(lambda: target.copy_(source), device)
 
 
 def product_flop_per_sec(device: torch.device, dtype: torch.dtype) -> float:
-    """Of a product of two large square matrices."""
+    """Operations a second in a product of two large square matrices."""
     side = SIDES[device.type]
     if device.type == "cpu":
         side = min(side, SIDES_ON_CPU.get(dtype, side))

@@ -22,23 +22,23 @@ from fastp2p.data.sources.pairs import Pair, find_pairs, open_root
 from fastp2p.device import memory_bytes
 from fastp2p.errors import InputError, UnreadablePair, printable
 
-DECODING_BYTES_PER_PIXEL = 20  # of load_size, in each thread: both sides resized, their arrays, and these put together
+DECODING_BYTES_PER_PIXEL = 20  # each thread's, for a pixel of load_size: both sides, their arrays, both joined
 
 
 @dataclass
 class PairDataset:
-    """The usable pairs of one split: `resident` holds them all as uint8, or is None and they are decoded on demand."""
+    """The usable pairs of one split: `resident` holds all as uint8; where it is None, `read` decodes on demand."""
 
     pairs: list[Pair]
     format: PairFormat
     resident: Tensor | None = None  # (P, load_size, load_size, C) uint8
-    notes: Counter[str] = field(default_factory=Counter)  # what was converted or is odd -> in how many pairs
+    notes: Counter[str] = field(default_factory=Counter)  # a conversion or an oddity -> in how many pairs
     skipped: dict[str, str] = field(default_factory=dict)  # bad files left out -> reason
     ignored: list[str] = field(default_factory=list)  # sub-folders and files that are no images
     warnings: list[str] = field(default_factory=list)  # on the set as a whole
-    checksums: list[int] = field(default_factory=list)  # of each pair's array
-    skip_bad: bool = False  # leave out what cannot be read any more, instead of raising
-    say: Callable[[str], None] = lambda line: None  # takes a line for each pair that is left out later
+    checksums: list[int] = field(default_factory=list)  # each pair's array has one
+    skip_bad: bool = False  # drop a pair that vanishes later, instead of raising
+    say: Callable[[str], None] = lambda line: None  # prints a line for each pair that it drops later
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -112,7 +112,7 @@ def load_split(
         InputError: when there are no pairs, or with the list of everything that is wrong with them.
     """
     pairs, bad, ignored = find_pairs(open_root(data), split)
-    # Every file is decoded, also when streaming: a truncated image is better found now than in an hour.
+    # Streaming decodes every file here, too: the user learns of a truncated image now, not in an hour.
     arrays = _allocate(len(pairs), format, stream, room)
     good: list[Pair] = []
     notes: Counter[str] = Counter()

@@ -13,17 +13,17 @@ from fastp2p.data import images
 from fastp2p.data.sources.pairs import Pair
 from fastp2p.errors import InputError
 
-MAX_ASPECT_DIFFERENCE = 0.02  # of A to B: more than a rounded resize explains, so they do not show the same frame
-NARROW = 64  # of 256 levels: a set that spans less, or uses no more in a row, was not made for the eye
+MAX_ASPECT_DIFFERENCE = 0.02  # A's to B's: a rounded resize explains no more, so they show different frames
+NARROW = 64  # levels of 256: a set that spans less, or uses no more in a row, was not made for the eye
 
 
 @dataclass(frozen=True)
 class Checked:
     """What the first reading of a pair found."""
 
-    array: np.ndarray  # of format.shape
+    array: np.ndarray  # shaped as format.shape
     note: str
-    checksum: int  # of the array: whether a picture changed shows at --resume
+    checksum: int  # the array's: it shows at --resume whether a picture changed
     levels: np.ndarray  # (2, 256) bool: which values occur in A and in B before resizing
 
 

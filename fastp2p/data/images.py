@@ -56,6 +56,8 @@ def read_image(file: Traversable, channels: int) -> tuple[Image.Image, str]:
                 if "MAX_TEXT" not in str(error):
                     raise
                 return _decode(_without_texts(content), channels)
+    except InputError:  # has its words
+        raise
     except MemoryError as error:
         raise InputError("cannot be decoded: there is not enough memory for it") from error
     except UnidentifiedImageError as error:
@@ -226,12 +228,12 @@ def to_array(image: Image.Image) -> np.ndarray:
 
 
 def bad_files_message(bad: dict[str, str], *, of: int, remedy: str) -> str:
-    """The one error on all files that cannot be used, which says what to do."""
+    """One error that lists all unusable files and tells what to do."""
     return "\n".join([f"{len(bad):,} of {of:,} cannot be used:", *bad_file_lines(bad), remedy])
 
 
 def bad_file_lines(bad: dict[str, str]) -> list[str]:
-    """A line for each file and its reason, but for ten at most of each kind: of 2,000 lines none would be read."""
+    """A line for each file and its reason, but for ten at most of each kind: nobody reads 2,000 lines."""
     kinds: dict[str, list[str]] = {}
     for name, reason in bad.items():
         kind = re.match(r"([a-z]+:? ?){0,3}", reason, re.IGNORECASE)  # its first words, before names and numbers

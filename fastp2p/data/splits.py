@@ -18,13 +18,13 @@ from fastp2p.device import memory_bytes
 from fastp2p.errors import InputError
 
 PANEL_PAIRS = 8
-RESIDENT_SHARE = 0.25  # of a GPU's memory that the training pairs may take
-SMALLEST_SHARE = 1 / 4  # of crop_size: an image that must be enlarged fourfold has nothing to teach at that size
+RESIDENT_SHARE = 0.25  # share of a GPU's memory that the training pairs may take
+SMALLEST_SHARE = 1 / 4  # share of crop_size: an image that must grow fourfold has nothing to teach at that size
 
 
 @dataclass(frozen=True)
 class TrainData:
-    """The training pairs, what is validated on (None without a folder val/), and the pairs of the panel."""
+    """The training pairs, the validation pairs (None without a folder val/), and the panel's pairs."""
 
     train: PairDataset
     val: PairDataset | None
@@ -40,7 +40,7 @@ class TrainData:
 
 
 def load_train_data(config: ResolvedConfig, device: torch.device, say: Callable[[str], None]) -> TrainData:
-    """Load train/ and val/, and say what was found in them.
+    """Load train/ and val/, and print what they hold.
 
     Raises:
         InputError: with the list of everything that is wrong.

@@ -177,7 +177,7 @@ def _read_spec(path: Path, metadata: Mapping[str, str]) -> GeneratorSpec:
         version, value_range = described.pop("version"), described.pop("range")
         model = described.pop("model", "pix2pix")  # which earlier versions did not write
         spec = registry.find(model).generator_spec(**described)
-    except (ValueError, TypeError, KeyError, RecursionError, InputError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(f"{path}: its fastp2p metadata is damaged, or of another version: {error}") from error
     if (type(version), version, value_range) != (int, GENERATOR_FORMAT, RANGE):
         raise InputError(

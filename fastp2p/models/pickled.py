@@ -26,6 +26,8 @@ def load_pickled_tensors(path: Path, expected: str) -> Any:
         if zipfile.is_zipfile(path):
             _check_stored(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:  # has its words
+        raise
     except pickle.UnpicklingError as error:  # PyTorch's text advises to load it all the same
         raise InputError(
             f"{path}: is damaged, or holds more than tensors; a pickle of other objects could run any code, so it is "

@@ -111,7 +111,7 @@ def conv_wgrad_adam(
 
 
 def _strides(weight: Tensor) -> tuple[int, int] | None:
-    """Of rows and of kernel rows, which are dense (KW, C) runs in order; None where memory does not lie so."""
+    """Strides of rows and of kernel rows, dense (KW, C) runs in order; None where memory does not lie so."""
     (rows, channels, kh, kw), (row, channel, kernel_row, tap) = weight.shape, weight.stride()
     run = kw * channels
     kernel_row = kernel_row if kh > 1 else run  # a stride over one element means nothing

@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastp2p.errors import InputError, WriteError
+from fastp2p.errors import WriteError
 from fastp2p.files import is_there, read_small, write_atomically
 from fastp2p.ops.extension import INTERPRETED, WHY_ABSENT
 
-FORMAT = 1  # of the file
+FORMAT = 1  # the file's
 MOST_MS = 1e9  # a candidate takes less: this is twelve days
 CPU_CHOICES = ("gemm", "direct")
 Choice = str | dict[str, int]
@@ -39,10 +39,10 @@ class Problem(NamedTuple):
     """What decides how fast a convolution's kernels are; a tuple, for a call to look up by a plain one."""
 
     operator: str  # conv, conv_transpose, conv_wgrad or conv_wgrad_adam
-    dtype: torch.dtype  # of what is multiplied
-    pixels: int  # of the smaller images, over the batch
+    dtype: torch.dtype  # the operands'
+    pixels: int  # the smaller images', over the batch
     outer: int  # channels of the smaller images
-    outer2: int  # of their second part; 0 for none
+    outer2: int  # their second part's; 0 for none
     inner: int  # channels of the larger images
     kernel_height: int
     kernel_width: int
@@ -82,7 +82,7 @@ class Place(NamedTuple):
     """A device as choices depend on it."""
 
     device_type: str  # cpu, cuda, or triton-interpreted
-    number: int  # of a CPU's threads; of a GPU its index
+    number: int  # a CPU's threads, or a GPU's index
 
     @property
     def name(self) -> str:
@@ -178,7 +178,7 @@ def read_cache(place: Place) -> Table:
         return {}
     try:
         return from_json(read_small(path), place) if is_there(path) else {}
-    except (OSError, ValueError, InputError) as error:
+    except (OSError, ValueError) as error:
         warnings.warn(f"{path}: cannot be used ({error}); kernels go by rule until they are tuned anew", stacklevel=2)
         return {}
 
@@ -191,7 +191,7 @@ def add_to_cache(place: Place, choices: Table) -> None:
         return
     try:
         kept = from_json(read_small(path), place)
-    except (OSError, ValueError, InputError):  # none yet, or said when it was read
+    except (OSError, ValueError):  # none yet, or said when it was read
         kept = {}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -73,7 +73,7 @@ def norm_act_backward_ref(
 
 def _normalise(x: Tensor, mean: Tensor, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(x - mean) / sqrt(var + eps) as wide as the statistics, and 1 / sqrt(var + eps) beside it."""
-    images = len(x) // len(mean)  # of a group
+    images = len(x) // len(mean)  # a group's
     mean, rstd = (t.repeat_interleave(images, 0)[:, :, None, None] for t in (mean, 1 / (var + eps).sqrt()))
     return (x.to(mean.dtype) - mean) * rstd, rstd
 

@@ -43,7 +43,7 @@ class Traffic:
     """Bytes that are read and written, each tensor once a call, and those that are updated twice."""
 
     maps: int = 0  # images, activations and their gradients
-    weights: int = 0  # of convolutions, as they are multiplied
+    weights: int = 0  # the convolutions', as they are multiplied
     adam: int = 0  # float32 weights, moments and gradients, and writing the compute weights
     vectors: int = 0  # values per channel, and single ones: biases, statistics, losses, learning rates
 

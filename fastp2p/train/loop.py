@@ -16,7 +16,7 @@ from fastp2p import terminal
 from fastp2p.config import ResolvedConfig, RunConfig
 from fastp2p.data import Crops, batches_per_epoch, eval_batches, train_crops
 from fastp2p.data.splits import TrainData, load_train_data
-from fastp2p.device import best_precision, choose_device
+from fastp2p.device import prepare
 from fastp2p.errors import InputError, TrainingDiverged
 from fastp2p.files import is_there, remove_leftovers
 from fastp2p.models.checkpoint import load_checkpoint, save_checkpoint, save_generator
@@ -37,24 +37,22 @@ def train(config: RunConfig, *, resume: bool = False, say: Say = terminal.say) -
             and versions), instead of making a new one.
         say: takes each line of report.
 
-    In the main thread, Ctrl-C, SIGTERM and SIGHUP end it after the step at hand, saved; in another thread it takes no
-    notice of them.
+    In the main thread, Ctrl-C, SIGTERM and SIGHUP end the run after the step at hand, and it saves. In another thread
+    the run takes no notice of them.
 
     Returns:
         The run folder: config.json, kernels.json, checkpoint.pt, stats.jsonl, panel.png, panel/, losses.png,
         tensorboard/, and NAME.safetensors and NAME_best.safetensors for each of the model's generators.
 
     Raises:
-        InputError: when the configuration or the data cannot be used; nothing is written then. When an image can no
-            longer be read in mid-training, the run is saved first.
-        TrainingDiverged: when a loss or a weight is no longer finite; the last good checkpoint is kept.
-        WriteError: when a file cannot be written; the previous checkpoint is kept.
+        InputError: when the run cannot use the configuration or the data; it writes nothing then. When it can no longer
+            read an image in mid-training, it saves first.
+        TrainingDiverged: when a loss or a weight is no longer finite; the run keeps the last good checkpoint.
+        WriteError: when the run cannot write a file; it keeps the previous checkpoint.
     """
-    device = choose_device(config.device)
-    resolved = config.resolve(device.type, best_precision(device))
-    torch.backends.cudnn.deterministic = True  # or a resumed run would not repeat the unbroken one's bits on a GPU
+    device, resolved = prepare(config)
     with contextlib.ExitStack() as stack:
-        # Everything that can be wrong is found before anything is written; what takes no time, before images are read
+        # Every check comes before the first write, and the quick checks before the images
         saved = None
         if resume:
             folder = reopen_folder(resolved, say)
@@ -71,7 +69,7 @@ def train(config: RunConfig, *, resume: bool = False, say: Say = terminal.say) -
             say(f"resuming {folder} at step {state.step}")
         del saved  # as large as all networks and moments
         steps_per_epoch = batches_per_epoch(data.train, resolved.batch_size)
-        images = min(resolved.batch_size, len(data.train))  # of a batch
+        images = min(resolved.batch_size, len(data.train))  # a batch's
         scheduled = (resolved.n_epochs + resolved.n_epochs_decay) * steps_per_epoch
         last_step = scheduled if resolved.max_steps is None else min(scheduled, resolved.max_steps)
         describe(resolved, state, len(data.train), say)
@@ -127,7 +125,7 @@ def load_saved(folder: Path, say: Say) -> dict[str, Any] | None:
     path = folder / "checkpoint.pt"
     if is_there(path):
         return load_checkpoint(path, say)
-    # A generator is written after checkpoint.pt, and before it only what was best
+    # A run writes a generator after checkpoint.pt, and before it only the best one
     if any(not path.stem.endswith("_best") for path in folder.glob("*.safetensors")):
         raise InputError(f"resume: {path} is missing, but the run had one; bring it back, or start a new run")
     say(f"{folder} had no checkpoint yet: beginning again at step 0")
@@ -171,8 +169,8 @@ class Run:
         self.beside = dict.fromkeys(("validate", "panel", "save"), 0.0)  # seconds beside the steps
         self.images = 0  # trained on since self.logged
         self.validated_at = -1  # step
-        self.reading = ""  # of the losses, at the last line of stats
-        self.warning = ""  # the last one given, so that each is given once
+        self.reading = ""  # the losses' meaning at the last line of stats
+        self.warning = ""  # the last one printed, so that each is printed once
 
     def train(self, last_step: int, stop: list[int]) -> None:
         """Train until last_step, --max-minutes, or a signal in `stop`; then score, draw and save.
@@ -224,7 +222,7 @@ class Run:
             self.save()
 
     def where_time_went(self) -> str:
-        """The seconds since this Run was made, in a line: what is no pause counts as steps.
+        """A line on the seconds since this Run began: all but the pauses count as steps.
 
         The last panel's file and losses.png are still to come.
         """

@@ -1,4 +1,4 @@
-"""What a run says of itself before its first step."""
+"""What a run prints before its first step: its networks, its device, its memory."""
 
 import torch
 
@@ -31,7 +31,7 @@ def describe(config: ResolvedConfig, state: TrainState, pairs: int, say: Say) ->
 
 
 def describe_precision(config: ResolvedConfig, device: torch.device) -> str:
-    """In what a step of config.engine computes."""
+    """The number format in which a step of config.engine computes."""
     if config.precision in ("bf16", "fp16"):
         return f"{config.precision} on fp32 weights"
     tf32 = config.engine == "reference" and device.type == "cuda" and torch.backends.cudnn.allow_tf32

@@ -14,13 +14,13 @@ from fastp2p.files import is_there, read_small, remove_leftovers, write_atomical
 from fastp2p.models import registry
 from fastp2p.terminal import Say
 
-# What may differ between a run and its continuation: limits, bookkeeping and places, but nothing that is learned from.
+# Fields that may differ between a run and its continuation: limits, bookkeeping and places, which teach nothing.
 CHANGEABLE = {
     *("data", "skip_bad", "stream", "device"),
     *("n_epochs", "n_epochs_decay", "max_steps", "max_minutes"),
     *("log_steps", "panel_steps", "val_epochs", "save_minutes"),
 }
-# What a run that diverged is mended by: it may differ, too, and that is said.
+# Fields that mend a run that diverged: they may differ, too, and the run prints that they do.
 REMEDIES = {"lr", "precision"}
 
 
@@ -64,7 +64,7 @@ def _check_empty(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """mkdir -p. Raises InputError when that is not possible."""
+    """mkdir -p. Raises InputError when the disk or the permissions refuse."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -72,10 +72,10 @@ def make_folder(folder: Path) -> None:
 
 
 def reopen_folder(config: RunConfig, say: Say) -> Path:
-    """Open config.out to go on with the run in it; nothing is written there.
+    """Open config.out to go on with the run in it; this writes nothing there.
 
     Raises:
-        InputError: when it holds no run, or something was changed that the trained weights depend on.
+        InputError: when it holds no run, or an option differs that the trained weights depend on.
     """
     assert config.out is not None, "a run is resumed from its folder"
     before, now = read_config(config.out).as_dict(), config.as_dict()
@@ -133,22 +133,22 @@ def read_config(folder: Path) -> RunConfig:
         fields = json.loads(content)
         if not isinstance(fields, dict):
             raise ValueError(f"it holds {fields!r:.60}, expected settings by name")
-        model = registry.find(fields.get("model", "pix2pix"))  # earlier versions knew no other, and wrote none
+        model = registry.find(fields.get("model", "pix2pix"))  # earlier versions had no other, and wrote none
         return model.config(**fields | {"out": folder})
-    except (ValueError, TypeError, RecursionError, InputError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as a configuration of this version: {error}") from error
 
 
 def write_config(folder: Path, config: RunConfig) -> None:
     """Write config.json. Raises WriteError."""
-    fields = {name: value for name, value in config.as_dict().items() if name != "out"}  # a folder may be moved
+    fields = {name: value for name, value in config.as_dict().items() if name != "out"}  # a user may move the folder
     if not config.data.startswith("builtin:"):
-        fields["data"] = str(Path(config.data).resolve())  # a run may be resumed from another folder
+        fields["data"] = str(Path(config.data).resolve())  # a user may resume the run from another folder
     write_atomically(folder / "config.json", json.dumps(fields, indent=2).encode() + b"\n")
 
 
 def _lock_next(data: str, lock: contextlib.ExitStack) -> Path:
-    """Make the next free folder and lock it; a folder that a run with --out locks in between is left to that run."""
+    """Make the next free folder and lock it; where a run with --out locks it first, take the next one."""
     while True:
         folder = _make_next(data)
         with contextlib.suppress(InputError):

@@ -24,16 +24,16 @@ class TrainState:
     """Networks, optimizers and counters; the random state of the reference engine's dropout is torch's own."""
 
     model: Model[Any]
-    options: dict[str, Any]  # of the model
+    options: dict[str, Any]  # the model's
     nets: dict[str, nn.Module]
     optimizers: dict[str, torch.optim.Adam]
     loss_sums: Tensor  # float64, one for each of the model's losses, over the last loss_steps steps
     loss_scale: Tensor  # (2,) float32, of float16
     device: torch.device
-    fingerprint: str  # of the training pairs
+    fingerprint: str  # the training pairs'
     loss_steps: int = 0  # since the last line of stats.jsonl
     step: int = 0
-    best_score: float = math.inf  # of validation, so far
+    best_score: float = math.inf  # validation's, so far
     step_of_the_engine: Step | None = None
 
     @classmethod

@@ -23,15 +23,15 @@ from fastp2p.ops.kernel_choices import Choice, Measured, Place, Table, name_of
 from fastp2p.tuner import ahead
 from fastp2p.tuner.operations import Args, Noise, Operation, Trial
 
-MARGIN = 0.05  # of the rule's time
-COLD_BYTES = 128_000_000  # of operands between two uses of one, more than caches hold
-MOST_SETS = 16  # of one problem's operands on a GPU; smaller ones find theirs in its cache, as they do in a step
-FEWEST_ROUNDS, MOST_ROUNDS, SECONDS = 3, 25, 0.4  # of one group of problems; within the rounds so many seconds
+MARGIN = 0.05  # share of the rule's time
+COLD_BYTES = 128_000_000  # operands between two uses of one: more than caches hold
+MOST_SETS = 16  # copies of a problem's operands on a GPU; smaller ones find theirs in its cache, as in a step
+FEWEST_ROUNDS, MOST_ROUNDS, SECONDS = 3, 25, 0.4  # for a group of problems; within the rounds so many seconds
 HOPELESS = 2.0  # a candidate so many times slower than the best in its first PRELIMINARY turns gets no other one
 PRELIMINARY = 2
-LONG_MS = 5.0  # of what takes so long, the first call of all tells already, although more than the work is done there
+LONG_MS = 5.0  # where a call takes so long, the first one tells enough, although it does more than the work
 GPU_ROUNDS = 9
-GRAPH_MS = 0.5  # of calls in a graph: events resolve a thousandth of that
+GRAPH_MS = 0.5  # a graph's calls take so long: events resolve a thousandth of that
 
 Run = Callable[[Args], Any]
 Report = Callable[[str], object]
@@ -44,7 +44,7 @@ class Contest:
     operation: Operation
     rule: str  # name of the rule's choice
     choices: dict[str, Choice]  # by name
-    typical: Callable[[list[float]], float]  # of a candidate's times
+    typical: Callable[[list[float]], float]  # what stands for a candidate's times
     first: dict[str, float] = field(default_factory=dict)  # milliseconds of each candidate's first call of all
     samples: dict[str, list[float]] = field(default_factory=dict)  # and of those that count
 

@@ -15,18 +15,18 @@ from fastp2p.engine.record import Call, record
 from fastp2p.engine.step import Step
 from fastp2p.ops.kernel_choices import CONVOLUTIONS, Problem, problem_of
 
-Args = tuple[Any, ...]  # of an operator
+Args = tuple[Any, ...]  # an operator's
 
 BETA1, BETA2 = 0.5, 0.999
 LR, EPS = 2e-4, 1e-8
-ROWS_CHECKED = 32  # of a weight after Adam, spread over all; of its gradient all are
+ROWS_CHECKED = 32  # rows of a weight after Adam, spread over all; its gradient's all are
 
 
 @dataclass(frozen=True)
 class Operation:
     """One call of conv, conv_transpose, conv_wgrad or conv_wgrad_adam."""
 
-    name: str  # of the network, the layer and what the call is for
+    name: str  # the network, the layer and what the call is for
     problem: Problem
     images: int
     small: Size
@@ -37,12 +37,12 @@ class Operation:
     bias: bool = False
     gate: bool = False
     stat_groups: int = 0
-    strides: tuple[int, ...] = ()  # of the weight that Adam updates, which may be a slice of more taps
+    strides: tuple[int, ...] = ()  # the updated weight's, which may be a slice of more taps
     offset: int = 0  # in elements, where that weight begins behind an aligned address
 
     @property
     def wide(self) -> torch.dtype:
-        """Of sums, and of what is kept in full."""
+        """The dtype of sums, and of what is kept in full."""
         return torch.promote_types(self.problem.dtype, torch.float32)
 
     @property
@@ -84,7 +84,7 @@ class Operation:
             if p.dtype != self.wide:
                 low = param.to(p.dtype).contiguous(memory_format=torch.channels_last)
             lr = torch.tensor(LR, dtype=self.wide, device=param.device)
-            powers = torch.tensor([BETA1, BETA2], dtype=torch.float64, device=param.device)  # of the first step
+            powers = torch.tensor([BETA1, BETA2], dtype=torch.float64, device=param.device)  # the first step's
             return small, small2, large, param, *moments, lr, powers, BETA1, BETA2, EPS, *window, low
         weight = noise.images(*weight_shape, dtype=p.dtype).mul_(self.terms**-0.5)  # a result of deviation 1
         bias = noise.images(1, p.outer if p.operator == "conv" else p.inner, 1, 1, dtype=self.wide).flatten()
@@ -125,7 +125,7 @@ class Trial:
     def __init__(self, operation: Operation, noise: Noise):
         self.operation, self.args = operation, operation.operands(noise)
         self.expected: tuple[Tensor, ...] | None = None
-        self.bound = self.largest = math.nan  # of the first of them: its tolerance, its largest value
+        self.bound = self.largest = math.nan  # the first one's tolerance and largest value
         problem = operation.problem
         self.rows = slice(None, None, max(1, (problem.outer + problem.outer2) // ROWS_CHECKED))
 

@@ -18,7 +18,7 @@ from fastp2p.tuner import ahead
 from fastp2p.tuner.contest import tune, why_not
 from fastp2p.tuner.operations import Operation, operations
 
-KERNELS = "kernels.json"  # of a run: which kernel computed what, since other ones round otherwise
+KERNELS = "kernels.json"  # a run's: which kernel computed what, since other ones round otherwise
 
 
 def check_kernels(kernels: str, device: torch.device) -> None:
@@ -38,7 +38,7 @@ def another_run_s(kernels: str, place: Place) -> Table:
     path = Path(kernels) / KERNELS if Path(kernels).is_dir() else Path(kernels)
     try:
         return kernel_choices.from_json(read_small(path), place)
-    except (ValueError, InputError) as error:
+    except ValueError as error:
         raise InputError(
             f"kernels: got {kernels}, expected {', '.join(NAMED_KERNELS)}, or a run folder with a {KERNELS} that was "
             f"made on this machine: {error}"
@@ -133,7 +133,7 @@ def _of_the_run(path: Path, place: Place, say: Say) -> Table | None:
         made_at = kernel_choices.environment_of(content)
         if made_at == place.environment:
             return kernel_choices.from_json(content, place)
-    except (ValueError, InputError) as error:
+    except ValueError as error:
         why = str(error).removeprefix(f"{path}: ")
         raise InputError(
             f"{path}: cannot be read: {why}; delete it to choose kernels anew, which round otherwise"

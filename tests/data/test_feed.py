@@ -200,7 +200,7 @@ def test_scores_do_without_a_vanished_pair(aligned: Path):
     for i in (0, 1, 3):
         (aligned / "train" / f"{i}.png").unlink()
     rest = [batch["A"] for batch in eval_batches(dataset, batch_size=2)]
-    assert [len(A) for A in rest] == [1, 2]  # of 0 and 1, none is left
+    assert [len(A) for A in rest] == [1, 2]  # none of 0 and 1 is left
     assert torch.equal(torch.cat(rest), torch.cat([whole[i] for i in (2, 4, 5)]))
 
 

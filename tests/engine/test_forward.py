@@ -5,6 +5,7 @@ import copy
 import random
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -53,7 +54,7 @@ def inference(self: Any, y: Tensor) -> Tensor:
 
 
 def autocast(self: Any, y: Tensor) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         return F.relu(y)
 
 
@@ -214,18 +215,14 @@ def test_forwards_are_given_back_whatever_is_raised(error: type[BaseException]):
 
 def test_two_threads_follow_two_networks():
     nets = [Net(lambda self, y: F.relu(y)) for _ in range(2)]
-    barrier, found = threading.Barrier(2), []
+    barrier, default = threading.Barrier(2), torch.get_default_device()
 
-    def run(net: Net) -> None:
+    def run(net: Net) -> list[int]:
         barrier.wait()
-        found.extend(len(plan_network(net, 3, SIZE).layers) for _ in range(20))
+        return [len(plan_network(net, 3, SIZE).layers) for _ in range(20)]
 
-    threads = [threading.Thread(target=run, args=(net,)) for net in nets]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == [2] * 40
+    with ThreadPoolExecutor(2, initializer=torch.set_default_device, initargs=(default,)) as pool:
+        assert list(pool.map(run, nets)) == [[2] * 20] * 2
 
 
 LATER: dict[str, Callable[[Any], object]] = {

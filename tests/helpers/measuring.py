@@ -10,7 +10,7 @@ from fastp2p.models.pix2pix.options import Pix2PixConfig
 # The smallest networks, as the command takes them
 NETWORKS = ["--netG", "unet_8", "--ngf", "4", "--netD", "pixel", "--ndf", "4", "--crop-size", "32", "--device", "cpu"]
 
-PARTS = (  # of a step, in the order in which they run
+PARTS = (  # a step's, in the order in which they run
     "augment",
     "netG forward",
     "netD forward",

@@ -55,7 +55,7 @@ def test_repeats_torch_adam():
 
 
 def test_the_first_step_is_the_learning_rate():
-    """Of a weight at 0 nothing hides the step's own error; 1 - 0.999 in float32 would make one of 6e-6."""
+    """At a weight of 0 nothing hides the step's own error; 1 - 0.999 in float32 would make one of 6e-6."""
     param, exp_avg, exp_avg_sq = (torch.zeros(100) for _ in range(3))
     adam(param, 1 + torch.rand(100), exp_avg, exp_avg_sq, lr=torch.tensor(1e-3), powers=betas())
     torch.testing.assert_close(param, torch.full((100,), -1e-3), rtol=1e-6, atol=0)
@@ -143,7 +143,7 @@ def test_unscale_of_zero_leaves_the_step_out(
     "offsets", [(4, 8, 12, 16, 4), (1, 1, 1, 1, 1), (0, 0, 4, 2, 0), (0, 0, 0, 0, 2), (4, 3, 2, 1, 0)]
 )
 def test_slices_of_any_alignment(m: int, offsets: tuple[int, ...], dtype: torch.dtype):
-    """Of four elements at a time for a kernel that moves 16 bytes at once; whether it may depends on every buffer."""
+    """Four elements at a time suit a kernel that moves 16 bytes at once; whether it may depends on every buffer."""
     low_precision = torch.full((m + 20,), 9.0, dtype=torch.bfloat16)
     big = [*(torch.full((m + 20,), 9.0, dtype=dtype if i == 1 else torch.float32) for i in range(4)), low_precision]
     slices = [whole[offset : offset + m] for whole, offset in zip(big, offsets, strict=True)]

@@ -117,7 +117,7 @@ def test_slices_of_larger_buffers_and_other_layouts():
 
 @pytest.mark.parametrize("size", [(6, 8), (7, 8), (7, 9)])
 def test_it_is_the_data_gradient_of_a_convolution(size: tuple[int, int]):
-    """Of an odd side too, whose last row the convolution did not read."""
+    """The side may be odd: the convolution did not read its last row."""
     x, weight = random(2, 5, *size).requires_grad_(), random(7, 5, 4, 4)
     y = F.conv2d(x, weight, None, 2, 1)
     dy = random(*y.shape)

@@ -149,7 +149,7 @@ def test_taps_that_meet_padding_alone_need_no_step(dtype: torch.dtype, n: int, o
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("algorithm", ["gemm", "direct"])
 def test_gradient_in_chunks(algorithm: str, dtype: torch.dtype):
-    """Of some 1 MB, the last one smaller: three or more here, and again so with each number of threads."""
+    """Pieces have some 1 MB, the last one less: three or more here, and again so with each number of threads."""
     with convolution_on_the_cpu(algorithm):
         apart = State(Shape(1, 64, 4, 6, 1300, 4, 2, 1), dtype)
         apart.apart()

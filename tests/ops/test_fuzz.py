@@ -38,7 +38,7 @@ LARGEST = 40_000  # elements: some three tasks of the CPU's kernels
 
 @pytest.fixture
 def cases(_device: None) -> int:
-    """Of each operator: few for Triton, which interprets in Python or compiles for new alignments of the shapes."""
+    """Cases of each operator: few for Triton, which interprets in Python or compiles for new alignments."""
     return 8 if kernels_serve() else 150
 
 
@@ -230,7 +230,7 @@ def test_adam(cases: int):
     draws = random.Random("adam")
     for case in range(cases):
         m = draws.choice([draws.randint(1, 40), draws.randint(41, 5_000), draws.randint(1, LARGEST)])
-        start = draws.randint(0, 17)  # of slices, which then lie at any multiple of 4 bytes
+        start = draws.randint(0, 17)  # slices' start, so that they lie at any multiple of 4 bytes
         scale = 10 ** torch.linspace(-12, 2, start + m + draws.choice([0, 5]))
         big = torch.randn(4, len(scale), generator=generator(case))
         big[1:3] *= scale

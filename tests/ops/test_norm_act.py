@@ -74,7 +74,7 @@ def terms(args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """Of one conversion from float32, relative; the interpreter truncates where hardware rounds."""
+    """The relative error of one conversion from float32; the interpreter truncates where hardware rounds."""
     return 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps * (1 if INTERPRETED else 0.5)
 
 
@@ -278,7 +278,7 @@ def test_nan_is_not_swallowed(activation: str):
         gradient[0, 4, 0, 0] = 0
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # of numpy, in the interpreter, at 1e30
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # numpy's, in the interpreter, at 1e30
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 def test_tanh_to_its_last_digits():
     """Near 0, where 1 - exp(-2 |x|) cancels, where the two formulas meet, and where exp(2 x) would overflow."""

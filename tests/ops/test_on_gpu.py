@@ -53,7 +53,7 @@ def norm_act_backward(dy: Tensor, dy2: Tensor, *inputs: Tensor) -> Outputs:
     return operators.norm_act_backward(dy, dy2, *inputs, 1e-5, 2, 0.2, 1, 0.5, 3, False)
 
 
-# Of each operator: its tensors by seed, and a call that takes them. What a call changes in place is a result as well.
+# Each operator's tensors by seed, and a call that takes them. What a call changes in place is a result as well.
 CALLS: dict[str, tuple[Callable[[int], list[Tensor]], Callable[..., Any]]] = {
     "adam": (lambda s: [*adam_state(s, 5000), normal(s, 5000, dtype=torch.float32)], adam_in_order),
     "augment": (image_batch, lambda *t: operators.augment(*t, 16, 3, torch.bfloat16)),

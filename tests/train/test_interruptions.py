@@ -125,7 +125,7 @@ def test_commands_outlast_their_terminal(args: str, redirection: str, status: in
 
 
 def test_a_run_in_a_thread(aligned: Path, tmp_path: Path):
-    """Of a notebook or a web page: signals are the main thread's."""
+    """A notebook or a web page trains in a thread: signals are the main thread's."""
     with ThreadPoolExecutor(1) as thread:
         folder = thread.submit(train, config(aligned, tmp_path / "run", "--max-steps", "2")).result()
     assert load_checkpoint(folder / "checkpoint.pt")["step"] == 2

@@ -116,7 +116,7 @@ def test_tensorboard_s_panel_is_small(tmp_path: Path):
     with Image.open(io.BytesIO(shown.encoded_image_string)) as jpeg, Image.open(tmp_path / "panel.png") as png:
         assert jpeg.size == png.size == (shown.width, shown.height)
         difference = np.abs(np.asarray(jpeg).astype(float) - np.asarray(png))
-    assert difference.mean() < 4  # of 255; captions are the hard part
+    assert difference.mean() < 4  # levels of 255; captions are the hard part
 
 
 def test_tensorboard_s_panel_of_flat_colours_is_exact(tmp_path: Path):

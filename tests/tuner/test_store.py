@@ -166,7 +166,7 @@ def test_another_run_s_kernels_that_cannot_be_taken(aligned: Path, tmp_path: Pat
 
 @pytest.fixture
 def other_kernels(aligned: Path, tmp_path: Path) -> Path:
-    """Of a run with other networks."""
+    """The choices of a run with other networks."""
     other = config(aligned, tmp_path / "other", "--max-steps", "1", "--ngf", "8", "--ndf", "6", "--batch-size", "3")
     return train(other) / "kernels.json"
 

@@ -14,7 +14,7 @@ try:
 except ImportError:  # a Python built without it, whose zipfile refuses such members with a RuntimeError
     LZMAError = zipfile.BadZipFile  # type: ignore[assignment,misc]
 
-MAX_BYTES = 2**30  # of a file: an image of more is none that can be trained on
+MAX_BYTES = 2**30  # a file's size: nobody trains on a larger image
 # What zipfile and its decompressors raise on damaged, encrypted and unknown archives, by experiment
 _DAMAGED = (
     *(zipfile.BadZipFile, LZMAError, zlib.error, struct.error),
@@ -50,6 +50,8 @@ def read_bytes(file: Traversable) -> bytes:
         assert isinstance(file, Path)
         _check_size(file.stat().st_size)
         return file.read_bytes()
+    except InputError:  # has its words
+        raise
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror or error}") from error
     except MemoryError as error:

@@ -18,7 +18,7 @@ _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 @dataclass
 class Contents:
-    """A folder's entries, sorted by name; hidden ones (.DS_Store, ._0.png) are left out."""
+    """A folder's entries, sorted by name; without hidden ones (.DS_Store, ._0.png)."""
 
     images: list[Traversable] = field(default_factory=list)
     bad: dict[str, str] = field(default_factory=dict)  # named like an image, but no file -> reason
@@ -108,7 +108,7 @@ def name_some(names: Iterable[str], limit: int = 5) -> str:
 
 
 def passed_over(others: list[str]) -> str:
-    """A line on what was not read, "" when there is nothing to say."""
+    """A line on the files that fastp2p passed over, "" when there are none."""
     if not others:
         return ""
     what = "1 entry" if len(others) == 1 else f"{len(others):,} entries"
