@@ -32,11 +32,7 @@ KERNEL_FILES = sorted(
 # Compute capability -> shared memory of one block in KiB (CUDA programming guide, technical specifications)
 TARGETS = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 PTXAS_FLAGS = ["--regAllocOptLevel=2"] if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else []
-<<<<<<< HEAD
-# A configuration's entries for the compiler; the rest are the kernel's constants
-=======
 # A configuration's options for the compiler; the rest are the kernel's constants
->>>>>>> w-words2
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
