@@ -60,7 +60,7 @@ def _describe(content: Row) -> str:
 
 
 def _differences(before: Row, after: Row) -> list[tuple[str, object, object]]:
-    """Of hardware and versions: without it two figures are of the same machine."""
+    """What differs in hardware and versions; nothing, where two figures are of the same machine."""
     pairs = [
         ("machine", name_of(before), name_of(after)),
     ]

@@ -62,7 +62,7 @@ def rehearse(pytestconfig: pytest.Config) -> bool:
 
 @pytest.fixture(scope="session")
 def copy_gb_per_sec() -> float:
-    """Of this machine's memory, read and written bytes counted."""
+    """What this machine's memory copies, read and written bytes counted."""
     return copy_bytes_per_sec(DEVICE) / 1e9
 
 

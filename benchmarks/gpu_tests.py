@@ -22,7 +22,7 @@ from typing import Any
 from harness.machine import ROOT
 from harness.results import save
 
-SHARDS = 4  # of each file of operator tests
+SHARDS = 4  # parts of each file of operator tests
 MOST_FAILURES, MOST_CHARACTERS = 100, 4000  # kept in the results: of failures, and of each one's text
 
 

@@ -41,7 +41,7 @@ def adam_case(parameters: list[nn.Parameter], dtype: torch.dtype) -> Case:
         adam(param, grad, exp_avg, exp_avg_sq, lr=lr, powers=powers, low_precision=low)
 
     def check() -> None:
-        """Of the buffers themselves, which have the same values still: copies would take 900 MB."""
+        """The buffers themselves, which have the same values still: copies would take 900 MB."""
         for _ in range(2):
             powers.mul_(powers.new_tensor(BETAS))
             ours()

@@ -22,7 +22,7 @@ class Contestant(Protocol):
 
 @dataclass(frozen=True)
 class Samples:
-    """Of each contestant, milliseconds a call; and what else was busy meanwhile."""
+    """Each contestant's milliseconds a call; and what else was busy meanwhile."""
 
     ms: dict[str, list[float]]
     strangers: Strangers

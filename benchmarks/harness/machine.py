@@ -16,7 +16,7 @@ SMI_FIELDS = (
     "temperature.gpu,power.draw,power.limit,utilization.gpu,memory.used,memory.total"
 )
 
-TOLERATED_SHARE = 0.05  # of the cores, busy with other things while we measure
+TOLERATED_SHARE = 0.05  # the cores' share that other things may keep busy while we measure
 
 
 def describe(*, gpu: bool) -> dict[str, Any]:

@@ -14,7 +14,7 @@ UNIT = torch.finfo(torch.float32).eps / 2
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """Of one conversion to dtype, relative."""
+    """The relative error of one conversion to dtype."""
     return torch.finfo(dtype).eps / 2
 
 

@@ -26,7 +26,7 @@ Step = Callable[[Tensor, Tensor], Losses[Tensor]]
 Inference = Callable[[Tensor], Tensor]
 
 NETS, OPTIMIZERS = ("netG", "netD"), ("optimizer_G", "optimizer_D")
-OBJECTIVE: dict[str, Any] = {"gan_mode": "vanilla", "lambda_L1": 100.0}  # of a step
+OBJECTIVE: dict[str, Any] = {"gan_mode": "vanilla", "lambda_L1": 100.0}  # a step's
 BATCHES = [1, 4, 16, 64] if torch.cuda.is_available() else [1, 4]
 
 
@@ -36,8 +36,8 @@ class Provider:
 
     name: str
     settings: str  # all of them, for the reader of a table
-    precision: Precision | None = None  # of ours; None is eager PyTorch
-    engine: Engine = "fused"  # of ours
+    precision: Precision | None = None  # ours; None is eager PyTorch
+    engine: Engine = "fused"  # ours
     amp: bool = False  # autocast to the device's half precision
     channels_last: bool = False
     fused_adam: bool = False
@@ -109,7 +109,7 @@ class Scale:
     size: int  # px
     levels: int
     width: int  # ngf and ndf
-    n_layers: int  # of the discriminator
+    n_layers: int  # the discriminator's
 
     @property
     def load_size(self) -> int:
@@ -118,7 +118,7 @@ class Scale:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Of a run, by the names that upstream and we have for them."""
+        """A run's options, by the names that upstream and we have for them."""
         nets = {"netG": f"unet_{2**self.levels}", "ngf": self.width}
         nets |= {"netD": "n_layers", "n_layers_D": self.n_layers, "ndf": self.width}
         return nets | {"crop_size": self.size, "load_size": self.load_size}

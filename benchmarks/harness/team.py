@@ -21,11 +21,11 @@ from harness.machine import ROOT, smi_state
 from harness.providers import EAGER, Provider, Scale
 
 ROUNDS = 9
-QUICK_COMPILES_FOR_S = 70  # of --quick's three minutes from the beginning; what is not compiled by then is left out
+QUICK_COMPILES_FOR_S = 70  # from the beginning of --quick's three minutes; what is not compiled by then is left out
 GPU_SAMPLE_MS = 50  # at least, where a step may take less than one
 PATIENCE_S = 1800.0  # with a worker: torch.compile's max-autotune takes long
 CLOSES_WITHIN_S = 10.0  # a worker that nothing more is asked of; then it is killed
-CPU_PAIRS = 4  # of an epoch in a sample: a whole one would take minutes
+CPU_PAIRS = 4  # an epoch's in a sample: a whole one would take minutes
 
 # Greatest relative distances from eager float32: of each loss and of the gradients in the first step, of each loss in a
 # later one, of the output. A few times those of unet_256 at 256 px that NOTES.md has, where eager's own autocast is as
@@ -104,7 +104,7 @@ class Worker:
         """Nothing more will be asked: it may end."""
         assert self.process.stdin is not None
         self._signal(signal.SIGCONT)
-        with contextlib.suppress(BrokenPipeError):  # of a request that it died before reading
+        with contextlib.suppress(BrokenPipeError):  # it died before it read a request
             self.process.stdin.close()
 
     def close(self, *, within_s: float = CLOSES_WITHIN_S) -> None:
@@ -148,7 +148,7 @@ class Team:
         options = ("--device", device.type, "--scale", scale.name)
         self.workers = {name: Worker(name, "worker", name, *options, env=env) for name in self.members}
         self.begun = time.monotonic()
-        self.first_s: dict[tuple[str, int], dict[str, float]] = {}  # of what was checked, everyone's first call
+        self.first_s: dict[tuple[str, int], dict[str, float]] = {}  # everyone's first call of what was checked
         self.ours = next(p for p in members if p.ours)
         self.wrong: dict[tuple[str, int], dict[str, str]] = {}  # by what was checked: which of ours is off, and by what
 

@@ -48,7 +48,7 @@ class Upstream(Measured):
         return answer | {"later losses": losses}
 
     def _losses(self, model: Any, real_A: Tensor, real_B: Tensor) -> list[float]:
-        """Of a step on these images."""
+        """The losses of a step on these images."""
         model.set_input({"A": real_A, "B": real_B, "A_paths": [], "B_paths": []})
         model.optimize_parameters()
         losses = model.get_current_losses()

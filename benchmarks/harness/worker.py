@@ -27,11 +27,14 @@ from harness.providers import SCALES, Provider, Scale, inference, providers, tra
 from harness.stopwatch import elapsed_ms
 
 SETTLING = {"cpu": 1, "cuda": 5}  # units after the first one; a graph is captured in the fourth
-SETS = 6  # of inputs that calls take in turn
-GRADIENT_STRIDE, OUTPUT_STRIDE = 997, 97  # of the elements that a check compares; primes, so no channel is left out
+SETS = 6  # inputs that calls take in turn
+GRADIENT_STRIDE, OUTPUT_STRIDE = (
+    997,
+    97,
+)  # between elements that a check compares; primes leave no channel out
 
 Answer = dict[str, Any]
-Unit = Callable[[], object]  # of work: a step, or a batch through the generator
+Unit = Callable[[], object]  # a step, or a batch through the generator
 
 
 class Measured:
@@ -40,7 +43,7 @@ class Measured:
     def __init__(self, device: torch.device):
         self.device, self.peak = device, Peak(device)
         self.unit: Unit = lambda: None
-        self.losses: Losses[Tensor] | None = None  # of the last step
+        self.losses: Losses[Tensor] | None = None  # the last step's
 
     def prepare(self, what: str, **request: Any) -> Answer:
         """Make ready to sample; the first unit is timed apart, since torch.compile compiles in it.
@@ -71,7 +74,7 @@ class Measured:
         return {"ms": self._ms(calls) / calls}
 
     def _ms(self, calls: int) -> float:
-        """Of so many units. Raises RuntimeError where the last losses are not finite: no figure comes from NaN."""
+        """Milliseconds of so many units. Raises RuntimeError where the last losses are not finite."""
         ms = elapsed_ms(self.unit, self.device, calls=calls)
         if self.losses is not None and not all(loss.isfinite() for loss in self.losses):
             raise RuntimeError(f"not finite: {self.losses}")

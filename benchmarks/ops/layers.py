@@ -52,7 +52,7 @@ class Convolution:
         return Trial(operation, NOISE)
 
 
-# Of the generator an outer, a middle and a deep layer; of the discriminator the one that costs most
+# The generator's outer, middle and deep layer; the discriminator's that costs most
 CONVOLUTIONS = [
     Convolution("e2", 64, 128, 128),
     Convolution("e4", 256, 32, 512),

@@ -166,14 +166,14 @@ def test_who_fails_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch):
     assert set(rows) == {EAGER.name, mine.ours.name}
     assert mine.left_out[other] == "out of memory"
     assert rows[EAGER.name]["img_per_sec"] == pytest.approx(4e3 / 3)
-    assert rows[EAGER.name]["first_s"] == 2.0  # of the check, which came first
+    assert rows[EAGER.name]["first_s"] == 2.0  # the check's, which came first
     assert rows[mine.ours.name]["settings"] == mine.ours.settings
     with pytest.raises(pytest.fail.Exception, match=r"fastp2p .* fails, so nothing is timed: out of memory"):
         fake_team(monkeypatch, broken=(mine.ours.name,)).compare(benchmark, "step", 4)
 
 
 def test_layers_are_compared_too():
-    """Of ours the fused step comes first: it is what a verdict speaks of."""
+    """The fused step comes first among ours: it is what a verdict speaks of."""
     who, left_out = providers(CPU, quick=True)
     best, layers = (p for p in who if p.ours)
     assert (best.engine, layers.engine, layers.name) == ("fused", "layers", LAYERS)
