@@ -114,24 +114,6 @@ PyObject* convolution_by_rule(PyObject*, PyObject* args) {
   return PyUnicode_FromString(fastp2p::algorithm_by_rule(problem) == Algorithm::GEMM ? "gemm" : "direct");
 }
 
-PyObject* loader = nullptr;  // kept for as long as the process lives
-
-void call_loader(int64_t threads) {
-  const PyGILState_STATE state = PyGILState_Ensure();
-  PyObject* result = PyObject_CallFunction(loader, "L", static_cast<long long>(threads));
-  if (result == nullptr) PyErr_WriteUnraisable(loader);  // kernels then go by rule
-  Py_XDECREF(result);
-  PyGILState_Release(state);
-}
-
-PyObject* load_convolutions_with(PyObject*, PyObject* function) {
-  Py_XDECREF(loader);
-  Py_INCREF(function);
-  loader = function;
-  fastp2p::set_loader(call_loader);
-  Py_RETURN_NONE;
-}
-
 PyMethodDef METHODS[] = {
     {"force_convolution", force_convolution, METH_VARARGS,
      "force_convolution(name): how conv, conv_transpose and conv_wgrad compute on the CPU, 'auto', 'gemm' or 'direct'; "
@@ -145,9 +127,6 @@ PyMethodDef METHODS[] = {
     {"forget_convolutions", forget_convolutions, METH_NOARGS, "forget_convolutions(): undo choose_convolutions"},
     {"convolution_by_rule", convolution_by_rule, METH_VARARGS,
      "convolution_by_rule(operator, dtype, ..., stride): 'gemm' or 'direct', what serves where nothing was chosen"},
-    {"load_convolutions_with", load_convolutions_with, METH_O,
-     "load_convolutions_with(function): call it with the number of threads before the first convolution with so many, "
-     "unless choices were made for it: to make them"},
     {}};
 
 }  // namespace

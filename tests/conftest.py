@@ -67,11 +67,12 @@ def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def own_cache(tmp_path: Path) -> Iterator[None]:
     """Measured choices of kernels of the test's own: none at first."""
-    monkeypatch.setenv("FASTP2P_CACHE", str(tmp_path / "cache"))
-    kernel_choices.forget()
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTP2P_CACHE", str(tmp_path / "cache"))
+        kernel_choices.forget()
+        yield
     kernel_choices.forget()
 
 

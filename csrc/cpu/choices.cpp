@@ -1,6 +1,5 @@
 #include "cpu/choices.h"
 
-#include <atomic>
 #include <map>
 #include <mutex>
 #include <shared_mutex>
@@ -12,19 +11,13 @@ using Table = std::map<Problem::Key, Algorithm>;
 
 std::shared_mutex mutex;
 std::map<int64_t, Table> tables;  // by the number of threads
-std::atomic<Loader> load = nullptr;
 
-struct Found {
-  bool has_table;
-  std::optional<Algorithm> algorithm;
-};
-
-Found find(int64_t threads, const Problem& problem) {
+std::optional<Algorithm> find(int64_t threads, const Problem& problem) {
   const std::shared_lock lock(mutex);
   const auto table = tables.find(threads);
-  if (table == tables.end()) return {false, std::nullopt};
+  if (table == tables.end()) return std::nullopt;
   const auto choice = table->second.find(problem.key());
-  return {true, choice == table->second.end() ? std::nullopt : std::optional(choice->second)};
+  return choice == table->second.end() ? std::nullopt : std::optional(choice->second);
 }
 
 }  // namespace
@@ -52,13 +45,7 @@ Algorithm algorithm_by_rule(const Problem& problem) {
 bool prefers_gemm(const Problem& problem) {
   if (forced_algorithm() != Algorithm::AUTO) return forced_algorithm() == Algorithm::GEMM;
   const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
-  Found found = find(threads, problem);
-  if (!found.has_table && load != nullptr) {
-    load.load()(threads);  // without the lock, for it takes Python's and then installs
-    found = find(threads, problem);
-    if (!found.has_table) install_choices(threads, {});  // it failed, and said so
-  }
-  return found.algorithm.value_or(algorithm_by_rule(problem)) == Algorithm::GEMM;
+  return find(threads, problem).value_or(algorithm_by_rule(problem)) == Algorithm::GEMM;
 }
 
 void install_choices(int64_t threads, const Choices& choices) {
@@ -72,7 +59,5 @@ void forget_choices() {
   const std::unique_lock lock(mutex);
   tables.clear();
 }
-
-void set_loader(Loader loader) { load = loader; }
 
 }  // namespace fastp2p

@@ -45,8 +45,4 @@ using Choices = std::vector<std::pair<Problem, Algorithm>>;
 void install_choices(int64_t threads, const Choices& choices);
 void forget_choices();
 
-// What is called at the first convolution with so many threads, unless choices are installed: to install them.
-using Loader = void (*)(int64_t threads);
-void set_loader(Loader loader);
-
 }  // namespace fastp2p

@@ -2,8 +2,8 @@
 
 A choice is, on a CPU, "gemm" (our matrix product) or "direct" (ATen's convolution); on a GPU "aten" (ATen's convolution
 and a pass for what follows it) or the configuration of our Triton kernel. `fastp2p.tuner.contest` measures and
-installs; here is the table. A device's is read from its file when the first convolution asks for it, so that the layers
-of fastp2p.nn are served by it as well; a problem that is not in it goes by rule. On a CPU the table lies in C++.
+installs; here is the table. A CPU's lies in C++, from its file at import; a GPU's is read when the first convolution
+asks for it. So the layers of fastp2p.nn are served by it as well. A problem that is not in it goes by rule.
 """
 
 import importlib
@@ -152,10 +152,26 @@ def install(place: Place, choices: Table) -> None:
 
 
 def forget() -> None:
-    """Take the choices from the files again, at the next need."""
+    """Take the choices from the files again."""
     _tables.clear()
     if WHY_ABSENT is None:
         _extension().forget_convolutions()
+        install_files()
+
+
+def install_files() -> None:
+    """Let the CPU's choices serve that the files hold, for each number of threads; C++ asks for none by itself."""
+    folder = _folder()
+    try:
+        names = [] if folder is None else os.listdir(folder)
+    except OSError:  # no folder yet, or one that may not be read: the tuner tells of it
+        return
+    for name in sorted(names):
+        match = re.fullmatch(r"kernels-.*-(\d{1,4})-threads-.*\.json", name)
+        place = Place("cpu", int(match[1])) if match else None
+        path = cache_path(place) if place is not None else None
+        if place is not None and path is not None and path.name == name:
+            install(place, read_cache(place))
 
 
 def _extension() -> Any:
@@ -164,11 +180,15 @@ def _extension() -> Any:
 
 def cache_path(place: Place) -> Path | None:
     """The file of a place's choices; None where the user has no home folder, as in some containers."""
+    folder = _folder()
+    return None if folder is None else folder / f"kernels-{place.environment}.json"
+
+
+def _folder() -> Path | None:
     try:
-        folder = Path(os.environ.get("FASTP2P_CACHE") or Path.home() / ".cache" / "fastp2p")
+        return Path(os.environ.get("FASTP2P_CACHE") or Path.home() / ".cache" / "fastp2p")
     except RuntimeError:  # Path.home()
         return None
-    return folder / f"kernels-{place.environment}.json"
 
 
 def read_cache(place: Place) -> Table:
@@ -311,4 +331,4 @@ _PROBLEMS: dict[str, Callable[..., tuple[Any, ...]]] = {
 }
 
 if WHY_ABSENT is None:
-    _extension().load_convolutions_with(lambda threads: table(Place("cpu", threads)))
+    install_files()

@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -110,7 +109,7 @@ def test_a_choice_reaches_cpp(operator: str):
 
 
 @in_cpp
-def test_the_file_serves_from_the_first_convolution_on():
+def test_the_file_serves_from_import_on():
     """For each number of threads its own; what is written later counts from the next process on, or after forget."""
     args, problem = arguments("conv"), problem_of("conv", arguments("conv"))
     forced = {}
@@ -121,6 +120,7 @@ def test_the_file_serves_from_the_first_convolution_on():
     try:
         for choice, threads in (("gemm", 1), ("direct", 2)):
             kernel_choices.add_to_cache(Place("cpu", threads), {problem: Measured(choice, "gemm", {"gemm": 1.5})})
+        kernel_choices.forget()
         for choice, threads in (("gemm", 1), ("direct", 2), ("gemm", 1)):
             torch.set_num_threads(threads)
             assert same(results("conv", args), forced[choice])
@@ -242,17 +242,20 @@ def test_what_cpp_is_given_is_checked():
 
 
 @in_cpp
-def test_a_table_that_cannot_be_read_leaves_the_rule_and_is_told(monkeypatch: pytest.MonkeyPatch):
-    told: list[Any] = []
-    monkeypatch.setattr(sys, "unraisablehook", told.append)
-
-    def fail(place: Place) -> None:
-        raise RuntimeError("no table")
-
-    monkeypatch.setattr(kernel_choices, "table", fail)
-    for _ in range(2):
-        results("conv", arguments("conv"))
-    assert [str(unraisable.exc_value) for unraisable in told] == ["no table"]
+def test_a_file_that_cannot_be_read_leaves_the_rule_and_is_told():
+    """Others in the folder are no matter: of another machine, of other versions, of no number of threads."""
+    args, place = arguments("conv"), kernel_choices.place_of(torch.device("cpu"))
+    path, by_rule = kernel_choices.cache_path(place), results("conv", args)
+    assert path is not None
+    path.parent.mkdir(parents=True)
+    for name in ("kernels-other-cpu-2-threads-torch1.0.json", "kernels-h100-torch2.json", "kernels--threads-.json"):
+        (path.parent / name).write_bytes(b"[]")
+    kernel_choices.forget()
+    path.write_bytes(b"[]")
+    with pytest.warns(UserWarning, match="cannot be used .*kernels go by rule until they are tuned anew") as warned:
+        kernel_choices.forget()
+    assert len(warned) == 1
+    assert same(results("conv", args), by_rule)
 
 
 @pytest.mark.kernels

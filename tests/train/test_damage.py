@@ -290,9 +290,9 @@ def test_kernels(run: Path, tmp_path: Path, own_cache: None):
     def is_told(written: bytes) -> bool:
         """Whether a file of these bytes is refused, in the cache's place and in a run's; else its choices are taken."""
         cache.write_bytes(written)
-        kernel_choices.forget()
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
+            kernel_choices.forget()
             table = kernel_choices.table(place)
         (tmp_path / "kernels.json").write_bytes(written)
         said: list[str] = []
