@@ -55,6 +55,8 @@ class Workload(Settings):
     """Pairs in a step. [paper 6.2]"""
     precision: Precision = "auto"
     """Number format of the products. auto: bf16, fp16 or fp32, as the hardware has it. [ours]"""
+    engine: Engine = "fused"
+    """fused: no autograd. layers: fused, with autograd. reference: plain PyTorch. [ours]"""
     device: Device = "auto"
     """Where to train. auto: a CUDA GPU if PyTorch finds one, else the CPU. [ours]"""
 
@@ -104,8 +106,6 @@ class RunConfig(Workload):
 
     seed: int = 0
     """Seed of weights, order, jitter and dropout: 0 to 2**32 - 1. [ours]"""
-    engine: Engine = "fused"
-    """fused: no autograd. layers: fused, with autograd. reference: plain PyTorch. [ours]"""
     kernels: str = "auto"
     """Convolution kernels: auto (measured), aten, triton, or those of a run folder. [ours]"""
 

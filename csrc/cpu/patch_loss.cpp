@@ -79,12 +79,14 @@ FASTP2P_INLINE double sum_kind(const PatchLoss<T, Target>& loss, int64_t begin, 
 
 template <typename T, typename Target>
 FASTP2P_INLINE double sum_without_exp(const PatchLoss<T, Target>& loss, int64_t kind, int64_t begin, int64_t end) {
-  switch (kind) {
+  switch (static_cast<Kind>(kind)) {  // without a default, so that the compiler tells of a kind that is forgotten
+    case BCE: break;                  // compute sums it, outside of the clones
     case SQUARE: return sum_kind<SQUARE>(loss, begin, end);
     case HINGE: return sum_kind<HINGE>(loss, begin, end);
     case LINEAR: return sum_kind<LINEAR>(loss, begin, end);
-    default: return sum_kind<L1>(loss, begin, end);
+    case L1: return sum_kind<L1>(loss, begin, end);
   }
+  return 0;
 }
 
 #define INSTANTIATE(CLONES, T, TARGET)                                                            \

@@ -105,7 +105,7 @@ class Roofline:
         for number, cost in enumerate(self.costs):
             parts.setdefault(cost.call.part, {}).setdefault(cost.call.direction, []).append(number)
         for part, directions in parts.items():
-            yield self._row(part, [n for numbers in directions.values() for n in numbers])
+            yield self._row(part or "the model's step", [n for numbers in directions.values() for n in numbers])
             if len(directions) > 1:
                 yield from (self._row(f"  {direction}", numbers) for direction, numbers in directions.items())
 

@@ -78,6 +78,8 @@ class Model(ABC, Generic[Config]):
         Raises:
             InputError: where it does not compute these networks or optimizers, or the model has no fused step.
         """
+        if config.engine == "reference":
+            raise InputError("engine: got reference, which calls no operators of ours; expected fused or layers")
         if config.engine == "layers":
             side = config.crop_size
             return LayersStep(

@@ -34,10 +34,11 @@ class GANLoss:
                 return -logits.mean() if target_is_real else logits.mean()
             return F.relu(1 - logits if target_is_real else 1 + logits).mean()
         target = logits.new_full((), float(target_is_real)).expand_as(logits)
-        pointwise: Callable[..., Tensor] = (
-            F.binary_cross_entropy_with_logits if self.gan_mode == "vanilla" else F.mse_loss
-        )
-        return pointwise(logits, target)
+        pointwise: dict[GanMode, Callable[..., Tensor]] = {
+            "vanilla": F.binary_cross_entropy_with_logits,
+            "lsgan": F.mse_loss,
+        }
+        return pointwise[self.gan_mode](logits, target)
 
 
 # The value of loss_D_real and loss_D_fake (and, but for hinge, of loss_G_GAN) where D can only guess.

@@ -199,11 +199,10 @@ class PatchGANLoss(nn.Module):
         self.gan_mode = gan_mode
 
     def forward(self, logits: Tensor, target_is_real: bool, *, for_discriminator: bool = True) -> Tensor:
-        kind: Kind = "bce" if self.gan_mode == "vanilla" else "square"
-        target = 1.0 if target_is_real else 0.0
-        if self.gan_mode == "hinge":
-            kind = "hinge" if for_discriminator else "linear"
-            target = 1.0 if target_is_real else -1.0
+        hinge: Kind = "hinge" if for_discriminator else "linear"
+        kinds: dict[GanMode, Kind] = {"vanilla": "bce", "lsgan": "square", "hinge": hinge}
+        kind, fake = kinds[self.gan_mode], -1.0 if self.gan_mode == "hinge" else 0.0
+        target = 1.0 if target_is_real else fake
         loss, _ = ops.patch_loss(logits, kind, target=target)
         return loss
 

@@ -30,7 +30,7 @@ class Pix2PixOptions(Settings):
     statistics: Statistics = "batch"
     """Batch norm's statistics: over the batch, or of each sample. [upstream; sample ours]"""
     dropout: Dropout = "upstream"
-    """Place of the decoder's Dropout(0.5); paper: one level deeper. [upstream; paper 6.1.1]"""
+    """Where the decoder drops half; paper: one level deeper. [upstream; paper 6.1.1]"""
     init_gain: float = 0.02
     """Standard deviation of the initial weights. [paper 6.2]"""
     gan_mode: GanMode | None = None
