@@ -86,7 +86,7 @@ def fused_steps(
     for epoch in itertools.count(1):
         for crops in train_crops(dataset, seed=0, epoch=epoch, batch_size=batch, crop_size=config.crop_size, flip=True):
             if len(crops) == batch:
-                yield step(crops)
+                yield Losses(**step(crops))
 
 
 def die_with_parent(_: object = None) -> None:
