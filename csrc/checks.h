@@ -19,7 +19,7 @@ inline void check_adam_types(const char* operation, const Tensor& param, const T
   if (unscale) check_tensor(operation, "unscale", *unscale, param, {}, float_or(*unscale, wide));
 }
 
-// Of any other type it says bfloat16, so that the check that follows names the mistake.
+// For any other type it gives bfloat16, so that the check that follows names the mistake.
 inline ScalarType low_type(const Tensor& low_precision) {
   return low_precision.scalar_type() == ScalarType::Half ? ScalarType::Half : ScalarType::BFloat16;
 }

@@ -1,6 +1,7 @@
 """Plain words: a comment begins with its noun, and so does a docstring."""
 
 import ast
+import itertools
 import re
 import tokenize
 from pathlib import Path
@@ -61,3 +62,15 @@ def test_comments_and_docstrings_begin_with_their_noun():
 def test_comments_are_found(tmp_path: Path, source: str, expected: list[tuple[int, str]]):
     (tmp_path / "code.py").write_text(source)
     assert comments(tmp_path / "code.py") == expected
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "csrc").rglob("*.*")), ids=lambda path: path.name)
+def test_comments_in_cpp_begin_with_their_noun(path: Path):
+    assert not re.findall(r"(?<!/)// ?[Oo]f .*", _beginnings(path.read_text()))
+
+
+def _beginnings(text: str) -> str:
+    """A C++ file without the lines of comments that go on from the line above."""
+    lines = ["", *text.splitlines()]
+    goes_on = [all(line.strip().startswith("//") for line in pair) for pair in itertools.pairwise(lines)]
+    return "\n".join(line for line, goes in zip(lines[1:], goes_on, strict=True) if not goes)

@@ -13,7 +13,7 @@ enum class Operation : int64_t { CONV, CONV_TRANSPOSE, CONV_WGRAD, CONV_WGRAD_AD
 struct Problem {
   Operation operation;
   ScalarType type;
-  int64_t pixels;                // of the smaller images, over the batch
+  int64_t pixels;                // the smaller images', over the batch
   int64_t outer, outer2, inner;  // channels: of the smaller images, of their second part, of the larger ones
   int64_t height, width, stride;
 

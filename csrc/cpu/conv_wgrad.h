@@ -22,7 +22,7 @@ struct WeightGradient {
 void check_outer_inner(const char* operation, const Tensor& outer, const std::optional<Tensor>& outer2,
                        const Tensor& inner, const Window& window);
 
-// Of tensors that are checked, for CONV_WGRAD or CONV_WGRAD_ADAM.
+// The gradient from tensors that are checked, for CONV_WGRAD or CONV_WGRAD_ADAM.
 WeightGradient weight_gradient(Operation operation, const Tensor& outer, const std::optional<Tensor>& outer2,
                                const Tensor& inner, const Window& window);
 

@@ -19,10 +19,10 @@ using torch::stable::detail::to;
 void call_dispatcher(const char* name, const char* overload, StableIValue* stack) {
   if (torch_call_dispatcher(name, overload, stack, TORCH_ABI_VERSION) == AOTI_TORCH_SUCCESS) return;
   const bool told = torch_exception_get_what_without_backtrace != nullptr;
-  fail(name, told ? torch_exception_get_what_without_backtrace() : "failed; from PyTorch 2.13 on it is said why");
+  fail(name, told ? torch_exception_get_what_without_backtrace() : "failed; PyTorch tells why from 2.13 on");
 }
 
-// Of an operator that returns one tensor.
+// Calls an operator that returns one tensor.
 template <typename... Args>
 Tensor call_aten(const char* name, const char* overload, const Args&... args) {
   std::array<StableIValue, sizeof...(Args)> stack{from(args)...};

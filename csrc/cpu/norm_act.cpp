@@ -287,7 +287,7 @@ void finish_sums(const std::vector<double>& row_sums, InputGradient<T>& out, Wid
   std::vector<double> totals(2 * channels);
   const double per_value = 1.0 / static_cast<double>(norm.rows * norm.repeats);
   for (int64_t group = 0; group < norm.groups; ++group) {
-    std::vector<double> sums(2 * channels);  // of dz and dz * (x - mean), the repeats together
+    std::vector<double> sums(2 * channels);  // over dz and dz * (x - mean), the repeats together
     const double* row_sum = row_sums.data() + 2 * group * norm.channels;
     for (int64_t repeat = 0; repeat < norm.repeats; ++repeat, row_sum += channels) {
       for (int64_t c = 0; c < channels; ++c) {

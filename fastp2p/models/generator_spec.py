@@ -1,5 +1,6 @@
 """What a generator's file tells of it, whatever its model."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, get_args
 
@@ -13,7 +14,7 @@ MAX_CHANNELS = 4096  # an image's or a first layer's; a small file that claims m
 
 
 @dataclass(frozen=True, kw_only=True)
-class GeneratorSpec:
+class GeneratorSpec(ABC):
     """What netG.safetensors tells of any model's generator; each model's own class adds how to rebuild it."""
 
     model: ClassVar[str]  # whose generator it is
@@ -48,11 +49,11 @@ class GeneratorSpec:
         if not isinstance(self.data, str):
             raise InputError(f"data: got {self.data!r:.60}, expected a text")
 
+    @abstractmethod
     def build(self) -> nn.Module:
         """The generator, with weights yet to be loaded."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def channels_at_full_size(self) -> int:
         """How many maps of the image's own size the generator holds at once, at least."""
-        raise NotImplementedError
