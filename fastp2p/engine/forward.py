@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastp2p.engine.operation import Operation, Size, of_function, of_module
-from fastp2p.engine.supported import LEAVES, refuse, settings_of
+from fastp2p.engine.supported import LEAVES, identity, refuse, settings_of
 from fastp2p.errors import InputError
 from fastp2p.nn.scope import OPERATORS, modes
 from fastp2p.nn.tracing import undisturbed
@@ -169,16 +169,8 @@ def _settings(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _contents(module: nn.Module) -> dict[str, Any]:
-    """A module's attributes by identity, and what lists, dicts and sets among them hold; numbers and texts by value."""
-
-    def identity(value: Any) -> Any:
-        return value if type(value) in (bool, int, float, str) else id(value)
-
-    found: dict[str, Any] = {}
-    for name, value in module.__dict__.items():
-        inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()
-        found[name] = identity(value), *map(identity, inside)
-    return found
+    """A module's attributes, as far as `identity` tells them apart."""
+    return {name: identity(value) for name, value in module.__dict__.items()}
 
 
 class _NothingElse(TorchFunctionMode):

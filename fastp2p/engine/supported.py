@@ -138,20 +138,21 @@ def settings_of(module: nn.Module) -> Settings:
     hooks = any(map(values.__getitem__, _HOOKS))
     names = _OWN.get(type(module))
     # A container's forward may ask for any of its attributes
-    own = [(name, _identity(value)) for name, value in values.items() if name not in _HELD] if names is None else [
+    own = [(name, identity(value)) for name, value in values.items() if name not in _HELD] if names is None else [
         values.get(name) for name in names
     ]  # fmt: skip
     return type(module), hooks, *map(id, held), *own
 
 
-def _identity(value: Any) -> Any:
+def identity(value: Any) -> Any:
     """What tells whether an attribute is still the same; of a list, dict or set also what it holds."""
-    if isinstance(value, bool | int | float | str | None):
+    if type(value) in _PLAIN:
         return value
     held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()
-    return id(value), *(item if isinstance(item, bool | int | float | str) else id(item) for item in held)
+    return id(value), *(item if type(item) in _PLAIN else id(item) for item in held)
 
 
+_PLAIN = (bool, int, float, str, type(None))
 _HELD = set(nn.Module().__dict__) - {"training"}  # what every module has, and `settings_of` looks at otherwise
 
 # Attributes that decide what a leaf computes; forward and _conv_forward are among them where an instance has its own
