@@ -1,6 +1,7 @@
 """Which configurations of a GEMM's kernel are worth timing for an operator's arguments, and which is the rule's."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import PTXASError
 
+from fastp2p.conv_shape import ConvShape
 from fastp2p.kernels import conv_wgrad_adam, gemm
 from fastp2p.kernels.layer_shapes import may_split
 
@@ -34,27 +36,20 @@ class Product:
 
 def product_of(operator: str, args: tuple[Any, ...]) -> Product:
     """The GEMMs behind conv, conv_transpose, conv_wgrad or conv_wgrad_adam of these arguments."""
+    shape, like = ConvShape.of(operator, args), args[0]
     if operator == "conv":
-        x, weight, _, _, stride, padding, *_ = args
-        (n, n_in, height, width), (n_out, _, kh, kw) = x.shape, weight.shape
-        out_sides = [(side + 2 * padding - k) // stride + 1 for side, k in ((height, kh), (width, kw))]
-        return Product(n * out_sides[0] * out_sides[1], n_out, kh * kw * n_in, x, gemm.is_whole(n_in))
+        return Product(shape.pixels, shape.outer, shape.columns, like, gemm.is_whole(shape.inner))
     if operator == "conv_transpose":
-        x, x2, weight, _, _, stride, _, height, width, *_ = args
-        channels = [x.shape[1], 0 if x2 is None else x2.shape[1]]
-        (_, n_out, kh, kw), phases = weight.shape, stride * stride
-        pixels = len(x) * triton.cdiv(height, stride) * triton.cdiv(width, stride)
-        k = triton.cdiv(kh, stride) * triton.cdiv(kw, stride) * sum(channels)
-        return Product(pixels, n_out, k, x, gemm.is_whole(*channels), phases)
-    outer, outer2, inner, *rest = args
-    rows = outer.shape[1] + (0 if outer2 is None else outer2.shape[1])
-    pixels, n_inner = outer.numel() // outer.shape[1], inner.shape[1]
+        pixels = shape.images * math.prod(triton.cdiv(side, shape.stride) for side in shape.large)
+        k = shape.rows * math.prod(triton.cdiv(side, shape.stride) for side in shape.kernel)
+        whole = gemm.is_whole(shape.outer, shape.outer2)
+        return Product(pixels, shape.inner, k, like, whole, products=shape.stride**2)
+    product = Product(shape.rows, shape.columns, shape.pixels, like, gemm.is_whole(shape.inner))
     if operator == "conv_wgrad":
-        return Product(rows, rest[0] * rest[1] * n_inner, pixels, inner, gemm.is_whole(n_inner))
-    param = rest[0]
-    columns = param[0].numel()
-    largest, may_split = conv_wgrad_adam.largest_tile(param), not conv_wgrad_adam.is_sliced(param)
-    return Product(rows, columns, pixels, inner, gemm.is_whole(n_inner), 1, largest, may_split, param)
+        return product
+    param = args[3]
+    splits, largest = not conv_wgrad_adam.is_sliced(param), conv_wgrad_adam.largest_tile(param)
+    return replace(product, largest=largest, may_split=splits, param=param)
 
 
 def by_rule(product: Product) -> Config:

@@ -112,17 +112,15 @@ def _conv_kernel(
 def compile_cases() -> Iterator[Case]:
     """The forward pass of every convolution of the networks, and the data gradient of every transposed one."""
     for layer in LAYERS:
-        n_in, n_out, out_side, epilogues = layer.n_in, layer.n_out, layer.out_side, [layer.epilogue, *layer.others]
-        if layer.transposed:
-            n_in, n_out, out_side, epilogues = n_out, n_in + layer.n_in2, layer.side, [layer.gradient]
-        for after in epilogues:
+        n_in, n_out, pixels = layer.shape.inner, layer.shape.rows, layer.shape.pixels
+        for after in (layer.gradient,) if layer.transposed else layer.forward:
             yield from gemm_cases(
                 layer,
                 _conv_kernel,
                 ["x_ptr", "weight_ptr", "gate_ptr", "out_ptr"],
                 {"n_in": n_in, "n_out": n_out, "pixel_stride": n_in},
-                {"KH": 4, "KW": 4, "STRIDE": layer.stride, "PADDING": 1} | EPILOGUES[after],
-                tiles=partial(gemm.candidates, out_side**2, n_out, whole=gemm.is_whole(n_in)),
+                layer.window | EPILOGUES[after],
+                tiles=partial(gemm.candidates, pixels, n_out, whole=gemm.is_whole(n_in)),
                 whole_blocks=partial(_whole_blocks, n_in),
             )
 

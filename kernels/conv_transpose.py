@@ -11,6 +11,7 @@ of the inputs once for each tap that meets it, KH KW times over all phases for e
 memory once where the cache holds it; the weight once per row of tiles; out once.
 """
 
+import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -154,15 +155,12 @@ def _accumulate(
 def compile_cases() -> Iterator[Case]:
     """The forward pass of every transposed convolution of the networks, and the data gradient of every other."""
     for layer in LAYERS:
-        n_in, n_in2, n_out, out_side = layer.n_in, layer.n_in2, layer.n_out, layer.out_side
-        epilogues = [layer.epilogue, *layer.others]
-        if not layer.transposed:
-            n_in, n_out, out_side, epilogues = n_out, n_in, layer.side, [layer.gradient]
-        phase_pixels = triton.cdiv(out_side, layer.stride) ** 2
+        shape, n_in, n_in2, n_out = layer.shape, layer.shape.outer, layer.shape.outer2, layer.shape.inner
+        phase_pixels = math.prod(triton.cdiv(side, shape.stride) for side in shape.large)
         sizes = {"n_in": n_in, "n_in2": n_in2, "n_out": n_out}
         sizes |= {"pixel_stride": n_in, "pixel_stride2": n_in2 or n_in}
-        constants = {"KH": 4, "KW": 4, "STRIDE": layer.stride, "PADDING": 1, "TWO_INPUTS": int(n_in2 > 0)}
-        for after in epilogues:
+        constants = layer.window | {"TWO_INPUTS": int(n_in2 > 0)}
+        for after in layer.forward if layer.transposed else (layer.gradient,):
             yield from gemm_cases(
                 layer,
                 _conv_transpose_kernel,

@@ -140,22 +140,18 @@ def layer_cases(
     more_constants: dict[str, int] | None = None,
     largest_tile: int = 128 * 128,
 ) -> Iterator[Case]:
-    """A layer's product by a kernel that is built on `outer_product`; a transposed layer has its input outside."""
-    n_outer, n_outer2, n_inner = layer.n_out, 0, layer.n_in
-    if layer.transposed:
-        n_outer, n_outer2, n_inner = layer.n_in, layer.n_in2, layer.n_out
+    """A layer's product by a kernel that is built on `outer_product`."""
+    shape, n_outer, n_outer2, n_inner = layer.shape, layer.shape.outer, layer.shape.outer2, layer.shape.inner
     sizes = {"n_outer": n_outer, "n_outer2": n_outer2, "n_inner": n_inner}
     sizes |= {"outer_stride": n_outer, "outer2_stride": n_outer2 or n_outer, "inner_stride": n_inner}
-    constants = {"KH": 4, "KW": 4, "STRIDE": layer.stride, "PADDING": 1, "TWO_INPUTS": int(n_outer2 > 0)}
+    constants = layer.window | {"TWO_INPUTS": int(n_outer2 > 0)}
     yield from gemm_cases(
         layer,
         kernel,
         pointers,
         sizes,
         constants | (more_constants or {}),
-        tiles=partial(
-            gemm.candidates, n_outer + n_outer2, 16 * n_inner, whole=gemm.is_whole(n_inner), largest=largest_tile
-        ),
+        tiles=partial(gemm.candidates, shape.rows, shape.columns, whole=gemm.is_whole(n_inner), largest=largest_tile),
         whole_blocks=partial(whole_blocks, n_inner),
         more_types=more_types,
     )

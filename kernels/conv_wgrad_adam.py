@@ -132,7 +132,7 @@ def compile_cases() -> Iterator[Case]:
     deepest = next(layer for layer in LAYERS if layer.name == "e8")
     middle = {"WRITE_LOW_PRECISION": 1, "SLICED": 1, "KH": 2, "KW": 2, "PADDING": 0}
     for case in _layer_cases(deepest, pointers, types, middle):
-        strides = {"row_stride": 16 * deepest.n_in, "kernel_row_gap": 2 * deepest.n_in}
+        strides = {"row_stride": deepest.shape.columns, "kernel_row_gap": 2 * deepest.shape.inner}
         yield replace(case, name=f"{case.name} sliced", sizes=case.sizes | strides)
     types["low_precision_ptr"] = "*fp32"
     yield from _layer_cases(deepest, pointers, types, {"WRITE_LOW_PRECISION": 0, "SLICED": 0})

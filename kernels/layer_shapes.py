@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from fastp2p.conv_shape import ConvShape
 from fastp2p.kernels.compile_check import Case
 
 # A kernel's integer arguments that say where pixels lie. Launches do not specialise on them: whether a side is 1 or a
@@ -31,22 +32,30 @@ EPILOGUES = {
 
 @dataclass(frozen=True)
 class Layer:
-    """One 4x4 convolution or transposed convolution of padding 1, with what follows it."""
+    """A convolution or transposed convolution of one image, with what follows it."""
 
     name: str
     transposed: bool
-    n_in: int
-    n_in2: int  # the skip connection's; 0 without one
-    n_out: int
-    side: int  # the square input's, in pixels
-    stride: int
+    shape: ConvShape
     epilogue: str  # the forward pass's, a key of EPILOGUES
     gradient: str = "plain"  # the data gradient's: a gate after an activation without a norm
     others: tuple[str, ...] = ()  # epilogues of the forward pass in other models: biases, norms folded away
 
     @property
-    def out_side(self) -> int:
-        return self.side * 2 if self.transposed else (self.side - 2) // self.stride + 1
+    def forward(self) -> tuple[str, ...]:
+        """Every epilogue of the forward pass."""
+        return (self.epilogue, *self.others)
+
+    @property
+    def window(self) -> dict[str, int]:
+        """The kernels' compile-time arguments that every direction has."""
+        (height, width), shape = self.shape.kernel, self.shape
+        return {"KH": height, "KW": width, "STRIDE": shape.stride, "PADDING": shape.padding}
+
+
+def _shape(outer: int, outer2: int, inner: int, side: int, stride: int = 2) -> ConvShape:
+    """A 4x4 convolution of padding 1 between square maps; side: the large ones', in pixels."""
+    return ConvShape.between(inner, (side, side), outer, outer2=outer2, k=4, stride=stride, padding=1)
 
 
 FOLDED = ("bias stats", "bias relu", "bias lrelu")  # tried on two layers of the middle
@@ -56,28 +65,26 @@ def _unet_256() -> list[Layer]:
     widths = [3, 64, 128, 256, 512, 512, 512, 512, 512]
     layers = []
     for level in range(1, 9):
-        shape = (widths[level - 1], 0, widths[level], 256 >> (level - 1), 2)
+        shape = _shape(widths[level], 0, widths[level - 1], 256 >> (level - 1))
         epilogue = {1: "lrelu", 8: "relu"}.get(level, "stats")  # the outermost and the innermost have no norm
         gradient = "gate lrelu" if level == 2 else "plain"
-        layers.append(Layer(f"e{level}", False, *shape, epilogue, gradient, FOLDED if level == 4 else ()))
+        layers.append(Layer(f"e{level}", False, shape, epilogue, gradient, FOLDED if level == 4 else ()))
     for level in range(8, 0, -1):
-        shape = (widths[level], widths[level] if level < 8 else 0, widths[level - 1], 256 >> level, 2)
+        skip = widths[level] if level < 8 else 0
+        shape = _shape(widths[level], skip, widths[level - 1], 256 >> (level - 1))
         epilogue = "bias tanh" if level == 1 else "stats"
         gradient = "gate relu" if level == 8 else "plain"
-        layers.append(Layer(f"d{level}", True, *shape, epilogue, gradient, FOLDED if level == 4 else ()))
+        layers.append(Layer(f"d{level}", True, shape, epilogue, gradient, FOLDED if level == 4 else ()))
     return layers
 
 
 def _patchgan() -> list[Layer]:
-    shapes = [(6, 64, 256, 2, "bias lrelu", "plain"), (64, 128, 128, 2, "stats", "gate lrelu")]
-    shapes += [
-        (128, 256, 64, 2, "stats", "plain"),
-        (256, 512, 32, 1, "stats", "plain"),
-        (512, 1, 31, 1, "bias", "plain"),
-    ]
     return [
-        Layer(f"D{i}", False, n_in, 0, n_out, side, stride, epilogue, gradient)
-        for i, (n_in, n_out, side, stride, epilogue, gradient) in enumerate(shapes, 1)
+        Layer("D1", False, _shape(64, 0, 6, 256), "bias lrelu"),
+        Layer("D2", False, _shape(128, 0, 64, 128), "stats", "gate lrelu"),
+        Layer("D3", False, _shape(256, 0, 128, 64), "stats"),
+        Layer("D4", False, _shape(512, 0, 256, 32, stride=1), "stats"),
+        Layer("D5", False, _shape(1, 0, 512, 31, stride=1), "bias"),
     ]
 
 

@@ -3,7 +3,6 @@
 import math
 import os
 import platform
-import re
 import shutil
 import subprocess
 import time
@@ -53,18 +52,12 @@ def name_of(head: dict[str, Any]) -> str:
 
 
 def _cpu_name() -> str:
-    """As Linux tells it, else platform's word."""
-    info = Path("/proc/cpuinfo")
-    text = info.read_text() if info.exists() else ""
-    fields = dict(re.findall(r"^(\S[^\t]*?)\s*: (.*)$", text.split("\n\n")[0], re.MULTILINE))
-    name = fields.get("model name", platform.processor() or platform.machine())
-    if "cpu family" in fields:  # virtual machines often hide the model, but not which generation it is of
-        name += f" family {fields['cpu family']} model {fields['model']}"
-    return name
+    """With its generation: virtual machines often hide the model, but not that."""
+    from fastp2p.environment import cpu_fields
 
-
-def slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    fields = cpu_fields()
+    generation = f" family {fields['cpu family']} model {fields['model']}" if "cpu family" in fields else ""
+    return fields.get("model name", platform.processor() or platform.machine()) + generation
 
 
 def smi_state() -> dict[str, str] | None:

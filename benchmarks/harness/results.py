@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from harness.machine import TOLERATED_SHARE, describe, name_of, slug
+from fastp2p.environment import slug
+from harness.machine import TOLERATED_SHARE, describe, name_of
 
 NOTES = [
     "ms, first_quartile and third_quartile are milliseconds a unit of work (a step, a batch of an epoch, a call) over "

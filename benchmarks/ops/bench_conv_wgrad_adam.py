@@ -1,7 +1,7 @@
 """conv_wgrad_adam of a deep layer at batch size 1, against PyTorch's gradient and Adam of float32 weights."""
 
 import torch
-from layers import CONVOLUTIONS, check, each_dtype
+from layers import LAYERS, check, each_dtype
 from torch import nn
 from torch.nn.grad import conv2d_weight
 
@@ -11,7 +11,7 @@ from fastp2p.tuner.operations import BETA1, BETA2, LR
 
 @each_dtype
 def bench_conv_wgrad_adam(compare, rehearse: bool, dtype: torch.dtype):
-    layer = CONVOLUTIONS[2].tiny if rehearse else CONVOLUTIONS[2]
+    layer = LAYERS[2].tiny if rehearse else LAYERS[2]
     trial = layer.trial("conv_wgrad_adam", dtype, 1)
     dy, _, x, param, exp_avg, exp_avg_sq, lr, powers, *_, low = trial.args
     weight = nn.Parameter(param.clone(memory_format=torch.preserve_format))

@@ -8,57 +8,46 @@ for Linux alone, and these benchmarks run wherever PyTorch does.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
 
+from fastp2p.conv_shape import ConvShape
 from fastp2p.device import DTYPES, best_precision
-from fastp2p.ops.kernel_choices import Problem
 from fastp2p.tuner.operations import Noise, Operation, Trial
 
 
 @dataclass(frozen=True)
-class Convolution:
-    """A 4x4 convolution of padding 1 from (c, side, side), the larger map, to o channels."""
+class Layer:
+    """A 4x4 convolution of padding 1."""
 
     name: str
-    c: int
-    side: int
-    o: int
-    stride: int = 2
+    shape: ConvShape  # one image's
 
     @property
-    def out_side(self) -> int:
-        return (self.side - 2) // self.stride + 1
-
-    @property
-    def tiny(self) -> "Convolution":
+    def tiny(self) -> "Layer":
         """For a rehearsal."""
-        return replace(self, c=12, side=min(8, self.side), o=16)
+        return layer(self.name, 12, min(8, self.shape.large[0]), 16, self.shape.stride)
 
     def trial(self, operator: str, dtype: torch.dtype, images: int, *, stat_groups: int = 0) -> Trial:
         """An operator's arguments, and how to judge what it makes of them.
 
         `conv_transpose` gets the smaller map twice, as after torch.cat with a skip connection's.
         """
-        small, large = (self.out_side, self.out_side), (self.side, self.side)
-        channels = (self.o, self.o if operator == "conv_transpose" else 0, self.c)
-        problem = Problem(operator, dtype, images * self.out_side**2, *channels, 4, 4, self.stride)
-        strides = (16 * self.c, 1, 4 * self.c, self.c)  # channels_last
-        operation = Operation(
-            self.name, problem, images, small, large, padding=1, stat_groups=stat_groups, strides=strides
-        )
-        return Trial(operation, NOISE)
+        outer2 = self.shape.outer if operator == "conv_transpose" else 0
+        shape, inner = self.shape._replace(images=images, outer2=outer2), self.shape.inner
+        strides = (shape.columns, 1, 4 * inner, inner)  # channels_last
+        return Trial(Operation(self.name, operator, dtype, shape, stat_groups=stat_groups, strides=strides), NOISE)
+
+
+def layer(name: str, inner: int, side: int, outer: int, stride: int = 2) -> Layer:
+    """The layer between (inner, side, side), the larger map, and `outer` channels."""
+    return Layer(name, ConvShape.between(inner, (side, side), outer, k=4, stride=stride, padding=1))
 
 
 # The generator's outer, middle and deep layer; the discriminator's that costs most
-CONVOLUTIONS = [
-    Convolution("e2", 64, 128, 128),
-    Convolution("e4", 256, 32, 512),
-    Convolution("e7", 512, 4, 512),
-    Convolution("D4", 256, 32, 512, 1),
-]
+LAYERS = [layer("e2", 64, 128, 128), layer("e4", 256, 32, 512), layer("e7", 512, 4, 512), layer("D4", 256, 32, 512, 1)]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NOISE = Noise(DEVICE)
 BEST = DTYPES[best_precision(DEVICE)]
@@ -67,7 +56,7 @@ BEST = DTYPES[best_precision(DEVICE)]
 _TIMED = dict.fromkeys([BEST] if DEVICE.type == "cuda" else [BEST, torch.float32])
 each_dtype = pytest.mark.parametrize("dtype", _TIMED, ids=lambda dtype: str(dtype).removeprefix("torch."))
 each_batch_size = pytest.mark.parametrize("batch_size", [1, 16] if DEVICE.type == "cuda" else [1, 4])
-each_layer = pytest.mark.parametrize("layer", CONVOLUTIONS, ids=lambda layer: layer.name)
+each_layer = pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.name)
 
 
 def check(trial: Trial, ours: Callable[[], object]) -> None:
@@ -79,5 +68,5 @@ def check(trial: Trial, ours: Callable[[], object]) -> None:
 
 def gflop(trial: Trial) -> float:
     """Two operations for each tap, pair of channels and pixel of the smaller map."""
-    p = trial.operation.problem
-    return 2 * 16 * p.pixels * (p.outer + p.outer2) * p.inner / 1e9
+    shape = trial.operation.shape
+    return 2 * shape.pixels * shape.rows * shape.columns / 1e9

@@ -1,6 +1,5 @@
 """What is installed, on which device, and which kernel serves each operator there."""
 
-import importlib.metadata
 import os
 import platform
 
@@ -8,6 +7,7 @@ import torch
 
 from fastp2p import ops
 from fastp2p.device import best_precision, choose_device, describe_device
+from fastp2p.environment import installed_version
 from fastp2p.ops import kernel_choices
 from fastp2p.ops.extension import describe_extension
 
@@ -47,7 +47,4 @@ def version_of(package: str) -> str:
     """The version of an installed package, for a report; of PyTorch with the build, such as 2.11.0+cu130."""
     if package == "torch":
         return torch.__version__  # PyPI's metadata leave the build out
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+    return installed_version(package) or "not installed"

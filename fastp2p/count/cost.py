@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fastp2p.conv_shape import CONVOLUTIONS
 from fastp2p.count.ceilings import Ceilings
 from fastp2p.engine.record import Call, record
 from fastp2p.engine.step import Step
-from fastp2p.ops.kernel_choices import CONVOLUTIONS
 from fastp2p.ops.library import cost_of
 from fastp2p.ops.operands import Traffic
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fastp2p.engine.operation import Operation, Size, of_function, of_module
+from fastp2p.conv_shape import Size
+from fastp2p.engine.operation import Operation, of_function, of_module
 from fastp2p.engine.supported import LEAVES, identity, refuse, settings_of
 from fastp2p.errors import InputError
 from fastp2p.nn.scope import OPERATORS, modes

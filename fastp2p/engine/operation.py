@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastp2p.conv_shape import Size
 from fastp2p.engine.supported import LEAVES, NORMS, refuse
 from fastp2p.nn.block import Convolution
 from fastp2p.ops.activation import ACTIVATIONS
-
-Size = tuple[int, int]  # height, width
 
 NONE, RELU, LEAKY_RELU, TANH = range(len(ACTIVATIONS))
 _CODES: dict[Any, int] = {

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from fastp2p.conv_shape import Size
 from fastp2p.engine.forward import Forward, follow
 from fastp2p.engine.links import Link
-from fastp2p.engine.operation import LEAKY_RELU, NONE, RELU, TANH, Operation, Size
+from fastp2p.engine.operation import LEAKY_RELU, NONE, RELU, TANH, Operation
 from fastp2p.engine.supported import HINT, Supported, refuse
 from fastp2p.engine.taps import Taps, all_taps, live_taps
 from fastp2p.errors import InputError

@@ -4,9 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from fastp2p.conv_shape import Size
 from fastp2p.nn.block import Convolution
-
-Size = tuple[int, int]  # height, width
 
 
 @dataclass(frozen=True)

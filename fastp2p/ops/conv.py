@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastp2p.conv_shape import conv_size
 from fastp2p.errors import InputError
 from fastp2p.ops import library
 from fastp2p.ops.activation import Activation, activate, activation_index, derivative
@@ -47,11 +48,6 @@ def _fake(
     shape = (x.shape[0], weight.shape[0], height, width)
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     return out, *fake_stats(out, stat_groups)
-
-
-def conv_size(size: int, kernel_size: int, stride: int, padding: int) -> int:
-    """Pixels that a convolution leaves of a side."""
-    return (size + 2 * padding - kernel_size) // stride + 1
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
+from fastp2p.conv_shape import conv_size
 from fastp2p.errors import InputError
 from fastp2p.ops import library
-from fastp2p.ops.conv import check_window, conv_size
+from fastp2p.ops.conv import check_window
 from fastp2p.ops.library import check_devices, describe
 from fastp2p.ops.operands import Work
 

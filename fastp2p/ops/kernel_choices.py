@@ -7,19 +7,18 @@ asks for it. So the layers of fastp2p.nn are served by it as well. A problem tha
 """
 
 import importlib
-import importlib.metadata
-import importlib.util
 import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
+from fastp2p.conv_shape import CONVOLUTIONS, ConvShape
+from fastp2p.environment import cpu_model, installed_version, slug
 from fastp2p.errors import WriteError
 from fastp2p.files import is_there, read_small, write_atomically
 from fastp2p.ops.extension import INTERPRETED, WHY_ABSENT
@@ -28,25 +27,27 @@ FORMAT = 1  # the file's
 MOST_MS = 1e9  # a candidate takes less: this is twelve days
 CPU_CHOICES = ("gemm", "direct")
 Choice = str | dict[str, int]
-CONVOLUTIONS = ("conv", "conv_transpose", "conv_wgrad", "conv_wgrad_adam")  # the operators that choices are for
-
 
 _KEY = r"(\w+) (\w+) (N)px (N)\+(N)-(N) (N)x(N)s(N)".replace("N", r"\d{1,15}")
 _RENAMED = {"down": "conv", "up": "conv_transpose", "wgrad": "conv_wgrad", "wgrad_adam": "conv_wgrad_adam"}
 
 
 class Problem(NamedTuple):
-    """What decides how fast a convolution's kernels are; a tuple, for a call to look up by a plain one."""
+    """What decides how fast a convolution's kernels are."""
 
     operator: str  # conv, conv_transpose, conv_wgrad or conv_wgrad_adam
     dtype: torch.dtype  # the operands'
-    pixels: int  # the smaller images', over the batch
-    outer: int  # channels of the smaller images
-    outer2: int  # their second part's; 0 for none
-    inner: int  # channels of the larger images
+    pixels: int  # from here on of its ConvShape
+    outer: int
+    outer2: int
+    inner: int
     kernel_height: int
     kernel_width: int
     stride: int
+
+    @classmethod
+    def of(cls, operator: str, dtype: torch.dtype, shape: ConvShape) -> "Problem":
+        return cls(operator, dtype, shape.pixels, shape.outer, shape.outer2, shape.inner, *shape.kernel, shape.stride)
 
     @property
     def key(self) -> str:
@@ -62,7 +63,7 @@ class Problem(NamedTuple):
         match = re.fullmatch(_KEY, key)
         dtype = getattr(torch, match[2], None) if match else None
         operator = _RENAMED.get(match[1], match[1]) if match else None
-        if match is None or operator not in _PROBLEMS or not isinstance(dtype, torch.dtype):
+        if match is None or operator not in CONVOLUTIONS or not isinstance(dtype, torch.dtype):
             raise ValueError(f"{key!r} is no problem")
         return cls(operator, dtype, *map(int, match.groups()[2:]))
 
@@ -90,14 +91,15 @@ class Place(NamedTuple):
         if self.device_type == "cuda":
             return torch.cuda.get_device_name(self.number)
         if self.device_type == "cpu":
-            return f"{_cpu_model()} {torch.backends.cpu.get_cpu_capability()} {self.number} threads"
+            return f"{cpu_model()} {torch.backends.cpu.get_cpu_capability()} {self.number} threads"
         return self.device_type
 
     @property
     def environment(self) -> str:
         """The place and the versions that a choice holds for."""
-        versions = (f"{package}{_version(package)}" for package in ("torch", "triton", "fastp2p"))
-        return "-".join([_slug(self.name), *map(_slug, versions)])
+        packages = ("torch", "triton", "fastp2p")
+        versions = (f"{package}{installed_version(package) or 'none'}" for package in packages)
+        return "-".join(map(slug, (self.name, *versions)))
 
 
 def place_of(device: torch.device) -> Place:
@@ -106,23 +108,6 @@ def place_of(device: torch.device) -> Place:
     if device.type == "cpu":
         return Place("cpu", torch.get_num_threads())
     return Place("cuda", torch.cuda.current_device() if device.index is None else device.index)
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    match = re.search(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
-    return match[1] if match else "cpu"
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
 
 
 def name_of(choice: Choice) -> str:
@@ -281,54 +266,20 @@ def _is_choice(choice: object, place: Place) -> bool:
 
 def chosen(operator: str, args: tuple[Any, ...]) -> Choice | None:
     """For a launch: what was chosen for an operator's arguments; None for the rule, and for other operators."""
-    make_problem = _PROBLEMS.get(operator)
-    if make_problem is None:
+    if operator not in CONVOLUTIONS:
         return None
     device = args[0].device
     choices = _tables.get(("cuda", device.index))  # type: ignore[call-overload]  # a Place in half the time
     if choices is None:
         choices = table(place_of(device))
-    measured = choices.get(make_problem(*args))
+    measured = choices.get(problem_of(operator, args))
     return None if measured is None else measured.choice
 
 
 def problem_of(operator: str, args: tuple[Any, ...]) -> Problem:
     """The problem that an operator's arguments pose."""
-    return Problem(*_PROBLEMS[operator](*args))
+    return Problem.of(operator, args[0].dtype, ConvShape.of(operator, args))
 
-
-def _conv(x: Tensor, weight: Tensor, bias: Any, gate: Any, stride: int, padding: int, *rest: Any) -> tuple[Any, ...]:
-    (n, inner, height, width), (outer, _, kh, kw) = x.shape, weight.shape
-    pixels = n * ((height + 2 * padding - kh) // stride + 1) * ((width + 2 * padding - kw) // stride + 1)
-    return "conv", x.dtype, pixels, outer, 0, inner, kh, kw, stride
-
-
-def _conv_transpose(
-    x: Tensor, x2: Tensor | None, weight: Tensor, bias: Any, gate: Any, stride: int, *rest: Any
-) -> tuple[Any, ...]:
-    (n, outer, height, width), (_, inner, kh, kw) = x.shape, weight.shape
-    return "conv_transpose", x.dtype, n * height * width, outer, 0 if x2 is None else x2.shape[1], inner, kh, kw, stride
-
-
-def _conv_wgrad(
-    outer: Tensor, outer2: Tensor | None, inner: Tensor, kh: int, kw: int, stride: int, *rest: Any
-) -> tuple[Any, ...]:
-    n, channels, height, width = outer.shape
-    channels2 = 0 if outer2 is None else outer2.shape[1]
-    return "conv_wgrad", inner.dtype, n * height * width, channels, channels2, inner.shape[1], kh, kw, stride
-
-
-def _conv_wgrad_adam(outer: Tensor, outer2: Tensor | None, inner: Tensor, param: Tensor, *rest: Any) -> tuple[Any, ...]:
-    stride = rest[7]  # after exp_avg, exp_avg_sq, lr, powers, beta1, beta2, eps
-    return "conv_wgrad_adam", *_conv_wgrad(outer, outer2, inner, param.shape[2], param.shape[3], stride)[1:]
-
-
-_PROBLEMS: dict[str, Callable[..., tuple[Any, ...]]] = {
-    "conv": _conv,
-    "conv_transpose": _conv_transpose,
-    "conv_wgrad": _conv_wgrad,
-    "conv_wgrad_adam": _conv_wgrad_adam,
-}
 
 if WHY_ABSENT is None:
     install_files()

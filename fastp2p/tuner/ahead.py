@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastp2p.conv_shape import CONVOLUTIONS
 from fastp2p.engine.record import META, Rehearsal
 from fastp2p.engine.step import Step
 from fastp2p.ops import kernel_choices, library
-from fastp2p.ops.kernel_choices import CONVOLUTIONS, Choice, Table
+from fastp2p.ops.kernel_choices import Choice, Table
 from fastp2p.tuner.operations import Noise, Operation
 
 FEWEST = 8  # programs for a process: it takes seconds to begin, and half a second for each
@@ -79,7 +80,7 @@ def launch_tuner(operations: Sequence[Operation]) -> None:
     """Launch everything that the tuner times of these operations, on operands as it makes them."""
     noise = Noise(META)
     for operation in operations:
-        args, name = operation.operands(noise), operation.problem.operator
+        args, name = operation.operands(noise), operation.operator
         for choice in candidates_of(name, args):
             library.launch(name, choice, args)
 

@@ -109,7 +109,7 @@ def tune(operations: Sequence[Operation], place: Place, *, report: Report, tick:
 
 def run_with(operation: Operation, choice: Choice, device: torch.device) -> Run:
     """What computes an operation by a choice."""
-    name = operation.problem.operator
+    name = operation.operator
     if device.type != "cpu":
         return lambda args: library.launch(name, choice, args)
     operator, force = getattr(torch.ops.fastp2p, name), _extension().force_convolution

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from fastp2p import ops
+from fastp2p.conv_shape import CONVOLUTIONS, ConvShape
 from fastp2p.engine.arena import ALIGNMENT
-from fastp2p.engine.operation import NONE, Size
+from fastp2p.engine.operation import NONE
 from fastp2p.engine.record import Call, record
 from fastp2p.engine.step import Step
-from fastp2p.ops.kernel_choices import CONVOLUTIONS, Problem, problem_of
+from fastp2p.ops.kernel_choices import Problem
 
 Args = tuple[Any, ...]  # an operator's
 
@@ -27,11 +28,9 @@ class Operation:
     """One call of conv, conv_transpose, conv_wgrad or conv_wgrad_adam."""
 
     name: str  # the network, the layer and what the call is for
-    problem: Problem
-    images: int
-    small: Size
-    large: Size
-    padding: int
+    operator: str
+    dtype: torch.dtype  # the maps'
+    shape: ConvShape
     activation: int = NONE
     slope: float = 0.0
     bias: bool = False
@@ -41,62 +40,64 @@ class Operation:
     offset: int = 0  # in elements, where that weight begins behind an aligned address
 
     @property
+    def problem(self) -> Problem:
+        """What its kernel is chosen by."""
+        return Problem.of(self.operator, self.dtype, self.shape)
+
+    @property
     def wide(self) -> torch.dtype:
         """The dtype of sums, and of what is kept in full."""
-        return torch.promote_types(self.problem.dtype, torch.float32)
+        return torch.promote_types(self.dtype, torch.float32)
 
     @property
     def terms(self) -> int:
         """How many products an element of the result sums up, at most."""
-        p = self.problem
-        if p.operator == "conv":
-            return p.inner * p.kernel_height * p.kernel_width
-        if p.operator == "conv_transpose":
-            taps = math.ceil(p.kernel_height / p.stride) * math.ceil(p.kernel_width / p.stride)
-            return (p.outer + p.outer2) * taps
-        return p.pixels
+        shape = self.shape
+        if self.operator == "conv":
+            return shape.columns
+        if self.operator == "conv_transpose":
+            return shape.rows * math.prod(math.ceil(side / shape.stride) for side in shape.kernel)
+        return shape.pixels
 
     @property
     def n_bytes(self) -> int:
         """What a call touches, about: the images in and out, and the weight or what Adam reads of it."""
-        p = self.problem
-        weight = (p.outer + p.outer2) * p.inner * p.kernel_height * p.kernel_width
-        small, large = (self.images * height * width for height, width in (self.small, self.large))
-        images = (small * (p.outer + p.outer2) + large * p.inner) * p.dtype.itemsize
-        per_weight = {"conv_wgrad": 0, "conv_wgrad_adam": 3 * self.wide.itemsize}.get(p.operator, p.dtype.itemsize)
-        return images + weight * per_weight
+        shape, itemsize = self.shape, self.dtype.itemsize
+        maps = shape.pixels * shape.rows + shape.images * math.prod(shape.large) * shape.inner
+        per_weight = {"conv_wgrad": 0, "conv_wgrad_adam": 3 * self.wide.itemsize}.get(self.operator, itemsize)
+        return maps * itemsize + shape.rows * shape.columns * per_weight
 
     def operands(self, noise: "Noise") -> Args:
         """Arguments for the operator: normal values, in memory of their own, such that nothing saturates."""
-        p = self.problem
-        small = noise.images(self.images, p.outer, *self.small, dtype=p.dtype)
-        small2 = noise.images(self.images, p.outer2, *self.small, dtype=p.dtype) if p.outer2 else None
-        large = noise.images(self.images, p.inner, *self.large, dtype=p.dtype)
-        kernel, window = (p.kernel_height, p.kernel_width), (p.stride, self.padding)
-        weight_shape = (p.outer + p.outer2, p.inner, *kernel)
-        if p.operator == "conv_wgrad":
-            return small, small2, large, *kernel, *window, self.wide
-        if p.operator == "conv_wgrad_adam":
-            whole = noise.values(self._adam_s_elements(weight_shape), dtype=self.wide)
+        shape, dtype = self.shape, self.dtype
+        small = noise.images(shape.images, shape.outer, *shape.small, dtype=dtype)
+        small2 = noise.images(shape.images, shape.outer2, *shape.small, dtype=dtype) if shape.outer2 else None
+        large = noise.images(shape.images, shape.inner, *shape.large, dtype=dtype)
+        window = (shape.stride, shape.padding)
+        if self.operator == "conv_wgrad":
+            return small, small2, large, *shape.kernel, *window, self.wide
+        if self.operator == "conv_wgrad_adam":
+            whole = noise.values(self._adam_s_elements(), dtype=self.wide)
             buffers = (whole, torch.zeros_like(whole), torch.zeros_like(whole))
-            param, *moments = (t.as_strided(weight_shape, self.strides, self.offset) for t in buffers)
+            param, *moments = (t.as_strided(shape.weight, self.strides, self.offset) for t in buffers)
             low = None
-            if p.dtype != self.wide:
-                low = param.to(p.dtype).contiguous(memory_format=torch.channels_last)
+            if dtype != self.wide:
+                low = param.to(dtype).contiguous(memory_format=torch.channels_last)
             lr = torch.tensor(LR, dtype=self.wide, device=param.device)
             powers = torch.tensor([BETA1, BETA2], dtype=torch.float64, device=param.device)  # the first step's
             return small, small2, large, param, *moments, lr, powers, BETA1, BETA2, EPS, *window, low
-        weight = noise.images(*weight_shape, dtype=p.dtype).mul_(self.terms**-0.5)  # a result of deviation 1
-        bias = noise.images(1, p.outer if p.operator == "conv" else p.inner, 1, 1, dtype=self.wide).flatten()
+        weight = noise.images(*shape.weight, dtype=dtype).mul_(self.terms**-0.5)  # a result of deviation 1
+        bias = noise.images(1, shape.outer if self.operator == "conv" else shape.inner, 1, 1, dtype=self.wide).flatten()
         epilogue = (self.activation, self.slope, self.stat_groups)
-        if p.operator == "conv":
+        if self.operator == "conv":
             return large, weight, bias if self.bias else None, small if self.gate else None, *window, *epilogue
         gate = large if self.gate else None
-        return small, small2, weight, bias if self.bias else None, gate, *window, *self.large, *epilogue
+        return small, small2, weight, bias if self.bias else None, gate, *window, *shape.large, *epilogue
 
-    def _adam_s_elements(self, shape: tuple[int, ...]) -> int:
+    def _adam_s_elements(self) -> int:
         """The elements from an aligned address to the end of a weight that Adam updates."""
-        return self.offset + 1 + sum((n - 1) * stride for n, stride in zip(shape, self.strides, strict=True))
+        sides = zip(self.shape.weight, self.strides, strict=True)
+        return self.offset + 1 + sum((n - 1) * stride for n, stride in sides)
 
 
 class Noise:
@@ -126,8 +127,7 @@ class Trial:
         self.operation, self.args = operation, operation.operands(noise)
         self.expected: tuple[Tensor, ...] | None = None
         self.bound = self.largest = math.nan  # the first one's tolerance and largest value
-        problem = operation.problem
-        self.rows = slice(None, None, max(1, (problem.outer + problem.outer2) // ROWS_CHECKED))
+        self.rows = slice(None, None, max(1, operation.shape.rows // ROWS_CHECKED))
 
     def error(self, run: Callable[[Args], Any]) -> float:
         """How far a kernel's result is off, in tolerances: more than 1, or NaN, is wrong.
@@ -138,7 +138,7 @@ class Trial:
         the product, the bias and their sum, `conv_transpose` by matrix product each tap's share, so four roundings of
         the largest value, before its activation, are allowed.
         """
-        operator = self.operation.problem.operator
+        operator = self.operation.operator
         if self.expected is None:
             self.expected = self._reference()
             self.largest = _largest(self.expected[0])
@@ -162,13 +162,14 @@ class Trial:
 
     def _reference(self) -> tuple[Tensor, ...]:
         """What is expected; for conv_wgrad_adam the gradient, and the rows of the weight that are looked at."""
-        p, wide = self.operation.problem, self.operation.wide
-        args = [t.to(wide) if isinstance(t, Tensor) and t.dtype == p.dtype else t for t in self.args]
-        if p.operator == "conv_wgrad_adam":
-            (outer, outer2, inner), param, (stride, padding) = args[:3], self.args[3], self.args[11:13]
-            grad = ops.conv_wgrad_ref(outer, outer2, inner, p.kernel_height, p.kernel_width, stride, padding, wide)
-            return grad, param[self.rows].clone()
-        result = getattr(ops, f"{p.operator}_ref")(*args)
+        operator, dtype = self.operation.operator, self.operation.dtype
+        shape, wide = self.operation.shape, self.operation.wide
+        args = [t.to(wide) if isinstance(t, Tensor) and t.dtype == dtype else t for t in self.args]
+        if operator == "conv_wgrad_adam":
+            outer, outer2, inner = args[:3]
+            grad = ops.conv_wgrad_ref(outer, outer2, inner, *shape.kernel, shape.stride, shape.padding, wide)
+            return grad, self.args[3][self.rows].clone()
+        result = getattr(ops, f"{operator}_ref")(*args)
         return (result,) if isinstance(result, Tensor) else result
 
     def _error_of_adam(self, run: Callable[[Args], Any], expected: Tensor, before: Tensor) -> float:
@@ -190,12 +191,12 @@ class Trial:
         return _worst(errors)
 
     def _bound(self, expected: Tensor) -> float:
-        dtype, terms = self.operation.problem.dtype, self.operation.terms
+        dtype, terms = self.operation.dtype, self.operation.terms
         rounding = torch.finfo(dtype).eps / 2
         if dtype == torch.float32 and expected.is_cuda and torch.backends.cudnn.allow_tf32:
             rounding = 2.0**-11  # TF32's, of each factor
         summing = torch.finfo(expected.dtype).eps / 2
-        gradient = self.operation.problem.operator.startswith("conv_wgrad")
+        gradient = self.operation.operator.startswith("conv_wgrad")
         absolute = terms if gradient else math.sqrt(terms)
         largest = max(self.largest, math.sqrt(terms) if gradient else 4.0)  # what tanh hides is that large
         return 4 * rounding * largest + (4 + math.sqrt(terms)) * summing * absolute
@@ -221,18 +222,15 @@ def operations(step: Step, images: int) -> list[Operation]:
 
 
 def operation_of(call: Call) -> Operation:
-    """A convolution's call as the problem that it poses."""
-    args, results = call.args, call.results
-    problem = problem_of(call.operator, tuple(args.values()))
+    """A convolution's call as one to time."""
+    args = call.args
+    shape = ConvShape.of(call.operator, tuple(args.values()))
     details: dict[str, Any] = {}
-    if call.operator.startswith("conv_wgrad"):
-        small, large = args["outer"], args["inner"]
-        if call.operator == "conv_wgrad_adam":
-            param = args["param"]
-            details = {"strides": param.strides, "offset": param.offset % ALIGNMENT}
-    else:
-        small, large = (results[0], args["x"]) if call.operator == "conv" else (args["x"], results[0])
+    if call.operator == "conv_wgrad_adam":
+        param = args["param"]
+        details = {"strides": param.strides, "offset": param.offset % ALIGNMENT}
+    elif call.operator != "conv_wgrad":
         details = {name: args[name] for name in ("activation", "slope", "stat_groups")}
         details |= {name: args[name] is not None for name in ("bias", "gate")}
-    sizes = {"small": small.shape[2:], "large": large.shape[2:]}
-    return Operation(call.name, problem, small.shape[0], **sizes, padding=args["padding"], **details)
+    dtype = next(iter(args.values())).dtype
+    return Operation(call.name, call.operator, dtype, shape, **details)

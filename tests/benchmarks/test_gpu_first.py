@@ -21,6 +21,8 @@ import gpu_tests
 from gpu_first import Run, Stage
 from harness import machine
 
+from fastp2p.environment import slug
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = [sys.executable, str(ROOT / "benchmarks" / "gpu_first.py")]
 WRITES = "import json, pathlib, sys; pathlib.Path(sys.argv[1]).write_text(json.dumps(dict(rows=[1])));"
@@ -192,7 +194,7 @@ def test_clocks_are_those_of_nvidia_smi(monkeypatch: pytest.MonkeyPatch, tmp_pat
     state = machine.smi_state()
     assert state["clocks.sm"] == "1980"
     assert state["memory.total"] == "143771"
-    assert machine.slug(state["name"]) == "nvidia-h200"
+    assert slug(state["name"]) == "nvidia-h200"
 
 
 def unit(folder: Path, file: str, shard: int, cases: dict[str, str], ended: str = "") -> gpu_tests.Unit:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastp2p.conv_shape import CONVOLUTIONS
 from fastp2p.count.ceilings import H200, Ceilings
 from fastp2p.count.cost import Cost, Sum, count_step, step_floor
 from fastp2p.data import Crops
@@ -21,7 +22,6 @@ from fastp2p.models.pix2pix.reference import train_step
 from fastp2p.models.pix2pix.step import FusedStep
 from fastp2p.nn.init import count_parameters
 from fastp2p.nn.norm import SampleNorm2d, take_statistics_of_samples
-from fastp2p.ops.kernel_choices import CONVOLUTIONS
 from fastp2p.ops.operands import Operand, Traffic
 
 

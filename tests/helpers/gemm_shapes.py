@@ -4,60 +4,46 @@ import contextlib
 import importlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import pytest
 import torch
 from helpers.on_device import generator
 from torch import Tensor
 
+from fastp2p.conv_shape import ConvShape
 from fastp2p.ops.extension import WHY_ABSENT
 from fastp2p.ops.library import INTERPRETED
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A convolution from (n, c, h, w), the larger map, to o channels; other operators use it the other way round."""
-
-    n: int
-    c: int
-    h: int
-    w: int
-    o: int
-    k: int
-    stride: int
-    padding: int
-
-    @property
-    def out(self) -> tuple[int, int]:
-        return tuple((side + 2 * self.padding - self.k) // self.stride + 1 for side in (self.h, self.w))
-
-    def __str__(self) -> str:
-        return f"{self.n}x{self.c}x{self.h}x{self.w}-{self.o}-k{self.k}s{self.stride}p{self.padding}"
+def conv_shape(
+    images: int, inner: int, height: int, width: int, outer: int, k: int, stride: int, padding: int
+) -> ConvShape:
+    """A convolution of k x k taps from `inner` channels of height x width to `outer` channels."""
+    return ConvShape.between(inner, (height, width), outer, k=k, stride=stride, padding=padding, images=images)
 
 
 # k4 at stride 2 and 1 as in pix2pix, then what other models have; sides 1, 2, 3, 17; channels that are no power of two
 SHAPES = [
-    Shape(1, 3, 2, 2, 5, 4, 2, 1),
-    Shape(2, 6, 17, 3, 33, 4, 2, 1),
-    Shape(3, 64, 4, 6, 17, 4, 2, 1),
-    Shape(1, 128, 2, 2, 19, 4, 2, 1),
-    Shape(2, 17, 4, 5, 1, 4, 1, 1),
-    Shape(1, 32, 3, 4, 64, 4, 1, 1),
-    Shape(2, 5, 3, 17, 7, 3, 1, 1),
-    Shape(2, 5, 9, 8, 3, 3, 2, 1),
-    Shape(1, 32, 1, 3, 19, 1, 1, 0),
-    Shape(2, 3, 4, 5, 4, 1, 2, 0),
-    Shape(1, 4, 11, 7, 6, 7, 2, 3),
-    Shape(1, 20, 4, 4, 9, 4, 1, 0),
-    Shape(2, 6, 4, 6, 5, 2, 2, 0),
-    Shape(1, 3, 9, 9, 4, 2, 3, 0),
+    conv_shape(1, 3, 2, 2, 5, 4, 2, 1),
+    conv_shape(2, 6, 17, 3, 33, 4, 2, 1),
+    conv_shape(3, 64, 4, 6, 17, 4, 2, 1),
+    conv_shape(1, 128, 2, 2, 19, 4, 2, 1),
+    conv_shape(2, 17, 4, 5, 1, 4, 1, 1),
+    conv_shape(1, 32, 3, 4, 64, 4, 1, 1),
+    conv_shape(2, 5, 3, 17, 7, 3, 1, 1),
+    conv_shape(2, 5, 9, 8, 3, 3, 2, 1),
+    conv_shape(1, 32, 1, 3, 19, 1, 1, 0),
+    conv_shape(2, 3, 4, 5, 4, 1, 2, 0),
+    conv_shape(1, 4, 11, 7, 6, 7, 2, 3),
+    conv_shape(1, 20, 4, 4, 9, 4, 1, 0),
+    conv_shape(2, 6, 4, 6, 5, 2, 2, 0),
+    conv_shape(1, 3, 9, 9, 4, 2, 3, 0),
 ]
 
 # For every configuration: blocks of one tap at every BLOCK_K, and of several; results larger than the small tiles
-CONFIG_SHAPES = [Shape(2, 128, 4, 5, 19, 2, 2, 1), Shape(3, 5, 3, 8, 33, 4, 2, 1)]
+CONFIG_SHAPES = [conv_shape(2, 128, 4, 5, 19, 2, 2, 1), conv_shape(3, 5, 3, 8, 33, 4, 2, 1)]
 
 
 def configurations(dtype: torch.dtype) -> list[dict[str, int]]:

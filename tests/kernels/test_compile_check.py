@@ -5,9 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastp2p import ops
+from fastp2p.conv_shape import CONVOLUTIONS, ConvShape
+from fastp2p.engine.record import record
+from fastp2p.models.pix2pix.options import Pix2PixConfig
 from fastp2p.ops.library import file_of
+from fastp2p.train.state import TrainState
 
 triton = pytest.importorskip("triton", reason="needs triton")
 compile_check = pytest.importorskip("fastp2p.kernels.compile_check", reason="needs triton")
@@ -37,6 +42,23 @@ def test_every_layer_has_its_programs_on_every_target():
     large = max((case for case in cases), key=lambda case: compile_check.shared_bytes(case.configs[0], case.itemsize))
     assert large.fits(large.configs[0], 90)
     assert not replace(large, itemsize=4).fits(large.configs[0], 86)
+
+
+def test_the_layers_are_those_of_the_step():
+    """All but the innermost, of whose 4x4 taps a step computes the 2x2 that meet a pixel."""
+    config = Pix2PixConfig(data="pairs").resolve("cuda", "bf16")
+    with torch.device("meta"):
+        step = TrainState.new(config, torch.device("meta"), "").engine_step(config)
+    calls = [call for call in record(step, 1) if call.operator in CONVOLUTIONS]
+    in_the_step = {one_input(ConvShape.of(call.operator, tuple(call.args.values()))) for call in calls}
+    layers = {one_input(layer.shape) for layer in LAYERS}
+    assert {str(shape) for shape in layers - in_the_step} == {"1x512x2x2-512-4x4s2p1"}
+    assert {str(shape) for shape in in_the_step - layers} == {"1x512x2x2-512-2x2s2p0"}
+
+
+def one_input(shape: ConvShape) -> ConvShape:
+    """An image's shape; a data gradient makes that of both inputs in one."""
+    return shape._replace(images=1, outer=shape.rows, outer2=0)
 
 
 def test_a_launch_s_specialisation():

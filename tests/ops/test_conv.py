@@ -7,27 +7,29 @@ from helpers.gemm_shapes import (
     ROUNDED,
     SHAPES,
     SUMS,
-    Shape,
     assert_half_product,
     assert_product,
     assert_stats,
     configurations,
+    conv_shape,
     random,
 )
 from helpers.on_device import kernels_serve
+from torch import Tensor
 
+from fastp2p.conv_shape import ConvShape
 from fastp2p.errors import InputError
 from fastp2p.ops import conv, conv_ref
 from fastp2p.ops.activation import ACTIVATIONS, derivative
 
 
-def operands(shape: Shape, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    x = random(shape.n, shape.c, shape.h, shape.w, dtype=dtype)
-    fan_in = shape.c * shape.k**2
-    return x, random(shape.o, shape.c, shape.k, shape.k, dtype=dtype, scale=fan_in**-0.5), random(shape.o)
+def operands(shape: ConvShape, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    x = random(shape.images, shape.inner, *shape.large, dtype=dtype)
+    weight = random(*shape.weight, dtype=dtype, scale=shape.columns**-0.5)
+    return x, weight, random(shape.outer)
 
 
-def exact(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
+def exact(x: Tensor, weight: Tensor, bias: Tensor, shape: ConvShape) -> tuple[Tensor, Tensor]:
     """The product in float64, and the sum of its terms' absolute values."""
     window = (shape.stride, shape.padding)
     absolute = F.conv2d(x.double().abs(), weight.double().abs(), bias.double().abs(), *window)
@@ -36,19 +38,19 @@ def exact(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, shape: Shap
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_against_float64(shape: Shape, dtype: torch.dtype):
+def test_against_float64(shape: ConvShape, dtype: torch.dtype):
     x, weight, bias = operands(shape, dtype)
-    out, mean, var = conv(x, weight, bias, stride=shape.stride, padding=shape.padding, stat_groups=shape.n)
+    out, mean, var = conv(x, weight, bias, stride=shape.stride, padding=shape.padding, stat_groups=shape.images)
     assert out.dtype == dtype
     assert out.is_contiguous(memory_format=torch.channels_last)
     check = assert_product if kernels_serve() or dtype == torch.float32 else assert_half_product
-    check(out, *exact(x, weight, bias, shape), terms=shape.c * shape.k**2)
-    assert_stats(mean, var, out, shape.n)
+    check(out, *exact(x, weight, bias, shape), terms=shape.columns)
+    assert_stats(mean, var, out, shape.images)
 
 
 @pytest.mark.parametrize("stat_groups", [0, 1, 2, 4])
 def test_statistics_groups(stat_groups: int):
-    shape = Shape(4, 3, 6, 10, 5, 4, 2, 1)
+    shape = conv_shape(4, 3, 6, 10, 5, 4, 2, 1)
     x, weight, bias = operands(shape)
     x = x + 100 * torch.arange(4).view(4, 1, 1, 1)  # each group another mean
     out, mean, var = conv(x, weight, bias, stat_groups=stat_groups)
@@ -75,7 +77,7 @@ def test_activation(activation: str, stat_groups: int):
 def test_gate_multiplies_by_the_derivative(activation: str):
     shape = SHAPES[2]
     x, weight, _ = operands(shape)
-    gate = random(shape.n, shape.o, *shape.out).tanh()
+    gate = random(shape.images, shape.outer, *shape.small).tanh()
     gate[0, 0, 0, 0] = 0.0  # the derivative at 0 is the negative side's
     out, _, _ = conv(x, weight, gate=gate, activation=activation, slope=0.3)
     plain, _, _ = conv(x, weight)
@@ -85,7 +87,7 @@ def test_gate_multiplies_by_the_derivative(activation: str):
 
 @pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[4], SHAPES[7], SHAPES[9]], ids=str)
 @pytest.mark.parametrize("activation", ["none", "leaky_relu", "tanh"])
-def test_gradients_by_name(shape: Shape, activation: str):
+def test_gradients_by_name(shape: ConvShape, activation: str):
     act = {"none": lambda z: z, "leaky_relu": lambda z: F.leaky_relu(z, 0.2), "tanh": torch.tanh}[activation]
     tensors = dict(zip(("x", "weight", "bias"), operands(shape), strict=True))
     ours = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
@@ -143,7 +145,7 @@ def test_nan_is_not_swallowed():
 
 
 def test_twice_the_same_bits():
-    shape = Shape(1, 64, 4, 4, 64, 4, 2, 1)  # few tiles: the sum is split
+    shape = conv_shape(1, 64, 4, 4, 64, 4, 2, 1)  # few tiles: the sum is split
     x, weight, bias = operands(shape)
     for first, second in zip(*(conv(x, weight, bias, stat_groups=1) for _ in range(2)), strict=True):
         assert torch.equal(first, second)
@@ -165,7 +167,7 @@ def test_float64_is_the_reference():
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_opcheck(layout: torch.memory_format, requires_grad: bool):
-    x, weight, bias = (tensor.requires_grad_(requires_grad) for tensor in operands(Shape(2, 3, 5, 6, 4, 4, 2, 1)))
+    x, weight, bias = (tensor.requires_grad_(requires_grad) for tensor in operands(conv_shape(2, 3, 5, 6, 4, 4, 2, 1)))
     x = x.detach().contiguous(memory_format=layout).requires_grad_(requires_grad)
     torch.library.opcheck(torch.ops.fastp2p.conv.default, (x, weight, bias, None, 2, 1, 2, 0.2, 2))
     gate = random(2, 4, 2, 3)
@@ -178,16 +180,16 @@ def test_opcheck(layout: torch.memory_format, requires_grad: bool):
 @pytest.mark.kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", CONFIG_SHAPES, ids=str)
-def test_every_configuration(dtype: torch.dtype, shape: Shape):
+def test_every_configuration(dtype: torch.dtype, shape: ConvShape):
     from fastp2p.kernels import conv as kernel
 
     x, weight, bias = operands(shape, dtype)
     for config in configurations(dtype):
         for split in (1, 3):
-            args = (x, weight, bias, None, shape.stride, shape.padding, 0, 0.2, shape.n)
+            args = (x, weight, bias, None, shape.stride, shape.padding, 0, 0.2, shape.images)
             out, mean, var = kernel.conv(*args, config=config | {"SPLIT": split})
-            assert_product(out, *exact(x, weight, bias, shape), terms=shape.c * shape.k**2)
-            assert_stats(mean, var, out, shape.n)
+            assert_product(out, *exact(x, weight, bias, shape), terms=shape.columns)
+            assert_stats(mean, var, out, shape.images)
 
 
 def test_bad_input_is_told():

@@ -9,15 +9,16 @@ from helpers.gemm_shapes import (
     ROUNDED,
     SHAPES,
     SUMS,
-    Shape,
     assert_half_product,
     assert_product,
     assert_stats,
     configurations,
+    conv_shape,
     random,
 )
 from helpers.on_device import kernels_serve
 
+from fastp2p.conv_shape import ConvShape
 from fastp2p.errors import InputError
 from fastp2p.ops import conv_transpose, conv_transpose_ref
 from fastp2p.ops.activation import ACTIVATIONS, derivative
@@ -25,14 +26,14 @@ from fastp2p.ops.activation import ACTIVATIONS, derivative
 # The shapes' smaller map goes in; of its o channels the first are the skip connection's.
 
 
-def operands(shape: Shape, n_skip: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor | None]:
-    fan_in = shape.o * shape.k**2 / shape.stride**2
-    weight = random(shape.o, shape.c, shape.k, shape.k, dtype=dtype, scale=fan_in**-0.5)
-    x = random(shape.n, shape.o, *shape.out, dtype=dtype)
-    tensors = {"x": x, "x2": None, "weight": weight, "bias": random(shape.c)}
+def operands(shape: ConvShape, n_skip: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor | None]:
+    fan_in = shape.outer * math.prod(shape.kernel) / shape.stride**2
+    weight = random(*shape.weight, dtype=dtype, scale=fan_in**-0.5)
+    x = random(shape.images, shape.outer, *shape.small, dtype=dtype)
+    tensors = {"x": x, "x2": None, "weight": weight, "bias": random(shape.inner)}
     if n_skip:  # two tensors of their own, as in a U-Net
-        tensors |= {"x": random(shape.n, n_skip, *shape.out, dtype=dtype)}
-        tensors |= {"x2": random(shape.n, shape.o - n_skip, *shape.out, dtype=dtype)}
+        tensors |= {"x": random(shape.images, n_skip, *shape.small, dtype=dtype)}
+        tensors |= {"x2": random(shape.images, shape.outer - n_skip, *shape.small, dtype=dtype)}
     return tensors
 
 
@@ -47,28 +48,28 @@ def exact(tensors: dict[str, torch.Tensor | None], window: tuple) -> tuple[torch
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("two_inputs", [False, True])
-def test_against_float64(shape: Shape, dtype: torch.dtype, two_inputs: bool):
-    if two_inputs and shape.o == 1:
+def test_against_float64(shape: ConvShape, dtype: torch.dtype, two_inputs: bool):
+    if two_inputs and shape.outer == 1:
         pytest.skip("one channel cannot be two inputs")
-    tensors = operands(shape, shape.o // 2 if two_inputs else 0, dtype)
+    tensors = operands(shape, shape.outer // 2 if two_inputs else 0, dtype)
     for output_padding in {0, shape.stride - 1}:
         window = (shape.stride, shape.padding, output_padding)
         settings = dict(zip(("stride", "padding", "output_padding"), window, strict=True))
-        if min(tensors["x"].shape[2:]) == 1 and shape.k + output_padding <= 2 * shape.padding:
+        if min(tensors["x"].shape[2:]) == 1 and shape.kernel[0] + output_padding <= 2 * shape.padding:
             continue  # nothing is left of the image
-        out, mean, var = conv_transpose(**tensors, **settings, stat_groups=shape.n)
+        out, mean, var = conv_transpose(**tensors, **settings, stat_groups=shape.images)
         assert out.dtype == dtype
         assert out.is_contiguous(memory_format=torch.channels_last)
         product, absolute = exact(tensors, window)
         assert out.shape == product.shape
         check = assert_product if kernels_serve() or dtype == torch.float32 else assert_half_product
-        check(out, product, absolute, terms=shape.o * math.ceil(shape.k / shape.stride) ** 2)
-        assert_stats(mean, var, out, shape.n)
+        check(out, product, absolute, terms=shape.outer * math.ceil(shape.kernel[0] / shape.stride) ** 2)
+        assert_stats(mean, var, out, shape.images)
 
 
 @pytest.mark.parametrize("stat_groups", [0, 1, 2, 4])
 def test_statistics_groups(stat_groups: int):
-    tensors = operands(Shape(4, 3, 6, 10, 5, 4, 2, 1), 2)
+    tensors = operands(conv_shape(4, 3, 6, 10, 5, 4, 2, 1), 2)
     tensors["x"] = tensors["x"] + 100 * torch.arange(4).view(4, 1, 1, 1)  # each group another mean
     out, mean, var = conv_transpose(**tensors, stat_groups=stat_groups)
     assert mean.shape == var.shape == (stat_groups, 3)
@@ -90,8 +91,8 @@ def test_activation_and_gate(activation: str):
 
 @pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[6], SHAPES[7]], ids=str)
 @pytest.mark.parametrize("two_inputs", [False, True])
-def test_gradients_by_name(shape: Shape, two_inputs: bool):
-    tensors = operands(shape, shape.o // 2 if two_inputs else 0)
+def test_gradients_by_name(shape: ConvShape, two_inputs: bool):
+    tensors = operands(shape, shape.outer // 2 if two_inputs else 0)
     ours, theirs = (
         {name: None if t is None else t.to(dtype, copy=True).requires_grad_() for name, t in tensors.items()}
         for dtype in (torch.float32, torch.float64)
@@ -127,7 +128,7 @@ def test_it_is_the_data_gradient_of_a_convolution(size: tuple[int, int]):
 
 
 def test_twice_the_same_bits():
-    tensors = operands(Shape(1, 32, 4, 4, 64, 4, 2, 1), 32)  # few tiles: the sum is split
+    tensors = operands(conv_shape(1, 32, 4, 4, 64, 4, 2, 1), 32)  # few tiles: the sum is split
     for first, second in zip(*(conv_transpose(**tensors, stat_groups=1) for _ in range(2)), strict=True):
         assert torch.equal(first, second)
 
@@ -150,7 +151,7 @@ def test_float64_is_computed_in_float64():
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_opcheck(layout: torch.memory_format, requires_grad: bool):
-    tensors = operands(Shape(2, 3, 4, 6, 5, 4, 2, 1), 2)
+    tensors = operands(conv_shape(2, 3, 4, 6, 5, 4, 2, 1), 2)
     tensors["x"] = tensors["x"].contiguous(memory_format=layout)
     x, x2, weight, bias = (tensor.requires_grad_(requires_grad) for tensor in tensors.values())
     torch.library.opcheck(torch.ops.fastp2p.conv_transpose.default, (x, x2, weight, bias, None, 2, 1, 4, 6, 2, 0.2, 2))
@@ -165,14 +166,15 @@ def test_opcheck(layout: torch.memory_format, requires_grad: bool):
 def test_every_configuration(dtype: torch.dtype, whole_blocks: bool):
     from fastp2p.kernels import conv_transpose as kernel
 
-    shape = Shape(1, 19, 6, 4, 128, 4, 2, 1) if whole_blocks else CONFIG_SHAPES[1]
+    shape = conv_shape(1, 19, 6, 4, 128, 4, 2, 1) if whole_blocks else CONFIG_SHAPES[1]
     tensors = operands(shape, 64 if whole_blocks else 5, dtype)
-    args = (*tensors.values(), None, shape.stride, shape.padding, *exact(tensors, (2, 1))[0].shape[2:], 0, 0.2, shape.n)
+    product, terms = exact(tensors, (2, 1)), shape.outer * math.ceil(shape.kernel[0] / shape.stride) ** 2
+    args = (*tensors.values(), None, shape.stride, shape.padding, *product[0].shape[2:], 0, 0.2, shape.images)
     for config in configurations(dtype):
         for split in (1, 3):
             out, mean, var = kernel.conv_transpose(*args, config=config | {"SPLIT": split})
-            assert_product(out, *exact(tensors, (2, 1)), terms=shape.o * math.ceil(shape.k / shape.stride) ** 2)
-            assert_stats(mean, var, out, shape.n)
+            assert_product(out, *product, terms=terms)
+            assert_stats(mean, var, out, shape.images)
 
 
 def test_bad_input_is_told():

@@ -1,33 +1,35 @@
 import pytest
 import torch
-from helpers.gemm_shapes import CONFIG_SHAPES, DTYPES, SHAPES, SUMS, Shape, assert_product, configurations, random
+from helpers.gemm_shapes import CONFIG_SHAPES, DTYPES, SHAPES, SUMS, assert_product, configurations, conv_shape, random
 from torch.nn.grad import conv2d_weight
 
+from fastp2p.conv_shape import ConvShape
 from fastp2p.errors import InputError
 from fastp2p.ops import conv_wgrad, conv_wgrad_ref, served_by
 
 
-def operands(shape: Shape, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-    return random(shape.n, shape.o, *shape.out, dtype=dtype), random(shape.n, shape.c, shape.h, shape.w, dtype=dtype)
+def operands(shape: ConvShape, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    outer = random(shape.images, shape.outer, *shape.small, dtype=dtype)
+    return outer, random(shape.images, shape.inner, *shape.large, dtype=dtype)
 
 
-def exact(outer: torch.Tensor, inner: torch.Tensor, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
+def exact(outer: torch.Tensor, inner: torch.Tensor, shape: ConvShape) -> tuple[torch.Tensor, torch.Tensor]:
     """The product in float64, and the sum of its terms' absolute values."""
-    size = (shape.o, shape.c, shape.k, shape.k)
+    size = shape.weight
     outer, inner = outer.double(), inner.double()
     absolute = conv2d_weight(inner.abs(), size, outer.abs(), shape.stride, shape.padding)
     return conv2d_weight(inner, size, outer, shape.stride, shape.padding), absolute
 
 
-def window(shape: Shape) -> dict[str, object]:
-    return {"kernel_size": (shape.k, shape.k), "stride": shape.stride, "padding": shape.padding}
+def window(shape: ConvShape) -> dict[str, object]:
+    return {"kernel_size": shape.kernel, "stride": shape.stride, "padding": shape.padding}
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_against_float64(shape: Shape, dtype: torch.dtype):
+def test_against_float64(shape: ConvShape, dtype: torch.dtype):
     outer, inner = operands(shape, dtype)
-    terms = shape.n * shape.out[0] * shape.out[1]
+    terms = shape.pixels
     for result in (torch.float32, dtype):
         dweight = conv_wgrad(outer, inner, **window(shape), dtype=result)
         assert dweight.dtype == result
@@ -39,11 +41,11 @@ def test_against_float64(shape: Shape, dtype: torch.dtype):
 
 @pytest.mark.parametrize("n_first", [1, 16, 20])
 def test_two_outer_tensors_are_one_concatenated(n_first: int):
-    shape = Shape(2, 6, 7, 5, 33, 4, 2, 1)
+    shape = conv_shape(2, 6, 7, 5, 33, 4, 2, 1)
     outer, inner = operands(shape)
     parts = [part.contiguous(memory_format=torch.channels_last) for part in outer.split([n_first, 33 - n_first], 1)]
     dweight = conv_wgrad(parts[0], inner, outer2=parts[1], **window(shape))
-    assert_product(dweight, *exact(outer, inner, shape), terms=shape.n * shape.out[0] * shape.out[1])
+    assert_product(dweight, *exact(outer, inner, shape), terms=shape.pixels)
 
 
 def test_slices_of_larger_buffers_and_other_layouts():
@@ -61,7 +63,7 @@ def test_expanded_gradient():
 
 
 def test_twice_the_same_bits():
-    outer, inner = operands(Shape(2, 6, 34, 34, 20, 4, 2, 1))  # many pixels, few weights: the sum is split
+    outer, inner = operands(conv_shape(2, 6, 34, 34, 20, 4, 2, 1))  # many pixels, few weights: the sum is split
     assert torch.equal(conv_wgrad(outer, inner), conv_wgrad(outer, inner))
 
 
@@ -80,7 +82,7 @@ def test_it_has_no_gradient_and_says_so():
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_opcheck(layout: torch.memory_format):
-    outer, inner = (tensor.contiguous(memory_format=layout) for tensor in operands(Shape(2, 3, 5, 6, 4, 4, 2, 1)))
+    outer, inner = (tensor.contiguous(memory_format=layout) for tensor in operands(conv_shape(2, 3, 5, 6, 4, 4, 2, 1)))
     torch.library.opcheck(torch.ops.fastp2p.conv_wgrad.default, (outer, outer, inner, 4, 4, 2, 1, torch.float32))
     torch.library.opcheck(torch.ops.fastp2p.conv_wgrad.default, (outer, None, inner, 4, 4, 2, 1, torch.bfloat16))
 
@@ -91,14 +93,14 @@ def test_opcheck(layout: torch.memory_format):
 def test_every_configuration(dtype: torch.dtype, whole_blocks: bool):
     from fastp2p.kernels import conv_wgrad as kernel
 
-    shape = Shape(2, 64, 9, 12, 20, 2, 2, 1) if whole_blocks else CONFIG_SHAPES[1]
+    shape = conv_shape(2, 64, 9, 12, 20, 2, 2, 1) if whole_blocks else CONFIG_SHAPES[1]
     outer, inner = operands(shape, dtype)
-    parts = outer.split([7, shape.o - 7], 1)
+    parts = outer.split([7, shape.outer - 7], 1)
     for config in configurations(dtype):
         for split in (1, 2):
-            args = (shape.k, shape.k, shape.stride, shape.padding, torch.float32)
+            args = (*shape.kernel, shape.stride, shape.padding, torch.float32)
             dweight = kernel.conv_wgrad(*parts, inner, *args, config=config | {"SPLIT": split})
-            assert_product(dweight, *exact(outer, inner, shape), terms=shape.n * shape.out[0] * shape.out[1])
+            assert_product(dweight, *exact(outer, inner, shape), terms=shape.pixels)
 
 
 def test_bad_input_is_told():

@@ -2,9 +2,10 @@ import itertools
 
 import pytest
 import torch
-from helpers.gemm_shapes import CONFIG_SHAPES, SHAPES, Shape, configurations, convolution_on_the_cpu, random
+from helpers.gemm_shapes import CONFIG_SHAPES, SHAPES, configurations, conv_shape, convolution_on_the_cpu, random
 from helpers.on_device import with_threads
 
+from fastp2p.conv_shape import ConvShape
 from fastp2p.errors import InputError
 from fastp2p.ops import adam, conv_wgrad, conv_wgrad_adam, conv_wgrad_adam_ref, served_by
 from fastp2p.ops.library import INTERPRETED
@@ -18,10 +19,10 @@ MOVED = ("param", "exp_avg", "exp_avg_sq")
 class State:
     """A weight with Adam's moments as after some steps, and what its gradient is made of."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, low_precision: torch.dtype | None = torch.bfloat16):
-        size = (shape.o, shape.c, shape.k, shape.k)
-        self.outer = random(shape.n, shape.o, *shape.out, dtype=dtype)
-        self.inner = random(shape.n, shape.c, shape.h, shape.w, dtype=dtype)
+    def __init__(self, shape: ConvShape, dtype: torch.dtype, low_precision: torch.dtype | None = torch.bfloat16):
+        size = shape.weight
+        self.outer = random(shape.images, shape.outer, *shape.small, dtype=dtype)
+        self.inner = random(shape.images, shape.inner, *shape.large, dtype=dtype)
         self.param, self.exp_avg = (
             random(*size),
             random(*size, scale=0.3).flip(0).contiguous(memory_format=torch.channels_last),
@@ -73,7 +74,7 @@ def assert_same_step(ours: State, theirs: State) -> None:
 @pytest.mark.parametrize("shape", DEEP, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("low_precision", [None, torch.bfloat16])
-def test_is_wgrad_then_adam(shape: Shape, dtype: torch.dtype, low_precision: torch.dtype | None):
+def test_is_wgrad_then_adam(shape: ConvShape, dtype: torch.dtype, low_precision: torch.dtype | None):
     fused, apart = (State(shape, dtype, low_precision) for _ in range(2))
     fused.fused()
     apart.apart()
@@ -84,7 +85,7 @@ def test_is_wgrad_then_adam(shape: Shape, dtype: torch.dtype, low_precision: tor
 def test_two_outer_tensors():
     shape = SHAPES[1]
     fused, apart = (State(shape, torch.float32) for _ in range(2))
-    parts = fused.outer.split([20, shape.o - 20], 1)
+    parts = fused.outer.split([20, shape.outer - 20], 1)
     fused.outer = parts[0]
     fused.fused(outer2=parts[1])
     apart.apart()
@@ -94,10 +95,10 @@ def test_two_outer_tensors():
 @pytest.mark.parametrize("shape", DEEP, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("more", "first"), [(0, 0), (1, 0), (1, 1), (2, 1)])
-def test_slice_of_the_taps(shape: Shape, dtype: torch.dtype, more: int, first: int):
+def test_slice_of_the_taps(shape: ConvShape, dtype: torch.dtype, more: int, first: int):
     """The bits of the same weight by itself, and nothing around it."""
     alone, part = (State(shape, dtype) for _ in range(2))
-    wholes = part.sliced(shape.k + more, first)
+    wholes = part.sliced(shape.kernel[0] + more, first)
     alone.fused()
     part.fused()
     assert torch.equal(alone.low_precision, part.low_precision)
@@ -114,7 +115,7 @@ def test_taps_that_meet_padding_alone_need_no_step(dtype: torch.dtype, n: int, o
 
     Two steps. C++ gives the same bits; Triton sums in blocks of another shape.
     """
-    whole, part = (State(Shape(n, c, 2, 2, o, 4, 2, 1), dtype) for _ in range(2))
+    whole, part = (State(conv_shape(n, c, 2, 2, o, 4, 2, 1), dtype) for _ in range(2))
     assert whole.outer.shape == (n, o, 1, 1)
     for state in (whole, part):
         state.exp_avg.zero_()
@@ -151,7 +152,7 @@ def test_taps_that_meet_padding_alone_need_no_step(dtype: torch.dtype, n: int, o
 def test_gradient_in_chunks(algorithm: str, dtype: torch.dtype):
     """Pieces have some 1 MB, the last one less: three or more here, and again so with each number of threads."""
     with convolution_on_the_cpu(algorithm):
-        apart = State(Shape(1, 64, 4, 6, 1300, 4, 2, 1), dtype)
+        apart = State(conv_shape(1, 64, 4, 6, 1300, 4, 2, 1), dtype)
         apart.apart()
         for parts in ([1300], [700, 600]):
             for fused in with_threads(lambda parts=parts: run_fused(parts, dtype)):
@@ -159,7 +160,7 @@ def test_gradient_in_chunks(algorithm: str, dtype: torch.dtype):
 
 
 def run_fused(parts: list[int], dtype: torch.dtype) -> State:
-    state = State(Shape(1, 64, 4, 6, sum(parts), 4, 2, 1), dtype)
+    state = State(conv_shape(1, 64, 4, 6, sum(parts), 4, 2, 1), dtype)
     state.outer, *rest = state.outer.split(parts, 1)
     state.fused(outer2=rest[0] if rest else None)
     return state
@@ -167,7 +168,7 @@ def run_fused(parts: list[int], dtype: torch.dtype) -> State:
 
 @pytest.mark.parametrize("lr_dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", DEEP, ids=str)
-def test_float64(shape: Shape, lr_dtype: torch.dtype):
+def test_float64(shape: ConvShape, lr_dtype: torch.dtype):
     """For proofs: the operator takes it, the function for users does not. Float32 on the way would show as 1e-7."""
     states = []
     for step in (torch.ops.fastp2p.conv_wgrad_adam, conv_wgrad_adam_ref):
@@ -223,9 +224,9 @@ def test_opcheck():
 def test_sums_over_many_pixels_are_split(low_precision: torch.dtype | None):
     from fastp2p.kernels import conv_wgrad_adam as kernel
 
-    shape = Shape(2, 6, 48, 48, 20, 4, 2, 1)
+    shape = conv_shape(2, 6, 48, 48, 20, 4, 2, 1)
     fused, apart = (State(shape, torch.bfloat16, low_precision) for _ in range(2))
-    m, n, k = shape.o, 16 * shape.c, fused.outer.numel() // shape.o
+    m, n, k = shape.outer, shape.columns, shape.pixels
     assert kernel.choose_config(m, n, k, fused.param, fused.inner)["SPLIT"] > 1
     fused.fused()
     apart.apart()
@@ -234,8 +235,8 @@ def test_sums_over_many_pixels_are_split(low_precision: torch.dtype | None):
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [CONFIG_SHAPES[1], Shape(1, 64, 3, 2, 20, 2, 1, 0)], ids=str)
-def test_every_configuration(shape: Shape, dtype: torch.dtype):
+@pytest.mark.parametrize("shape", [CONFIG_SHAPES[1], conv_shape(1, 64, 3, 2, 20, 2, 1, 0)], ids=str)
+def test_every_configuration(shape: ConvShape, dtype: torch.dtype):
     from fastp2p.kernels import conv_wgrad_adam as kernel
 
     apart = State(shape, dtype)

@@ -9,7 +9,6 @@ from helpers.gemm_shapes import (
     DTYPES,
     SHAPES,
     SUMS,
-    Shape,
     assert_half_product,
     assert_product,
     convolution_on_the_cpu,
@@ -17,18 +16,19 @@ from helpers.gemm_shapes import (
 )
 from torch.nn.grad import conv2d_weight
 
+from fastp2p.conv_shape import ConvShape
 from fastp2p.ops import conv, conv_transpose, conv_wgrad
 
 ALGORITHMS = ["gemm", "direct"]
 
 
-def operands(shape: Shape, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def operands(shape: ConvShape, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The larger images, the smaller ones, and a weight (O, C, KH, KW) between them."""
-    large = random(shape.n, shape.c, shape.h, shape.w, dtype=dtype)
+    large = random(shape.images, shape.inner, *shape.large, dtype=dtype)
     return (
         large,
-        random(shape.n, shape.o, *shape.out, dtype=dtype),
-        random(shape.o, shape.c, shape.k, shape.k, dtype=dtype),
+        random(shape.images, shape.outer, *shape.small, dtype=dtype),
+        random(*shape.weight, dtype=dtype),
     )
 
 
@@ -46,18 +46,18 @@ def plain_is_finite(x: torch.Tensor, weight: torch.Tensor, stride: int, padding:
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_against_float64(shape: Shape, dtype: torch.dtype, algorithm: str):
+def test_against_float64(shape: ConvShape, dtype: torch.dtype, algorithm: str):
     large, small, weight = operands(shape, dtype)
-    window, size = (shape.stride, shape.padding), (shape.h, shape.w)
+    window, size = (shape.stride, shape.padding), shape.large
     if algorithm == "direct" and not all(plain_is_finite(large, weight, *window) for _ in range(3)):
         pytest.skip("PyTorch's own convolution reads memory that nothing wrote, on this CPU (2.13.0, with AMX)")
-    first, second = small.split([(shape.o + 1) // 2, shape.o // 2], 1)
+    first, second = small.split([(shape.outer + 1) // 2, shape.outer // 2], 1)
     with convolution_on_the_cpu(algorithm):
         out, _, _ = conv(large, weight, stride=shape.stride, padding=shape.padding)
         back, _, _ = torch.ops.fastp2p.conv_transpose(
-            first, second if shape.o > 1 else None, weight, None, None, *window, *size, 0, 0.0, 0
+            first, second if shape.outer > 1 else None, weight, None, None, *window, *size, 0, 0.0, 0
         )
-        dweight = conv_wgrad(small, large, kernel_size=(shape.k, shape.k), stride=shape.stride, padding=shape.padding)
+        dweight = conv_wgrad(small, large, kernel_size=shape.kernel, stride=shape.stride, padding=shape.padding)
     wide_large, wide_small, wide_weight = large.double(), small.double(), weight.double()
 
     def convolve(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -70,9 +70,9 @@ def test_against_float64(shape: Shape, dtype: torch.dtype, algorithm: str):
         return conv2d_weight(x, weight.shape, dy, *window)
 
     for ours, exact, tensors, terms in (
-        (out, convolve, (wide_large, wide_weight), shape.c * shape.k**2),
-        (back, deconvolve, (wide_small, wide_weight), shape.o * math.ceil(shape.k / shape.stride) ** 2),
-        (dweight.to(dtype), gradient, (wide_large, wide_small), shape.n * math.prod(shape.out)),
+        (out, convolve, (wide_large, wide_weight), shape.columns),
+        (back, deconvolve, (wide_small, wide_weight), shape.outer * math.ceil(shape.kernel[0] / shape.stride) ** 2),
+        (dweight.to(dtype), gradient, (wide_large, wide_small), shape.pixels),
     ):
         check(ours, exact(*tensors), exact(*(tensor.abs() for tensor in tensors)), terms)
 

@@ -197,7 +197,7 @@ def test_the_tuner_s_candidates(on_a_gpu: list[dict[Any, None]]):
 
 def test_the_step_as_it_is_chosen(on_a_gpu: list[dict[Any, None]], monkeypatch: pytest.MonkeyPatch):
     step = small_step()
-    convs = [o.problem for o in operations(step, IMAGES) if o.problem.operator == "conv"]
+    convs = [o.problem for o in operations(step, IMAGES) if o.operator == "conv"]
     table = {problem: Measured("aten") for problem in convs}
     monkeypatch.setattr(kernel_choices, "place_of", lambda device: None)
     monkeypatch.setattr(kernel_choices, "table", lambda place: table)

@@ -64,7 +64,7 @@ def calls_of(nets: Trained, n: int, size: tuple[int, int], dtype: torch.dtype, *
     with Calls() as calls:
         step(*next(batches(n, size, torch.float32)))
     noise = Noise(torch.get_default_device())
-    expected = {o.problem: described(o.problem.operator, o.operands(noise)) for o in wanted}
+    expected = {o.problem: described(o.operator, o.operands(noise)) for o in wanted}
     assert len(expected) == len(wanted)
     assert expected == calls.found
 
@@ -130,7 +130,7 @@ def faults(operator: str) -> list[Callable[[Any], None]]:
 def test_wrong_results_are_outside(dtype: torch.dtype, place: kernel_choices.Place):
     seen = set()
     for operation in some_operations(dtype):
-        operator = operation.problem.operator
+        operator = operation.operator
         trial = Trial(operation, Noise(torch.get_default_device()))
         right = getattr(torch.ops.fastp2p, operator)
 
@@ -171,7 +171,7 @@ def test_tuned_choices(place: kernel_choices.Place):
 )
 def test_a_wrong_candidate_is_never_chosen(place: kernel_choices.Place, monkeypatch: pytest.MonkeyPatch, fault: Any):
     """However fast it is: here every candidate but the first of each `conv` and `conv_transpose` is spoiled."""
-    wanted = [o for o in some_operations(torch.float32) if o.problem.operator in ("conv", "conv_transpose")][:6]
+    wanted = [o for o in some_operations(torch.float32) if o.operator in ("conv", "conv_transpose")][:6]
     run_with, good = tuner.run_with, {}
 
     def injected(operation: Operation, choice: Any, device: torch.device) -> Any:
@@ -220,7 +220,7 @@ def test_what_the_compiler_and_the_assembler_refuse_is_left_out(monkeypatch: pyt
         lambda args: raise_(RuntimeError("PassManager::run failed")),
     ]
     operation, said = some_operations(torch.float32)[0], []
-    right = getattr(torch.ops.fastp2p, operation.problem.operator)
+    right = getattr(torch.ops.fastp2p, operation.operator)
     runs: dict[str, Any] = {"rule": lambda args: right(*args)} | {f"refused {i}": run for i, run in enumerate(refusals)}
     monkeypatch.setattr(tuner, "candidates_of", lambda operation, args: list(runs))
     monkeypatch.setattr(tuner, "run_with", lambda operation, choice, device: runs[choice])
