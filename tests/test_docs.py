@@ -15,8 +15,8 @@ import pytest
 
 from fastp2p import cli
 from fastp2p.commands.options import RunOptions
-from fastp2p.models.gan_losses import BALANCE
 from fastp2p.models.pix2pix.options import Pix2PixConfig
+from fastp2p.ops.objectives import OBJECTIVES
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -226,7 +226,7 @@ def test_defaults_of_the_guide():
 def test_balances_of_the_guide():
     rows = cells(section(ROOT / "docs" / "guide.md", "## Reading the losses"))
     given = {name.strip("`"): float(value.rpartition(" ")[2]) for name, value in rows[1:]}
-    assert given == {name: round(value, 2) for name, value in BALANCE.items()}
+    assert given == {name: round(objective.balance, 2) for name, objective in OBJECTIVES.items()}
 
 
 # Python

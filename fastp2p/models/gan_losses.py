@@ -1,13 +1,37 @@
-"""Adversarial losses of a map of logits: vanilla, lsgan, hinge."""
+"""Adversarial losses of a map of logits as formulas: vanilla, lsgan, hinge."""
 
 from collections.abc import Callable
-from typing import get_args
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastp2p.errors import InputError
-from fastp2p.ops.patch_loss import GanMode
+from fastp2p.ops.objectives import GanMode
+
+
+def _vanilla(logits: Tensor, real: bool, for_discriminator: bool) -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits, _like(logits, real))
+
+
+def _lsgan(logits: Tensor, real: bool, for_discriminator: bool) -> Tensor:
+    return F.mse_loss(logits, _like(logits, real))
+
+
+def _hinge(logits: Tensor, real: bool, for_discriminator: bool) -> Tensor:
+    if not for_discriminator:
+        return -logits.mean() if real else logits.mean()
+    return F.relu(1 - logits if real else 1 + logits).mean()
+
+
+def _like(logits: Tensor, real: bool) -> Tensor:
+    return logits.new_full((), float(real)).expand_as(logits)
+
+
+FORMULAS: dict[GanMode, Callable[[Tensor, bool, bool], Tensor]] = {
+    "vanilla": _vanilla,
+    "lsgan": _lsgan,
+    "hinge": _hinge,
+}
 
 
 class GANLoss:
@@ -24,22 +48,9 @@ class GANLoss:
     """
 
     def __init__(self, gan_mode: GanMode = "vanilla"):
-        if gan_mode not in get_args(GanMode):
-            raise InputError(f"gan_mode: got {gan_mode!r}, expected one of {', '.join(get_args(GanMode))}")
+        if gan_mode not in FORMULAS:
+            raise InputError(f"gan_mode: got {gan_mode!r}, expected one of {', '.join(FORMULAS)}")
         self.gan_mode = gan_mode
 
     def __call__(self, logits: Tensor, target_is_real: bool, *, for_discriminator: bool = True) -> Tensor:
-        if self.gan_mode == "hinge":
-            if not for_discriminator:
-                return -logits.mean() if target_is_real else logits.mean()
-            return F.relu(1 - logits if target_is_real else 1 + logits).mean()
-        target = logits.new_full((), float(target_is_real)).expand_as(logits)
-        pointwise: dict[GanMode, Callable[..., Tensor]] = {
-            "vanilla": F.binary_cross_entropy_with_logits,
-            "lsgan": F.mse_loss,
-        }
-        return pointwise[self.gan_mode](logits, target)
-
-
-# The value of loss_D_real and loss_D_fake (and, but for hinge, of loss_G_GAN) where D can only guess.
-BALANCE: dict[GanMode, float] = {"vanilla": 0.693, "lsgan": 0.25, "hinge": 1.0}
+        return FORMULAS[self.gan_mode](logits, target_is_real, for_discriminator)

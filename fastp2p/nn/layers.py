@@ -11,7 +11,7 @@ from fastp2p.errors import InputError
 from fastp2p.nn.block import Convolution, Normalisation, run_block
 from fastp2p.nn.norm import Norm
 from fastp2p.ops.activation import ACTIVATIONS, Activation, activate, activation_index
-from fastp2p.ops.patch_loss import GanMode, Kind
+from fastp2p.ops.objectives import OBJECTIVES, GanMode
 
 
 class _Block(nn.Module):
@@ -194,16 +194,16 @@ class PatchGANLoss(nn.Module):
 
     def __init__(self, gan_mode: GanMode = "vanilla"):
         super().__init__()
-        if gan_mode not in get_args(GanMode):
-            raise InputError(f"gan_mode: got {gan_mode!r}, expected one of {', '.join(get_args(GanMode))}")
+        if gan_mode not in OBJECTIVES:
+            raise InputError(f"gan_mode: got {gan_mode!r}, expected one of {', '.join(OBJECTIVES)}")
         self.gan_mode = gan_mode
 
     def forward(self, logits: Tensor, target_is_real: bool, *, for_discriminator: bool = True) -> Tensor:
-        hinge: Kind = "hinge" if for_discriminator else "linear"
-        kinds: dict[GanMode, Kind] = {"vanilla": "bce", "lsgan": "square", "hinge": hinge}
-        kind, fake = kinds[self.gan_mode], -1.0 if self.gan_mode == "hinge" else 0.0
-        target = 1.0 if target_is_real else fake
-        loss, _ = ops.patch_loss(logits, kind, target=target)
+        objective = OBJECTIVES[self.gan_mode]
+        real, fake = objective.D_real, objective.D_fake
+        wanted = real if target_is_real else fake
+        kind = wanted.kind if for_discriminator else objective.G.kind
+        loss, _ = ops.patch_loss(logits, kind, target=wanted.value)
         return loss
 
     def extra_repr(self) -> str:

@@ -10,7 +10,6 @@ from fastp2p.errors import InputError
 from fastp2p.ops import library
 from fastp2p.ops.operands import Work
 
-GanMode = Literal["vanilla", "lsgan", "hinge"]  # adversarial losses that are made of these
 Kind = Literal["bce", "square", "hinge", "linear", "l1"]
 KINDS: tuple[Kind, ...] = ("bce", "square", "hinge", "linear", "l1")  # the operator takes the index
 

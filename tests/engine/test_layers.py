@@ -23,6 +23,7 @@ from fastp2p.models.pix2pix.losses import Losses
 from fastp2p.models.pix2pix.reference import train_step
 from fastp2p.nn.norm import take_statistics_of_samples
 from fastp2p.ops.library import autocast_to
+from fastp2p.ops.objectives import OBJECTIVES
 
 F64 = torch.float64
 SIZE = (16, 16)
@@ -65,7 +66,7 @@ def test_networks(norm: str, n: int):
     compare(small_nets(levels=3, norm=norm, n_layers=2), n, (32, 16))
 
 
-@pytest.mark.parametrize("gan_mode", ["vanilla", "lsgan", "hinge"])
+@pytest.mark.parametrize("gan_mode", OBJECTIVES)
 def test_objectives(gan_mode: str):
     compare(small_nets(levels=3), 2, gan_mode=gan_mode)
 

@@ -13,6 +13,7 @@ from fastp2p.errors import InputError
 from fastp2p.models.pix2pix.networks import PatchDiscriminator, PixelDiscriminator, UnetGenerator
 from fastp2p.nn.init import init_weights
 from fastp2p.nn.norm import take_statistics_of_samples
+from fastp2p.ops.objectives import OBJECTIVES
 
 F64 = torch.float64
 SIZE = (16, 24)
@@ -44,7 +45,7 @@ def test_networks_of_any_depth(norm: str, levels: int, size: tuple[int, int], n:
     compare(nets, nets.twin(), size, n)
 
 
-@pytest.mark.parametrize("gan_mode", ["vanilla", "lsgan", "hinge"])
+@pytest.mark.parametrize("gan_mode", OBJECTIVES)
 @pytest.mark.parametrize("n_layers", [1, 2, 3])
 def test_objectives_and_patches(gan_mode: str, n_layers: int):
     nets = small_nets(levels=3, n_layers=n_layers)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import fastp2p
 from fastp2p.errors import InputError
 from fastp2p.nn import ConvNormAct, PatchGANLoss, UpConvNormAct
+from fastp2p.ops.objectives import OBJECTIVES
 
 DOUBLE = torch.float64
 ACTIVATIONS = {"none": nn.Identity(), "relu": nn.ReLU(), "leaky_relu": nn.LeakyReLU(0.1), "tanh": nn.Tanh()}
@@ -233,7 +234,7 @@ def test_small_pix2pix_of_layers_learns(autocast: bool):
     assert {p.dtype for p in netG.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("gan_mode", ["vanilla", "lsgan", "hinge"])
+@pytest.mark.parametrize("gan_mode", OBJECTIVES)
 @pytest.mark.parametrize("target_is_real", [True, False])
 @pytest.mark.parametrize("for_discriminator", [True, False])
 def test_loss_is_the_gan_loss(gan_mode: str, target_is_real: bool, for_discriminator: bool):

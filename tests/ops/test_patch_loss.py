@@ -1,11 +1,14 @@
+from typing import get_args
+
 import pytest
 import torch
 from helpers.on_device import generator, with_threads
 
 from fastp2p.errors import InputError
-from fastp2p.models.gan_losses import GANLoss
+from fastp2p.models.gan_losses import FORMULAS, GANLoss
 from fastp2p.ops import patch_loss, patch_loss_ref
 from fastp2p.ops.library import INTERPRETED
+from fastp2p.ops.objectives import OBJECTIVES, GanMode
 from fastp2p.ops.patch_loss import KINDS
 
 TARGETS = {"bce": (1.0, 0.0), "square": (1.0, 0.0), "hinge": (1.0, -1.0), "linear": (1.0, -1.0), "l1": (0.3,)}
@@ -54,14 +57,19 @@ def test_l1_of_images_in_both_layouts(through_tanh: bool, layout: torch.memory_f
     assert dx.is_contiguous(memory_format=layout)
 
 
-@pytest.mark.parametrize("gan_mode", ["vanilla", "lsgan", "hinge"])
-@pytest.mark.parametrize(("real", "for_discriminator"), [(True, True), (False, True), (True, False)])
-def test_is_the_gan_loss(gan_mode: str, real: bool, for_discriminator: bool):
-    kinds = {"vanilla": "bce", "lsgan": "square", "hinge": "hinge" if for_discriminator else "linear"}
-    target = 1.0 if real else (-1.0 if gan_mode == "hinge" else 0.0)
-    logits = torch.randn(2, 1, 5, 7)
-    expected = GANLoss(gan_mode)(logits, real, for_discriminator=for_discriminator)
-    torch.testing.assert_close(patch_loss(logits, kinds[gan_mode], target=target)[0], expected)
+@pytest.mark.parametrize("gan_mode", OBJECTIVES)
+def test_objectives_are_the_formulas(gan_mode: GanMode):
+    logits, formula, objective = torch.randn(2, 1, 5, 7), GANLoss(gan_mode), OBJECTIVES[gan_mode]
+    for target, expected in (
+        (objective.D_real, formula(logits, True)),
+        (objective.D_fake, formula(logits, False)),
+        (objective.G, formula(logits, True, for_discriminator=False)),
+    ):
+        torch.testing.assert_close(patch_loss(logits, target.kind, target=target.value)[0], expected)
+
+
+def test_every_objective_has_its_name_and_formula():
+    assert list(OBJECTIVES) == list(FORMULAS) == list(get_args(GanMode))
 
 
 def test_autograd_takes_the_gradient_through():

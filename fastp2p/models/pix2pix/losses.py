@@ -4,9 +4,8 @@ from typing import Generic, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from fastp2p.models.gan_losses import BALANCE
 from fastp2p.models.reading import Reading
-from fastp2p.ops.patch_loss import GanMode
+from fastp2p.ops.objectives import OBJECTIVES, GanMode
 
 Scalar = TypeVar("Scalar", Tensor, float)
 
@@ -28,9 +27,10 @@ def read_losses(losses: Losses[float], gan_mode: GanMode) -> Reading:
     has won when loss_D_fake is over three times balance. Losses far above balance, without a winner who may explain
     them, are those of a training that runs away.
     """
-    balance = BALANCE[gan_mode]
+    objective = OBJECTIVES[gan_mode]
+    balance = objective.balance
     loss_D = (losses.loss_D_real + losses.loss_D_fake) / 2
-    G_has_won = losses.loss_D_fake > 3 * balance if gan_mode == "hinge" else losses.loss_G_GAN < balance / 10
+    G_has_won = losses.loss_G_GAN < balance / 10 if objective.G_is_bounded else losses.loss_D_fake > 3 * balance
     runs_away = loss_D > (10 if G_has_won else 3) * balance or abs(losses.loss_G_GAN) > 100 * balance
     text = f"loss_D {loss_D:.2f}, balance is {balance:.2g}: "
     if loss_D < balance / 10:

@@ -12,7 +12,7 @@ from fastp2p.count.memory import MemoryEstimate
 from fastp2p.device import DTYPES
 from fastp2p.engine.step import Batch, LossValues
 from fastp2p.models.base import Curves, Model, Nets, Optimizers
-from fastp2p.models.gan_losses import BALANCE, GANLoss
+from fastp2p.models.gan_losses import GANLoss
 from fastp2p.models.generate import generate
 from fastp2p.models.generator_spec import GeneratorSpec
 from fastp2p.models.metrics import METRICS, evaluate_generator
@@ -26,6 +26,7 @@ from fastp2p.models.pix2pix.step import FusedStep
 from fastp2p.models.reading import Reading
 from fastp2p.nn.init import count_parameters, init_weights
 from fastp2p.nn.norm import take_statistics_of_samples
+from fastp2p.ops.objectives import OBJECTIVES
 
 
 class Pix2Pix(Model[ResolvedPix2Pix]):
@@ -88,7 +89,7 @@ class Pix2Pix(Model[ResolvedPix2Pix]):
         return "G {loss_G_GAN:.2f} L1 {loss_G_L1:.1f} D {loss_D_real:.2f} {loss_D_fake:.2f}".format(**losses)
 
     def curves(self, config: ResolvedPix2Pix) -> list[Curves]:
-        balance = BALANCE[config.gan_mode]
+        balance = OBJECTIVES[config.gan_mode].balance
         adversarial = ("loss_D_real", "loss_D_fake", "loss_G_GAN")
         return [
             Curves("adversarial losses", adversarial, balance, f"balance ({balance:.2g})"),

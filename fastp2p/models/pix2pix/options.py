@@ -8,7 +8,7 @@ from fastp2p.config import BUILTIN, ResolvedConfig, RunConfig, Settings
 from fastp2p.errors import InputError
 from fastp2p.models.pix2pix.networks import Dropout, NetD, levels_of
 from fastp2p.nn.norm import Norm, Statistics
-from fastp2p.ops.patch_loss import GanMode
+from fastp2p.ops.objectives import GanMode
 
 
 @dataclass(frozen=True, kw_only=True)

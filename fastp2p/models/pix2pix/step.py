@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,28 +21,14 @@ from fastp2p.models.pix2pix.losses import Losses
 from fastp2p.models.pix2pix.networks import UnetGenerator
 from fastp2p.nn.block import Convolution
 from fastp2p.nn.padding import reflect_pad_to_multiple
-from fastp2p.ops.patch_loss import KINDS, GanMode, Kind
+from fastp2p.ops.objectives import OBJECTIVES, GanMode, Target
+from fastp2p.ops.patch_loss import KINDS
 
 operators = torch.ops.fastp2p
 
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 D_WEIGHT = 0.5  # the paper halves D's objective, to slow it down beside G (section 3.3)
-
-
-class Target(NamedTuple):
-    """A pointwise loss and what it pulls its argument towards."""
-
-    kind: Kind
-    value: float | Tensor
-
-
-# What each player wants of D's logits, in patch_loss's terms.
-OBJECTIVES: dict[GanMode, dict[str, Target]] = {
-    "vanilla": {"D_real": Target("bce", 1.0), "D_fake": Target("bce", 0.0), "G": Target("bce", 1.0)},
-    "lsgan": {"D_real": Target("square", 1.0), "D_fake": Target("square", 0.0), "G": Target("square", 1.0)},
-    "hinge": {"D_real": Target("hinge", 1.0), "D_fake": Target("hinge", -1.0), "G": Target("linear", 1.0)},
-}
 
 
 def layer_names(net: nn.Module) -> list[str]:
@@ -277,8 +262,8 @@ class FusedStep:
             pairs = self._pairs(real_A, fake_B, real_B)
             kept = netD.forward(pairs, batches=2)
             (logits,) = netD.outputs(kept)
-            loss_D_fake, dfake = self._loss(netD, logits[:n], self.objective["D_fake"], weight=D_WEIGHT)
-            loss_D_real, dreal = self._loss(netD, logits[n:], self.objective["D_real"], weight=D_WEIGHT)
+            loss_D_fake, dfake = self._loss(netD, logits[:n], self.objective.D_fake, weight=D_WEIGHT)
+            loss_D_real, dreal = self._loss(netD, logits[n:], self.objective.D_real, weight=D_WEIGHT)
         with part("netD backward and Adam"):
             netD.backward_and_adam(kept, torch.cat([dfake, dreal]))
 
@@ -286,7 +271,7 @@ class FusedStep:
         with part("netD forward and backward for netG"):
             kept = netD.forward(pairs[:n])  # moves D's running averages once more, as upstream's third pass does
             (logits,) = netD.outputs(kept)
-            loss_G_GAN, dlogits = self._loss(netD, logits, self.objective["G"])
+            loss_G_GAN, dlogits = self._loss(netD, logits, self.objective.G)
             dz = netD.input_gradient(kept, dlogits, first_channel=real_A.shape[1], gate=fake_B, activation=TANH)
             loss_G_L1, dz_L1 = self._loss(netG, fake_B, Target("l1", real_B), weight=self.lambda_L1, through_tanh=True)
         with part("netG backward and Adam"):
