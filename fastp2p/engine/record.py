@@ -7,7 +7,7 @@ that runs.
 import copy
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -149,13 +149,16 @@ class Recorder(TorchDispatchMode):
     def _hold(self, result: Any, given: Any) -> None:
         """Count the memory of what is new in a result, until it is given back."""
         tensors = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-        if not tensors:
-            return
-        known = {t.untyped_storage()._cdata for t in tree_leaves(given) if isinstance(t, Tensor)}
+        if tensors:
+            known = {t.untyped_storage()._cdata for t in tree_leaves(given) if isinstance(t, Tensor)}
+            self.hold(t for t in tensors if t.untyped_storage()._cdata not in known)
+
+    def hold(self, tensors: Iterable[Tensor]) -> None:
+        """Count the memory of tensors from now on, until it is given back."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             key = storage._cdata
-            if key not in known and key not in self.held:
+            if key not in self.held:
                 self.held[key] = storage.nbytes()
                 self.n_bytes += storage.nbytes()
                 weakref.finalize(storage, self._give_back, key)

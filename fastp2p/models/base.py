@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastp2p.config import ResolvedConfig, RunConfig, Settings
-from fastp2p.count.memory import MemoryEstimate, estimate_memory
+from fastp2p.count.memory import MemoryEstimate, estimate_autograd_memory, estimate_memory
 from fastp2p.device import DTYPES
 from fastp2p.engine import LossScale
 from fastp2p.engine.layers import LayersStep
@@ -81,12 +81,11 @@ class Model(ABC, Generic[Config]):
         if config.engine == "reference":
             raise InputError("engine: got reference, which calls no operators of ours; expected fused or layers")
         if config.engine == "layers":
-            side = config.crop_size
             return LayersStep(
                 functools.partial(self.reference_step, config),
                 nets,
                 optimizers,
-                shapes={"A": (config.input_nc, side, side), "B": (config.output_nc, side, side)},
+                shapes=self.shapes(config),
                 dtype=DTYPES[config.precision],
             )
         fused = self.fused_step(config, nets, optimizers, step=step, loss_scale=loss_scale)
@@ -122,13 +121,22 @@ class Model(ABC, Generic[Config]):
     def describe(self, config: Config, nets: Nets) -> list[str]:
         """Lines about the networks and the objective, for the beginning of a run."""
 
-    def memory(self, config: Config, nets: Nets, batch_size: int) -> MemoryEstimate | None:
-        """What a step of config.engine will take; None where the model cannot tell: of the reference engine's."""
-        if config.engine == "reference":
-            return None
+    def shapes(self, config: Config) -> dict[str, tuple[int, int, int]]:
+        """(C, H, W) of the images that a step takes, by name."""
+        side = config.crop_size
+        return {"A": (config.input_nc, side, side), "B": (config.output_nc, side, side)}
+
+    def memory(self, config: Config, nets: Nets, batch_size: int) -> MemoryEstimate:
+        """What a step of config.engine will take."""
         # The step is one without values: the real one would take the memory that it is to tell of first
         copies = {name: net_on_meta(net) for name, net in nets.items()}
         optimizers, scale = self.optimizers(config, copies), LossScale.new_state(META)
+        if config.engine == "reference":
+            dtype = DTYPES[config.precision]
+            shapes = self.shapes(config).items()
+            batch = {name: torch.empty(batch_size, *shape, dtype=dtype, device=META) for name, shape in shapes}
+            step = functools.partial(self.reference_step, config, copies, optimizers, batch)
+            return estimate_autograd_memory(step, copies, optimizers, batch)
         return estimate_memory(self.step(config, copies, optimizers, step=0, loss_scale=scale), batch_size)
 
     @abstractmethod

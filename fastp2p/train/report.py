@@ -17,16 +17,14 @@ def describe(config: ResolvedConfig, state: TrainState, pairs: int, say: Say) ->
     if batch_size < config.batch_size:
         say(f"warning: --batch-size {config.batch_size}, but there are only {pairs} pairs, so batches are of {pairs}")
     need, mib = state.model.memory(config, state.nets, batch_size), 2**20
-    line = f"{describe_device(state.device)}; engine {config.engine}, {describe_precision(config, state.device)}"
-    if need is not None:
-        line += (
-            f"; a step of batch {batch_size} holds {need.total / mib:,.0f} MiB: {need.state / mib:,.0f} for the "
-            f"networks and Adam, {need.activations / mib:,.0f} for activations; scratch space comes on top"
-        )
-    say(line)
+    say(
+        f"{describe_device(state.device)}; engine {config.engine}, {describe_precision(config, state.device)}; "
+        f"a step of batch {batch_size} holds {need.total / mib:,.0f} MiB: {need.state / mib:,.0f} for the "
+        f"networks and Adam, {need.activations / mib:,.0f} for activations; scratch space comes on top"
+    )
     if state.device.type == "cpu" and WHY_ABSENT is not None:
         say(f"no C++ kernels, so plain PyTorch serves the operators, more slowly: {WHY_ABSENT}")
-    if need is not None and need.total > (there := memory_bytes(state.device)):
+    if need.total > (there := memory_bytes(state.device)):
         say(f"warning: there are only {there / mib:,.0f} MiB; lower --batch-size, --crop-size or --ngf")
 
 

@@ -1,6 +1,6 @@
 """The estimated memory is what steps hold: counted by hand, kept by autograd, and taken from the allocator."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -8,72 +8,81 @@ import torch
 from helpers.nets import Trained, batches, small_nets
 from torch.profiler import ProfilerActivity, profile
 
-from fastp2p.count.memory import estimate_memory
+from fastp2p.count.memory import MemoryEstimate, estimate_autograd_memory, estimate_memory
 from fastp2p.engine.plan import Plan
 from fastp2p.engine.record import peak_bytes
-from fastp2p.models.gan_losses import GANLoss
-from fastp2p.models.pix2pix.memory import estimate_step_memory
-from fastp2p.models.pix2pix.networks import PatchDiscriminator, PixelDiscriminator, UnetGenerator
+from fastp2p.models.pix2pix.model import MODEL
+from fastp2p.models.pix2pix.networks import PatchDiscriminator, UnetGenerator
+from fastp2p.models.pix2pix.options import Pix2PixConfig
 from fastp2p.models.pix2pix.step import FusedStep
 from fastp2p.nn.init import count_parameters
 
 
-def test_state_is_16_bytes_a_parameter():
-    netG, netD = UnetGenerator(levels=4, ngf=4), PatchDiscriminator(ndf=4)
-    need = estimate_step_memory(netG, netD, batch_size=1, input_nc=3, crop_size=64)
-    assert need.state == 16 * (count_parameters(netG) + count_parameters(netD))
+class OneLayer:
+    """A step of plain autograd whose memory can be counted on fingers: y = exp(w x), and SGD with momentum."""
+
+    def __init__(self) -> None:
+        self.net = torch.nn.Conv2d(3, 3, 1, bias=False, device="meta")
+        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=0.1, momentum=0.5)
+        self.batch = {"A": torch.empty(1, 3, 16, 16, device="meta")}
+
+    def __call__(self) -> None:
+        self.optimizer.zero_grad()
+        y = self.net(self.batch["A"]).exp()  # x w is given back: exp's gradient reads y
+        y.backward(y.new_empty(()).expand_as(y))
+        self.optimizer.step()
+
+
+def test_a_step_of_autograd_by_hand():
+    """Between steps: weight, gradient, momentum. At the peak, in backward: maps x, y and dy y, and dy's one number.
+
+    zero_grad gives the old gradient back before, and the new one takes its place.
+    """
+    one, weight = 4 * 3 * 16 * 16, 4 * 3 * 3
+    step = OneLayer()
+    need = estimate_autograd_memory(step, {"net": step.net}, {"optimizer": step.optimizer}, step.batch)
+    assert (need.state, need.activations) == (3 * weight, 3 * one + 4)
+
+
+def reference_memory(batch_size: int, crop_size: int = 64) -> MemoryEstimate:
+    config = Pix2PixConfig(data="pairs", netG="unet_32", ngf=8, ndf=8, engine="reference", crop_size=crop_size)
+    resolved = config.resolve("cpu", "fp32")
+    return MODEL.memory(resolved, MODEL.nets(resolved), batch_size)
+
+
+def test_the_reference_s_state_is_16_bytes_a_parameter():
+    nets = UnetGenerator(levels=5, ngf=8), PatchDiscriminator(ndf=8)
+    buffers = sum(b.numel() * b.itemsize for net in nets for b in net.buffers())
+    need = reference_memory(1)
+    assert need.state == 16 * sum(map(count_parameters, nets)) + buffers
     assert need.total == need.state + need.activations
 
 
-def test_activations_by_hand():
-    """A pixel discriminator without norm on 8x8: autograd keeps the inputs of its three convolutions and the two
-    tensors that LeakyReLU's gradient reads, which are the convolutions' outputs."""
-    netD = PixelDiscriminator(2, ndf=3, norm="none")
-    netG = torch.nn.Conv2d(1, 1, 1)
-    need = estimate_step_memory(netG, netD, batch_size=1, input_nc=1, crop_size=8)
-    channels_kept = 2 + 3 + 3 + 6 + 6  # input, conv1, lrelu1, conv2, lrelu2
-    generator_kept = 1  # its input; its output is copied by the concatenation
-    assert need.activations == 4 * 64 * (2 * channels_kept + generator_kept)
+@pytest.mark.parametrize("n", [1, 4])
+def test_the_reference_s_memory_is_what_the_allocator_gives(n: int):
+    """The allocator gives scratch space as well, and the profiler does not see that old gradients are given back."""
+    nets, side = small_nets(levels=5, n_layers=3, ngf=8, dtype=torch.float32), 256
+    need = reference_memory(n, side)
+    measured = allocated_bytes(nets.reference, *next(batches(n, (side, side), torch.float32)))
+    A_and_B = n * 6 * side**2 * 4  # in the estimate, and before `measured` begins
+    assert 0.9 * measured < need.activations - A_and_B <= measured
 
 
-def test_activations_are_what_autograd_keeps():
-    """Against the tensors that the two forward passes of D and the one of G really save."""
-    nets = UnetGenerator(levels=5, ngf=8), PatchDiscriminator(ndf=8)
-    weights = {p.untyped_storage()._cdata for net in nets for p in net.parameters()}
-    kept = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor
-        return tensor
-
-    real_A, real_B = torch.rand(2, 3, 64, 64), torch.rand(2, 3, 64, 64)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        fake_B = nets[0](real_A)
-        losses = [GANLoss()(nets[1](torch.cat([real_A, x], 1)), True) for x in (fake_B.detach(), real_B)]
-    measured = sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in weights)
-    need = estimate_step_memory(*nets, batch_size=2, input_nc=3, crop_size=64)
-    assert len(losses) == 2
-    assert need.activations == pytest.approx(measured, rel=0.01)  # the losses' own tensors are left out
+def test_the_reference_s_activations_grow_with_batch_and_area():
+    one = reference_memory(1).activations
+    assert reference_memory(4).activations == pytest.approx(4 * one, 0.15)
+    assert reference_memory(1, 128).activations == pytest.approx(4 * one, 0.15)
 
 
-def test_activations_grow_with_batch_and_area():
-    nets = UnetGenerator(levels=5, ngf=8), PatchDiscriminator(ndf=8)
-
-    def activations(batch_size: int, crop_size: int) -> int:
-        return estimate_step_memory(*nets, batch_size=batch_size, input_nc=3, crop_size=crop_size).activations
-
-    one = activations(1, 64)
-    assert activations(4, 64) == pytest.approx(4 * one, 0.01)  # norm keeps a few numbers a channel at any batch
-    assert activations(1, 128) == pytest.approx(4 * one, 0.1)  # the logits grow from 6 to 14 a side, not by 2
-
-
-def test_nets_are_left_alone():
-    nets = UnetGenerator(levels=3, ngf=4), PatchDiscriminator(ndf=4)
-    before = [value.clone() for net in nets for value in net.state_dict().values()]
-    estimate_step_memory(*nets, batch_size=1, input_nc=3, crop_size=32)
-    after = [value for net in nets for value in net.state_dict().values()]
-    assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
-    assert all(parameter.device.type == "cpu" and parameter.grad is None for parameter in nets[0].parameters())
+def test_an_estimate_leaves_the_nets_alone():
+    resolved = Pix2PixConfig(data="pairs", netG="unet_32", engine="reference", crop_size=32).resolve("cpu", "fp32")
+    nets = MODEL.nets(resolved)
+    values = [value for net in nets.values() for value in net.state_dict().values()]
+    random, before = torch.get_rng_state(), [value.clone() for value in values]
+    MODEL.memory(resolved, nets, 2)
+    assert all(torch.equal(old, new) for old, new in zip(before, values, strict=True))
+    assert all(p.device.type == "cpu" and p.grad is None and p.requires_grad for p in nets["netG"].parameters())
+    assert torch.equal(torch.get_rng_state(), random)
 
 
 def kept_elements(plan: Plan, images: int) -> int:
@@ -142,7 +151,7 @@ def test_the_fused_engine_s_activations_lie_between_what_is_kept_and_what_the_al
     assert kept_bytes(step, n) < need.activations - A_and_B <= measured
 
 
-def allocated_bytes(step: FusedStep, *images: torch.Tensor) -> int:
+def allocated_bytes(step: Callable[..., object], *images: torch.Tensor) -> int:
     """The most bytes that PyTorch's allocator gave at once during a step, as torch.profiler tells."""
     step(*images)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from fastp2p.config import RunConfig, Settings
-from fastp2p.count.memory import MemoryEstimate
 from fastp2p.device import DTYPES
 from fastp2p.engine.step import Batch, LossValues
 from fastp2p.models.base import Curves, Model, Nets, Optimizers
@@ -18,7 +17,6 @@ from fastp2p.models.generator_spec import GeneratorSpec
 from fastp2p.models.metrics import METRICS, evaluate_generator
 from fastp2p.models.pix2pix.generator import UnetGeneratorSpec
 from fastp2p.models.pix2pix.losses import Losses, read_losses
-from fastp2p.models.pix2pix.memory import estimate_step_memory
 from fastp2p.models.pix2pix.networks import UnetGenerator, build_netD, levels_of
 from fastp2p.models.pix2pix.options import Pix2PixConfig, Pix2PixOptions, ResolvedPix2Pix
 from fastp2p.models.pix2pix.reference import train_step
@@ -127,12 +125,6 @@ class Pix2Pix(Model[ResolvedPix2Pix]):
     def summary(self, config: ResolvedPix2Pix) -> str:
         layers = f", n_layers_D {config.n_layers_D}" if config.netD == "n_layers" else ""
         return f"{config.netG}, ngf {config.ngf}; netD {config.netD}{layers}, ndf {config.ndf}; norm {config.norm}"
-
-    def memory(self, config: ResolvedPix2Pix, nets: Nets, batch_size: int) -> MemoryEstimate | None:
-        if config.engine == "reference":
-            sizes = {"batch_size": batch_size, "input_nc": config.input_nc, "crop_size": config.crop_size}
-            return estimate_step_memory(nets["netG"], nets["netD"], **sizes)
-        return super().memory(config, nets, batch_size)
 
 
 def _netG(nets: Nets) -> UnetGenerator:
