@@ -5,7 +5,7 @@ BIN := .venv/bin
 CSRC := $(shell find csrc -name '*.*')
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint proof sanitize compile-check cuda-check floor floor-build floor-checkout bench \
+.PHONY: help train test slow-test lint proof sanitize compile-check cuda-check floor floor-build floor-checkout bench \
 	gpu-first gpu-cache gpu-rehearse clean
 
 help: ## print these lines, as plain make does
@@ -24,6 +24,10 @@ INTERPRETED = TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
 test: lint ## set up .venv, lint, and run the quick tests, the operators' twice
 	$(TESTS) -m "not slow"
 	$(INTERPRETED) -m "not slow"
+
+# Those of the benchmarks have limits in seconds, and those of the CUDA sources are make cuda-check's.
+slow-test: .venv/installed ## the slow tests, but those that measure and cuda-check's
+	$(TESTS) -m slow --ignore tests/benchmarks --ignore tests/kernels/test_cuda_sources.py
 
 lint: .venv/installed ## ruff, mypy and clang-format
 	$(BIN)/ruff check .

@@ -193,40 +193,47 @@ class Info:
         print(info())
 
 
+ON_A_STEP = ("tune", "roofline", "profile")  # the commands that take the options of a step
 AnyCommand = Train | Translate | Evaluate | Convert | Tune | Roofline | Profile | Info
 
 
-def commands_of(model: Model[Any], config: RunConfig | None = None) -> Any:
-    """The union of all commands, with a model's own options where they take them.
+def commands_of(asked: str | None, model: Model[Any], config: RunConfig | None = None) -> Any:
+    """The union of all commands; the one that is asked for with the model's own options, where it takes them.
 
     Args:
+        asked: the command's name. The others' options are for nobody to read.
         model: whose options they are.
         config: gives the defaults of train; None: the model's own defaults.
     """
-    on_a_step = {"model", *(field.name for kind in (model.options, Workload) for field in dataclasses.fields(kind))}
     kinds: dict[str, Any] = {
-        "train": with_groups(Train, model, config=config),
+        "train": Train,
         "translate": Translate,
         "evaluate": Evaluate,
         "convert": Convert,
-        "tune": with_groups(Tune, model, names=on_a_step),
-        "roofline": with_groups(Roofline, model, names=on_a_step),
-        "profile": with_groups(Profile, model, names=on_a_step),
+        "tune": Tune,
+        "roofline": Roofline,
+        "profile": Profile,
         "info": Info,
     }
+    if asked == "train":
+        kinds[asked] = with_groups(Train, model, config=config)
+    elif asked in ON_A_STEP:
+        names = {"model", *(field.name for kind in (model.options, Workload) for field in dataclasses.fields(kind))}
+        kinds[asked] = with_groups(kinds[asked], model, names=names)
     return Union[tuple(Annotated[kind, subcommand(name)] for name, kind in kinds.items())]  # noqa: UP007 (a tuple's)
 
 
 def parse(args: Sequence[str]) -> AnyCommand:
     """The command that the arguments ask for. Exits with 2 and a hint when they do not parse."""
-    resumed = _value_of("--resume", args) if {*args[:1]} == {"train"} else None
+    asked = args[0] if args else None
+    resumed = _value_of("--resume", args) if asked == "train" else None
     # A run's own configuration gives the defaults, so only typed options change it
     config = None if resumed is None else read_config(Path(resumed))
-    named = _value_of("--model", args) if {*args[:1]} & {"train", "tune", "roofline", "profile"} else None
+    named = _value_of("--model", args) if asked == "train" or asked in ON_A_STEP else None
     model = registry.find(named or (config.model if config else "pix2pix"))
     if config is not None and config.model != model.name:
         raise InputError(f"model: got {model.name}, but {resumed} was trained as {config.model}; drop the option")
-    kind = commands_of(model, config)
+    kind = commands_of(asked, model, config)
     command: Any = tyro.cli(kind, prog="fastp2p", args=args, config=(OmitArgPrefixes,))
     assert isinstance(command, Train | Translate | Evaluate | Convert | Tune | Roofline | Profile | Info)
     return command
