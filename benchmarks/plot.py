@@ -50,7 +50,7 @@ def plot(content: dict[str, Any], path: Path) -> Path | None:
     handles = {
         label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False)
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False)
     rehearsed = ", a rehearsal" if content.get("rehearsal") else ""
     figure.suptitle(f"{name_of(content)}, torch {content['versions']['torch']}, {content['date'][:10]}{rehearsed}")
     figure.savefig(path, dpi=120)
