@@ -48,7 +48,7 @@ class GANLoss:
     """
 
     def __init__(self, gan_mode: GanMode = "vanilla"):
-        if gan_mode not in FORMULAS:
+        if gan_mode not in list(FORMULAS):
             raise InputError(f"gan_mode: got {gan_mode!r}, expected one of {', '.join(FORMULAS)}")
         self.gan_mode = gan_mode
 

@@ -194,16 +194,17 @@ class PatchGANLoss(nn.Module):
 
     def __init__(self, gan_mode: GanMode = "vanilla"):
         super().__init__()
-        if gan_mode not in OBJECTIVES:
+        if gan_mode not in list(OBJECTIVES):
             raise InputError(f"gan_mode: got {gan_mode!r}, expected one of {', '.join(OBJECTIVES)}")
         self.gan_mode = gan_mode
 
     def forward(self, logits: Tensor, target_is_real: bool, *, for_discriminator: bool = True) -> Tensor:
         objective = OBJECTIVES[self.gan_mode]
         real, fake = objective.D_real, objective.D_fake
-        wanted = real if target_is_real else fake
-        kind = wanted.kind if for_discriminator else objective.G.kind
-        loss, _ = ops.patch_loss(logits, kind, target=wanted.value)
+        if not for_discriminator:
+            real, fake = objective.G, objective.G._replace(value=fake.value)
+        kind, value = real if target_is_real else fake
+        loss, _ = ops.patch_loss(logits, kind, target=value)
         return loss
 
     def extra_repr(self) -> str:

@@ -37,7 +37,7 @@ class Problem(NamedTuple):
 
     operator: str  # conv, conv_transpose, conv_wgrad or conv_wgrad_adam
     dtype: torch.dtype  # the operands'
-    pixels: int  # from here on of its ConvShape
+    pixels: int  # this and what follows are its ConvShape's
     outer: int
     outer2: int
     inner: int

@@ -1,4 +1,6 @@
 import math
+import re
+from typing import Any
 
 import pytest
 import torch
@@ -6,6 +8,7 @@ import torch
 from fastp2p.errors import InputError
 from fastp2p.models.gan_losses import GANLoss
 from fastp2p.models.pix2pix.losses import Losses, read_losses
+from fastp2p.nn import PatchGANLoss
 
 
 def test_vanilla_is_binary_cross_entropy():
@@ -29,9 +32,13 @@ def test_hinge_differs_by_player():
     assert hinge(logits, True, for_discriminator=False).item() == pytest.approx(-0.5)
 
 
-def test_unknown_mode_is_refused():
-    with pytest.raises(InputError, match="gan_mode: got 'wgan', expected one of vanilla, lsgan, hinge"):
-        GANLoss("wgan")
+@pytest.mark.parametrize("gan_mode", ["wgan", ["vanilla"], None])
+@pytest.mark.parametrize("loss", [GANLoss, PatchGANLoss])
+def test_unknown_mode_is_refused(loss: Any, gan_mode: Any):
+    with pytest.raises(
+        InputError, match=re.escape(f"gan_mode: got {gan_mode!r}, expected one of vanilla, lsgan, hinge")
+    ):
+        loss(gan_mode)
 
 
 @pytest.mark.parametrize(

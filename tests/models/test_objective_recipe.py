@@ -15,15 +15,15 @@ SIZE = (16, 24)
 
 
 def dummy(logits: Tensor, real: bool, for_discriminator: bool) -> Tensor:
-    """D tells by distances to 0.9 and -0.5, G is paid by BCE."""
+    """D tells by distances to 0.9 and -0.5, G is paid by BCE with 0.8."""
     if for_discriminator:
         return (logits - (0.9 if real else -0.5)).abs().mean()
-    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, 0.9 if real else -0.5))
+    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, 0.8 if real else -0.5))
 
 
 @pytest.fixture(autouse=True)
 def _added(monkeypatch: pytest.MonkeyPatch):
-    objective = Objective(Target("l1", 0.9), Target("l1", -0.5), Target("bce", 0.9), balance=0.7)
+    objective = Objective(Target("l1", 0.9), Target("l1", -0.5), Target("bce", 0.8), balance=0.7)
     monkeypatch.setitem(OBJECTIVES, "dummy", objective)
     monkeypatch.setitem(FORMULAS, "dummy", dummy)
 
