@@ -248,7 +248,7 @@ def _compile(program: Program) -> dict[str, Any]:
     try:
         compiled = _kernel(program).preload(program.specialisation)
         folders = [get_cache_manager(compiled.hash).key, *_build_launcher(compiled)]
-    except Exception as error:  # whatever the compilers raise is told to who asked, and spoils no other program
+    except Exception as error:  # the answer tells of it, and the worker compiles the next program
         cause: BaseException = error
         while cause.__cause__ is not None:  # the innermost function tells why
             cause = cause.__cause__

@@ -54,9 +54,9 @@ def test_comments_and_docstrings_begin_with_their_noun():
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ("x = 1  # of it\n", [(1, "of it")]),
-        ("# The sum\n# of it\n", [(1, "The sum")]),
-        ("x = 1  # a sum\n# of it\n", [(1, "a sum"), (2, "of it")]),
+        ("x = 1  # a sum\n", [(1, "a sum")]),
+        ("# The sum\n# and the rest\n", [(1, "The sum")]),
+        ("x = 1  # a sum\n# The rest\n", [(1, "a sum"), (2, "The rest")]),
     ],
 )
 def test_comments_are_found(tmp_path: Path, source: str, expected: list[tuple[int, str]]):

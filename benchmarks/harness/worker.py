@@ -188,7 +188,7 @@ def serve(subject: str, make: Callable[[str, torch.device, Scale], object], abou
         request = json.loads(line)
         try:
             answer = getattr(worker, request.pop("do"))(**request)
-        except Exception as error:  # whatever it is, who asked raises it anew, in another process
+        except Exception as error:  # the team raises it anew, in its own process
             answer = {"error": f"{type(error).__name__}: {error}"[:2000], "traceback": traceback.format_exc()}
         print(json.dumps(answer), file=answers, flush=True)
 

@@ -49,7 +49,7 @@ def follow(net: nn.Module, channels: int, size: Size) -> Forward:
             result = net(walk.stand_in(x))
     except InputError:
         raise
-    except Exception as error:  # a forward given stand-ins may raise anything; the message says what
+    except Exception as error:  # users' code may raise anything on stand-ins; the refusal tells what
         text = (str(error).strip() or "no message").splitlines()[0]
         refuse("the network", f"has a forward that cannot be followed: {type(error).__name__}: {text}")
     operations = [x, *walk.operations]

@@ -96,7 +96,7 @@ def _trace_whole(module: nn.Module, path: str) -> tuple[Region | None, dict[str,
         tracers = [_Tracer(path, boxes, callers, training) for training in (True, False)]
         try:
             graphs = [tracer.follow(module, way) for tracer in tracers for way in _ways(module)]
-        except Exception as error:  # a forward given stand-ins may raise anything; the report says what
+        except Exception as error:  # users' code may raise anything on stand-ins; the report tells what
             failed_at = next((tracer.failed_at for tracer in tracers if tracer.failed_at), None)
             if failed_at is None or failed_at in boxes:
                 return None, callers, f"cannot be followed: {type(error).__name__}: {_first_line(error)}"
@@ -154,7 +154,7 @@ class _Tracer(fx.Tracer):
         self.stack.append(path)
         try:
             result = super().call_module(m, forward, args, kwargs)
-        except Exception:  # whatever it is, it goes on to _trace_whole, which asks where it arose
+        except Exception:  # _trace_whole gets it, and asks where it arose
             self.failed_at = self.failed_at or path
             raise
         finally:

@@ -82,7 +82,7 @@ def named(**case: Any) -> Iterator[None]:
     """Add what was drawn to a failure."""
     try:
         yield
-    except Exception as error:  # whatever it is, it goes on, with the note
+    except Exception as error:  # pytest gets it, with a note of the case
         error.add_note(", ".join(f"{name} {value}" for name, value in case.items()))
         raise
 
