@@ -70,6 +70,11 @@ def conv_size(size: int, kernel_size: int, stride: int, padding: int) -> int:
     return (size + 2 * padding - kernel_size) // stride + 1
 
 
+def conv_transpose_size(size: int, kernel_size: int, stride: int, padding: int) -> int:
+    """The smallest side that a convolution of this window takes to `size` pixels."""
+    return (size - 1) * stride - 2 * padding + kernel_size
+
+
 def _conv(x: Tensor, weight: Tensor, bias: Any, gate: Any, stride: int, padding: int, *rest: Any) -> tuple[Any, ...]:
     (n, inner, height, width), (outer, _, kh, kw) = x.shape, weight.shape
     small = conv_size(height, kh, stride, padding), conv_size(width, kw, stride, padding)

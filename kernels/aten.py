@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastp2p.conv_shape import conv_transpose_size
 from fastp2p.kernels import gemm
 from fastp2p.kernels.adam import adam
 from fastp2p.kernels.norm_stats import merge_partials
@@ -65,7 +66,7 @@ def conv_transpose(
     """See `fastp2p.ops.conv_transpose`."""
     both = _concatenate(x, x2)
     sizes = zip((height, width), both.shape[2:], weight.shape[2:], strict=True)
-    output_padding = [side - ((in_side - 1) * stride - 2 * padding + k) for side, in_side, k in sizes]
+    output_padding = [side - conv_transpose_size(in_side, k, stride, padding) for side, in_side, k in sizes]
     out = _convolve(both, weight, stride, padding, output_padding)
     return _finish(out, bias, gate, activation, slope, stat_groups)
 

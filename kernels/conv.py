@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastp2p.conv_shape import conv_size
 from fastp2p.kernels import gemm
 from fastp2p.kernels.compile_check import Case
 from fastp2p.kernels.gemm import dot, epilogue, within
@@ -143,7 +144,7 @@ def conv(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch; see `fastp2p.ops.conv`."""
     (n, n_in, height, width), (n_out, _, kh, kw) = x.shape, weight.shape
-    out_height, out_width = ((size + 2 * padding - k) // stride + 1 for size, k in ((height, kh), (width, kw)))
+    out_height, out_width = (conv_size(size, k, stride, padding) for size, k in ((height, kh), (width, kw)))
     x, pixel_stride = pixel_rows(x)
     weight = weight.contiguous(memory_format=torch.channels_last)
     bias = None if bias is None else bias.contiguous()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastp2p.conv_shape import Size
+from fastp2p.conv_shape import Size, conv_size, conv_transpose_size
 from fastp2p.engine.supported import LEAVES, NORMS, refuse
 from fastp2p.nn.block import Convolution
 from fastp2p.ops.activation import ACTIVATIONS
@@ -217,7 +217,8 @@ def _size_after(conv: Convolution, size: Size) -> Size:
     stride, padding, kernel = int(conv.stride[0]), conv.padding[0], int(conv.kernel_size[0])
     assert isinstance(padding, int)
     if isinstance(conv, nn.ConvTranspose2d):
-        height, width = ((side - 1) * stride - 2 * padding + kernel + int(conv.output_padding[0]) for side in size)
+        more = int(conv.output_padding[0])
+        height, width = (conv_transpose_size(side, kernel, stride, padding) + more for side in size)
     else:
-        height, width = ((side + 2 * padding - kernel) // stride + 1 for side in size)
+        height, width = (conv_size(side, kernel, stride, padding) for side in size)
     return height, width

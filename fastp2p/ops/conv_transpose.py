@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastp2p.conv_shape import conv_transpose_size
 from fastp2p.errors import InputError
 from fastp2p.ops import library
 from fastp2p.ops.activation import Activation, activate, activation_index, derivative
@@ -57,11 +58,6 @@ def _fake(
     shape = (x.shape[0], weight.shape[1], height, width)
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     return out, *fake_stats(out, stat_groups)
-
-
-def conv_transpose_size(size: int, kernel_size: int, stride: int, padding: int) -> int:
-    """The smallest side that a convolution of this window takes to `size` pixels."""
-    return (size - 1) * stride - 2 * padding + kernel_size
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

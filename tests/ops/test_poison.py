@@ -17,6 +17,7 @@ from helpers.on_device import generator, kernels_serve
 from torch import Tensor
 
 from fastp2p import ops
+from fastp2p.conv_shape import conv_size
 from fastp2p.ops import kernel_choices
 from fastp2p.ops.kernel_choices import Measured
 from fastp2p.ops.library import INTERPRETED
@@ -202,7 +203,7 @@ def test_conv(dtype: torch.dtype, choice: str, shape: tuple[int, ...], activatio
 @pytest.mark.parametrize("activation", range(4))
 def test_conv_transpose(dtype: torch.dtype, choice: str, shape: tuple[int, ...], activation: int):
     n, inner, height, width, outer, k, stride, padding = shape
-    sizes = [(side + 2 * padding - k) // stride + 1 for side in (height, width)]
+    sizes = [conv_size(side, k, stride, padding) for side in (height, width)]
     x, x2 = (draw(n, outer, *sizes, dtype=dtype, seed=seed) for seed in (0, 1))
     weight, bias = draw(2 * outer, inner, k, k, dtype=dtype, seed=2), draw(inner, dtype=wide(dtype), seed=3)
     args = [x, x2, weight, bias, None, stride, padding, height, width, activation, 0.2, 0]
@@ -233,7 +234,7 @@ def test_conv_transpose(dtype: torch.dtype, choice: str, shape: tuple[int, ...],
 def test_conv_wgrad(dtype: torch.dtype, choice: str, shape: tuple[int, ...]):
     """A gradient must not lose a NaN; PyTorch's own in bfloat16 spread one to more channels than it meets."""
     n, inner, height, width, outer, k, stride, padding = shape
-    sizes = [(side + 2 * padding - k) // stride + 1 for side in (height, width)]
+    sizes = [conv_size(side, k, stride, padding) for side in (height, width)]
     x, dz = draw(n, inner, height, width, dtype=dtype), draw(n, outer, *sizes, dtype=dtype, seed=1)
     args = [dz, None, x, k, k, stride, padding, wide(dtype)]
     choose(choice, "conv_wgrad", args)
