@@ -16,7 +16,6 @@ from torch import Tensor
 from fastp2p.conv_shape import conv_transpose_size
 from fastp2p.kernels import gemm
 from fastp2p.kernels.adam import adam
-from fastp2p.kernels.norm_stats import merge_partials
 
 
 def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -139,8 +138,9 @@ def _finish(
     """Bias, activation or gate in place, and the statistics: one pass, or none."""
     channels = out.shape[1]
     if bias is None and activation == 0 and not stat_groups:
-        return out, *merge_partials(out.new_empty((0, 0, 3, channels), dtype=torch.float32))
-    partials = gemm.reduce_splits(
+        none = out.new_empty((0, channels), dtype=torch.float32)
+        return out, none, none.clone()
+    mean, var = gemm.reduce_splits(
         _flat(out).view(1, -1, channels),
         out,
         bias=None if bias is None else bias.contiguous(),
@@ -149,7 +149,7 @@ def _finish(
         activation=activation,
         stat_groups=stat_groups,
     )
-    return out, *merge_partials(partials)
+    return out, mean, var
 
 
 def _concatenate(x: Tensor, x2: Tensor | None) -> Tensor:

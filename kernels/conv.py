@@ -3,10 +3,11 @@
 One program makes a tile of pixels by output channels; the sum runs over taps and input channels as one index, which is
 also the weight's physical order (O, KH, KW, C). x is gathered as it is: no im2col buffer, no padded copy. Multiplies in
 x's dtype on the tensor cores, accumulates in float32. The epilogue adds the bias, activates (or multiplies by an
-activation's derivative) and leaves the tile's (mean, M2), so that what follows need not read the tensor for that.
+activation's derivative) and leaves the tile's (mean, M2), which the last tile to arrive merges, so that what follows
+need not read the tensor for that.
 
-Where there are too few tiles for the GPU the sum is split over SPLIT programs that leave float32 partial sums, which
-`reduce_splits` adds in a fixed order: the same bits every time, for 8 SPLIT bytes an element of out more. Bytes: a
+Where there are too few tiles for the GPU the sum is split over SPLIT programs that leave float32 partial sums. The last
+one to arrive adds them in a fixed order: the same bits every time, for 8 SPLIT bytes an element of out more. Bytes: a
 pixel of x once for each tap that meets it, KH KW / stride² times for every block of output channels, from memory once
 where the cache holds it; the weight once per row of tiles; out once.
 """
@@ -23,10 +24,9 @@ from torch import Tensor
 from fastp2p.conv_shape import conv_size
 from fastp2p.kernels import gemm
 from fastp2p.kernels.compile_check import Case
-from fastp2p.kernels.gemm import dot, epilogue, within
+from fastp2p.kernels.gemm import dot, finish, within
 from fastp2p.kernels.layer_shapes import EPILOGUES, LAYERS, gemm_cases
 from fastp2p.kernels.layout import pixel_rows
-from fastp2p.kernels.norm_stats import merge_partials
 
 
 @triton.jit(do_not_specialize=gemm.GEOMETRY)
@@ -35,11 +35,16 @@ def _conv_kernel(
     weight_ptr,  # (n_out, KH, KW, n_in)
     bias_ptr,  # (n_out,)
     gate_ptr,  # (pixels, n_out)
-    out_ptr,  # (pixels, n_out); float32 (SPLIT, pixels, n_out) where the sum is split
-    partial_ptr,  # (G, tiles, 3, n_out) float32
+    out_ptr,  # (pixels, n_out)
+    workspace_ptr,  # (SPLIT, pixels, n_out) float32
+    partial_ptr,  # these four as in store_stats, with counters of the splits before
+    mean_ptr,
+    var_ptr,
+    counter_ptr,
     pixels,  # out's, over all images
     rows,  # a statistics group's
     tiles,  # a statistics group's
+    share,
     height,
     width,
     out_height,
@@ -66,7 +71,8 @@ def _conv_kernel(
     split = tl.program_id(0) % SPLIT
     channel_blocks = tl.cdiv(n_out, BLOCK_N)
     tile = tl.program_id(0) // SPLIT // channel_blocks  # over all groups
-    channel = tl.program_id(0) // SPLIT % channel_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    channel_block = tl.program_id(0) // SPLIT % channel_blocks
+    channel = channel_block * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tile % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     row_inside = row < rows
     pixel = (tile // tiles) * rows + row
@@ -77,9 +83,9 @@ def _conv_kernel(
 
     n_sum = KH * KW * n_in
     blocks = tl.cdiv(n_sum, BLOCK_K)
-    share = tl.cdiv(blocks, SPLIT)
+    per_split = tl.cdiv(blocks, SPLIT)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for block in range(split * share, tl.minimum(split * share + share, blocks)):
+    for block in range(split * per_split, tl.minimum(split * per_split + per_split, blocks)):
         k = block * BLOCK_K + tl.arange(0, BLOCK_K)
         if WHOLE_BLOCKS:
             tap = block * BLOCK_K // n_in
@@ -97,17 +103,13 @@ def _conv_kernel(
         b = tl.load(weight_ptr + channel[None, :] * n_sum + k[:, None], mask=weight_inside, other=0.0)
         acc = dot(a, b, acc, PRECISION)
 
-    pixel = pixel.to(tl.int64)
-    if SPLIT > 1:
-        inside = row_inside[:, None] & (channel < n_out)[None, :]
-        offset = (split.to(tl.int64) * pixels + pixel)[:, None] * n_out + channel[None, :]
-        tl.store(out_ptr + offset, acc, mask=inside)
-    else:
-        partial_ptr += tile.to(tl.int64) * 3 * n_out
-        epilogue(
-            acc, pixel, row_inside, channel, n_out, out_ptr, bias_ptr, gate_ptr, partial_ptr, slope,
-            ACTIVATION, HAS_BIAS, HAS_GATE, HAS_STATS,
-        )  # fmt: skip
+    finish(
+        acc, pixel.to(tl.int64), row_inside, channel, n_out, out_ptr, bias_ptr, gate_ptr, slope,
+        split, pixels, workspace_ptr,
+        tile // tiles, tile % tiles, tiles, share, channel_block, channel_blocks,
+        partial_ptr, mean_ptr, var_ptr, counter_ptr,
+        ACTIVATION, HAS_BIAS, HAS_GATE, HAS_STATS, SPLIT, BLOCK_N,
+    )  # fmt: skip
 
 
 def compile_cases() -> Iterator[Case]:
@@ -152,25 +154,23 @@ def conv(
     out = torch.empty(
         (n, n_out, out_height, out_width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
     )
-    pixels = n * out_height * out_width
-    config = config or gemm.choose_config(pixels, n_out, kh * kw * n_in, x, whole=gemm.is_whole(n_in))
-    split = config["SPLIT"]
-    workspace = torch.empty((split, pixels, n_out), dtype=torch.float32, device=x.device) if split > 1 else None
-
-    groups = 1 if workspace is not None else max(1, stat_groups)
+    pixels, groups = n * out_height * out_width, max(1, stat_groups)
     rows = pixels // groups
-    tiles = triton.cdiv(rows, config["BLOCK_M"])
-    partials = torch.empty((stat_groups, tiles, 3, n_out), dtype=torch.float32, device=x.device)
-    _conv_kernel[(groups * tiles * triton.cdiv(n_out, config["BLOCK_N"]) * split,)](
+    whole = gemm.is_whole(n_in)
+    config = config or gemm.choose_config(rows, n_out, kh * kw * n_in, x, whole=whole, products=groups)
+    tiles, channel_blocks = triton.cdiv(rows, config["BLOCK_M"]), triton.cdiv(n_out, config["BLOCK_N"])
+    buffers = gemm.Buffers.new(out, config["SPLIT"], stat_groups, tiles, channel_blocks)
+    _conv_kernel[(groups * tiles * channel_blocks * config["SPLIT"],)](
         x,
         weight,
         x if bias is None else bias,
         x if gate is None else gate,
-        out if workspace is None else workspace,
-        partials,
+        out,
+        *buffers.pointers,
         pixels,
         rows,
         tiles,
+        buffers.stats.share,
         height,
         width,
         out_height,
@@ -188,8 +188,4 @@ def conv(
         PRECISION=gemm.precision(x.dtype),
         **config,
     )
-    if workspace is not None:
-        partials = gemm.reduce_splits(
-            workspace, out, bias=bias, gate=gate, slope=slope, activation=activation, stat_groups=stat_groups
-        )
-    return out, *merge_partials(partials)
+    return out, buffers.stats.mean, buffers.stats.var

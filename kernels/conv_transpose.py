@@ -23,10 +23,9 @@ from torch import Tensor
 
 from fastp2p.kernels import gemm
 from fastp2p.kernels.compile_check import Case
-from fastp2p.kernels.gemm import dot, epilogue, within
+from fastp2p.kernels.gemm import dot, finish, within
 from fastp2p.kernels.layer_shapes import EPILOGUES, LAYERS, gemm_cases
 from fastp2p.kernels.layout import pixel_rows
-from fastp2p.kernels.norm_stats import merge_partials
 
 
 @triton.jit(do_not_specialize=gemm.GEOMETRY)
@@ -36,11 +35,16 @@ def _conv_transpose_kernel(
     weight_ptr,  # (n_in + n_in2, KH, KW, n_out)
     bias_ptr,  # (n_out,)
     gate_ptr,  # (pixels, n_out)
-    out_ptr,  # (pixels, n_out); float32 (SPLIT, pixels, n_out) where the sum is split
-    partial_ptr,  # (G, tiles, STRIDE², 3, n_out) float32
+    out_ptr,  # (pixels, n_out)
+    workspace_ptr,  # (SPLIT, pixels, n_out) float32
+    partial_ptr,  # these four as in store_stats, of STRIDE² tiles; with counters of the splits before
+    mean_ptr,
+    var_ptr,
+    counter_ptr,
     pixels,  # out's, over all images
     rows,  # those of a phase and a statistics group
     tiles,  # those of a phase and a statistics group
+    share,
     images,  # a statistics group's
     height,
     width,
@@ -72,7 +76,8 @@ def _conv_transpose_kernel(
     phase = tl.program_id(0) // SPLIT % (STRIDE * STRIDE)
     channel_blocks = tl.cdiv(n_out, BLOCK_N)
     tile = tl.program_id(0) // (SPLIT * STRIDE * STRIDE) // channel_blocks  # over all groups
-    channel = tl.program_id(0) // (SPLIT * STRIDE * STRIDE) % channel_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    channel_block = tl.program_id(0) // (SPLIT * STRIDE * STRIDE) % channel_blocks
+    channel = channel_block * BLOCK_N + tl.arange(0, BLOCK_N)
 
     # A phase's pixels form an image of their own, of every STRIDE-th row and column
     phase_height = tl.cdiv(out_height, STRIDE)
@@ -104,16 +109,13 @@ def _conv_transpose_kernel(
         )  # fmt: skip
 
     pixel = (image.to(tl.int64) * out_height + out_y) * out_width + out_x
-    if SPLIT > 1:
-        inside = row_inside[:, None] & (channel < n_out)[None, :]
-        offset = (split.to(tl.int64) * pixels + pixel)[:, None] * n_out + channel[None, :]
-        tl.store(out_ptr + offset, acc, mask=inside)
-    else:
-        partial_ptr += (tile.to(tl.int64) * STRIDE * STRIDE + phase) * 3 * n_out
-        epilogue(
-            acc, pixel, row_inside, channel, n_out, out_ptr, bias_ptr, gate_ptr, partial_ptr, slope,
-            ACTIVATION, HAS_BIAS, HAS_GATE, HAS_STATS,
-        )  # fmt: skip
+    finish(
+        acc, pixel, row_inside, channel, n_out, out_ptr, bias_ptr, gate_ptr, slope,
+        split, pixels, workspace_ptr,
+        tile // tiles, tile % tiles * (STRIDE * STRIDE) + phase, tiles * (STRIDE * STRIDE), share,
+        channel_block, channel_blocks, partial_ptr, mean_ptr, var_ptr, counter_ptr,
+        ACTIVATION, HAS_BIAS, HAS_GATE, HAS_STATS, SPLIT, BLOCK_N,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -128,9 +130,9 @@ def _accumulate(
     n_sum = tl.cdiv(KH - first_tap_y, STRIDE) * taps_x * n_in
     taps_x = tl.maximum(taps_x, 1)  # a phase without taps has no blocks, but its divisions are moved out of the loop
     blocks = tl.cdiv(n_sum, BLOCK_K)
-    share = tl.cdiv(blocks, SPLIT)
+    per_split = tl.cdiv(blocks, SPLIT)
     at_ptr = x_ptr + ((image.to(tl.int64) * height + y) * width + x) * pixel_stride
-    for block in range(split * share, tl.minimum(split * share + share, blocks)):
+    for block in range(split * per_split, tl.minimum(split * per_split + per_split, blocks)):
         k = block * BLOCK_K + tl.arange(0, BLOCK_K)
         if WHOLE_BLOCKS:
             tap = block * BLOCK_K // n_in
@@ -201,29 +203,25 @@ def conv_transpose(
     bias = None if bias is None else bias.contiguous()
     gate = None if gate is None else gate.contiguous(memory_format=torch.channels_last)
     out = torch.empty((n, n_out, height, width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    pixels, phases = n * height * width, stride * stride
+    pixels, phases, groups = n * height * width, stride * stride, max(1, stat_groups)
     sum_of_a_phase = triton.cdiv(kh, stride) * triton.cdiv(kw, stride) * (n_in + n_in2)
-    phase_pixels = n * triton.cdiv(height, stride) * triton.cdiv(width, stride)
-    whole = gemm.is_whole(n_in, n_in2)
-    config = config or gemm.choose_config(phase_pixels, n_out, sum_of_a_phase, x, whole=whole, products=phases)
-    split = config["SPLIT"]
-    workspace = torch.empty((split, pixels, n_out), dtype=torch.float32, device=x.device) if split > 1 else None
-
-    groups = 1 if workspace is not None else max(1, stat_groups)
     rows = n // groups * triton.cdiv(height, stride) * triton.cdiv(width, stride)
-    tiles = triton.cdiv(rows, config["BLOCK_M"])
-    partials = torch.empty((stat_groups, tiles * phases, 3, n_out), dtype=torch.float32, device=x.device)
-    _conv_transpose_kernel[(groups * tiles * phases * triton.cdiv(n_out, config["BLOCK_N"]) * split,)](
+    whole = gemm.is_whole(n_in, n_in2)
+    config = config or gemm.choose_config(rows, n_out, sum_of_a_phase, x, whole=whole, products=phases * groups)
+    tiles, channel_blocks = triton.cdiv(rows, config["BLOCK_M"]), triton.cdiv(n_out, config["BLOCK_N"])
+    buffers = gemm.Buffers.new(out, config["SPLIT"], stat_groups, tiles * phases, channel_blocks)
+    _conv_transpose_kernel[(groups * tiles * phases * channel_blocks * config["SPLIT"],)](
         x,
         x2,
         weight,
         x if bias is None else bias,
         x if gate is None else gate,
-        out if workspace is None else workspace,
-        partials,
+        out,
+        *buffers.pointers,
         pixels,
         rows,
         tiles,
+        buffers.stats.share,
         n // groups,
         in_height,
         in_width,
@@ -245,8 +243,4 @@ def conv_transpose(
         PRECISION=gemm.precision(x.dtype),
         **config,
     )
-    if workspace is not None:
-        partials = gemm.reduce_splits(
-            workspace, out, bias=bias, gate=gate, slope=slope, activation=activation, stat_groups=stat_groups
-        )
-    return out, *merge_partials(partials)
+    return out, buffers.stats.mean, buffers.stats.var

@@ -104,9 +104,9 @@ def outer_product(
     inner_column = column - tap * n_inner
 
     blocks = tl.cdiv(pixels, BLOCK_K)
-    share = tl.cdiv(blocks, SPLIT)
+    per_split = tl.cdiv(blocks, SPLIT)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for block in range(split * share, tl.minimum(split * share + share, blocks)):
+    for block in range(split * per_split, tl.minimum(split * per_split + per_split, blocks)):
         pixel = block * BLOCK_K + tl.arange(0, BLOCK_K)
         pixel_inside = pixel < pixels
         a_offset = pixel.to(tl.int64)[None, :] * outer_stride + row[:, None]

@@ -1,7 +1,9 @@
 """What the three GEMMs share: the epilogue, the reduction of split sums, tile sizes and the choice among them."""
 
 import functools
+import math
 from collections.abc import Iterator
+from typing import NamedTuple, Self
 
 import torch
 import triton
@@ -9,9 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fastp2p.kernels.activation import activate, derivative
+from fastp2p.kernels.arrival import counters, is_last
 from fastp2p.kernels.compile_check import Case, shared_bytes
-from fastp2p.kernels.layer_shapes import EPILOGUES, GEOMETRY, may_split
-from fastp2p.kernels.norm_stats import store_partial
+from fastp2p.kernels.layer_shapes import EPILOGUES, GEOMETRY, STATS_TYPES, may_split
+from fastp2p.kernels.norm_stats import StatsBuffers, store_stats
 
 # Triton's interpreter computes bfloat16 dots wrongly; it gets float32, of the same values.
 WIDEN = tl.constexpr(triton.knobs.runtime.interpret)
@@ -80,12 +83,22 @@ def epilogue(
     out_ptr,  # (pixels, n_out)
     bias_ptr,  # (n_out,)
     gate_ptr,  # (pixels, n_out)
-    partial_ptr,  # (3, n_out) float32, this tile's
     slope,
+    group,  # from here on as in store_stats
+    tile,
+    tiles,
+    share,
+    channel_block,
+    channel_blocks,
+    partial_ptr,
+    mean_ptr,
+    var_ptr,
+    counter_ptr,
     ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_GATE: tl.constexpr,
     HAS_STATS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """Bias, activation or its derivative at the gate, the rounded store, and the statistics of what was stored."""
     inside = row_inside[:, None] & (channel < n_out)[None, :]
@@ -99,7 +112,70 @@ def epilogue(
     stored = acc.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + offset, stored, mask=inside)
     if HAS_STATS:
-        store_partial(partial_ptr, stored.to(tl.float32), row_inside, channel, n_out)
+        store_stats(
+            stored.to(tl.float32), row_inside, group, tile, tiles, share, channel, channel_block, channel_blocks, n_out,
+            partial_ptr, mean_ptr, var_ptr, counter_ptr, BLOCK_N,
+        )  # fmt: skip
+
+
+@triton.jit
+def add_splits(
+    acc,  # (BLOCK_M, BLOCK_N) float32, this split's
+    split,
+    pixel,  # (BLOCK_M,) int64, rows of out
+    row_inside,  # (BLOCK_M,)
+    channel,  # (BLOCK_N,)
+    pixels,
+    n_out,
+    workspace_ptr,  # (SPLIT, pixels, n_out) float32
+    counter_ptr,  # this tile's
+    SPLIT: tl.constexpr,
+):
+    """The sum over all splits in their order, and whether it is whole: for the last split to arrive alone."""
+    inside = row_inside[:, None] & (channel < n_out)[None, :]
+    at = workspace_ptr + pixel[:, None] * n_out + channel[None, :]
+    step = pixels.to(tl.int64) * n_out
+    tl.store(at + split * step, acc, mask=inside)
+    whole = is_last(counter_ptr, SPLIT)
+    if whole:
+        acc = tl.zeros_like(acc)
+        for first in range(0, SPLIT, 4):
+            for i in tl.static_range(4):  # four loads under way at once
+                there = inside & (first + i < SPLIT)
+                acc += tl.load(at + (first + i) * step, mask=there, other=0.0, cache_modifier=".cg")
+    return acc, whole
+
+
+@triton.jit
+def finish(
+    acc, pixel, row_inside, channel, n_out, out_ptr, bias_ptr, gate_ptr, slope,
+    split, pixels, workspace_ptr,
+    group, tile, tiles, share, channel_block, channel_blocks, partial_ptr, mean_ptr, var_ptr, counter_ptr,
+    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr, HAS_STATS: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The epilogue of a tile's sum, where it is split by the last split to arrive.
+
+    Each of the tl.num_programs(0) // SPLIT tiles has a counter for its splits, before those of the statistics.
+    """
+    if SPLIT > 1:
+        tile_counter_ptr = counter_ptr + tl.program_id(0) // SPLIT
+        counter_ptr += tl.num_programs(0) // SPLIT
+        acc, whole = add_splits(
+            acc, split, pixel, row_inside, channel, pixels, n_out, workspace_ptr, tile_counter_ptr, SPLIT
+        )
+        if whole:
+            epilogue(
+                acc, pixel, row_inside, channel, n_out, out_ptr, bias_ptr, gate_ptr, slope,
+                group, tile, tiles, share, channel_block, channel_blocks, partial_ptr, mean_ptr, var_ptr, counter_ptr,
+                ACTIVATION, HAS_BIAS, HAS_GATE, HAS_STATS, BLOCK_N,
+            )  # fmt: skip
+    else:
+        epilogue(
+            acc, pixel, row_inside, channel, n_out, out_ptr, bias_ptr, gate_ptr, slope,
+            group, tile, tiles, share, channel_block, channel_blocks, partial_ptr, mean_ptr, var_ptr, counter_ptr,
+            ACTIVATION, HAS_BIAS, HAS_GATE, HAS_STATS, BLOCK_N,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=GEOMETRY)
@@ -108,10 +184,14 @@ def _reduce_kernel(
     out_ptr,  # (pixels, n_out)
     bias_ptr,  # (n_out,)
     gate_ptr,  # (pixels, n_out)
-    partial_ptr,  # (G, tiles, 3, n_out) float32
+    partial_ptr,  # these four as in store_stats
+    mean_ptr,
+    var_ptr,
+    counter_ptr,
     pixels,
     rows,  # a group's
     tiles,  # a group's
+    share,
     n_out,
     splits,
     slope,
@@ -125,10 +205,12 @@ def _reduce_kernel(
     """The sums of a split GEMM in a fixed order, then its epilogue. Reads 4 bytes a partial sum, once."""
     channel_blocks = tl.cdiv(n_out, BLOCK_N)
     tile = tl.program_id(0) // channel_blocks  # over all groups
-    channel = tl.program_id(0) % channel_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    channel_block = tl.program_id(0) % channel_blocks
+    channel = channel_block * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tile % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     row_inside = row < rows
-    pixel = (tile // tiles).to(tl.int64) * rows + row
+    group = tile // tiles
+    pixel = group.to(tl.int64) * rows + row
     offset = pixel[:, None] * n_out + channel[None, :]
     inside = row_inside[:, None] & (channel < n_out)[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -136,10 +218,10 @@ def _reduce_kernel(
         for split in tl.static_range(4):  # four loads under way at once; of few tiles, so that int32 holds every offset
             at = workspace_ptr + (first + split) * pixels * n_out + offset
             acc += tl.load(at, mask=inside & (first + split < splits), other=0.0)
-    partial_ptr += tile.to(tl.int64) * 3 * n_out
     epilogue(
-        acc, pixel, row_inside, channel, n_out, out_ptr, bias_ptr, gate_ptr, partial_ptr, slope,
-        ACTIVATION, HAS_BIAS, HAS_GATE, HAS_STATS,
+        acc, pixel, row_inside, channel, n_out, out_ptr, bias_ptr, gate_ptr, slope,
+        group, tile % tiles, tiles, share, channel_block, channel_blocks, partial_ptr, mean_ptr, var_ptr, counter_ptr,
+        ACTIVATION, HAS_BIAS, HAS_GATE, HAS_STATS, BLOCK_N,
     )  # fmt: skip
 
 
@@ -147,6 +229,34 @@ def epilogue_flags(activation: int, bias: Tensor | None, gate: Tensor | None, st
     """The compile-time arguments of `epilogue`."""
     flags = {"HAS_BIAS": bias is not None, "HAS_GATE": gate is not None, "HAS_STATS": stat_groups > 0}
     return {"ACTIVATION": activation} | flags
+
+
+class Buffers(NamedTuple):
+    """What a product's programs leave for one another, and its statistics."""
+
+    workspace: Tensor  # (SPLIT, pixels, n_out) float32; where nothing is split it has no elements
+    stats: StatsBuffers
+    counters: Tensor
+
+    @classmethod
+    def new(cls, out: Tensor, split: int, stat_groups: int, tiles: int, channel_blocks: int) -> Self:
+        """For a result.
+
+        Args:
+            out: (N, n_out, H, W).
+            tiles: of rows, in each group; a group without statistics is all images.
+        """
+        n_out = out.shape[1]
+        shape = (split, out.numel() // n_out, n_out) if split > 1 else (0,)
+        workspace = torch.empty(shape, dtype=torch.float32, device=out.device)
+        stats = StatsBuffers.new(stat_groups, tiles, n_out, channel_blocks, out.device)
+        n_splits = max(1, stat_groups) * tiles * channel_blocks if split > 1 else 0
+        return cls(workspace, stats, counters(n_splits + stats.n_counters, out))
+
+    @property
+    def pointers(self) -> tuple[Tensor, ...]:
+        """In the order of the kernels' arguments."""
+        return self.workspace, self.stats.partial, self.stats.mean, self.stats.var, self.counters
 
 
 def reduce_splits(
@@ -158,8 +268,8 @@ def reduce_splits(
     slope: float = 0.0,
     activation: int = 0,
     stat_groups: int = 0,
-) -> Tensor:
-    """Launch the reduction of (splits, pixels, n_out) into out; returns the tiles' statistics (or none).
+) -> tuple[Tensor, Tensor]:
+    """Launch the reduction of (splits, pixels, n_out) into out; returns out's mean and variance (or none).
 
     Of one split, workspace may be out itself, in its dtype: each element is read before the same program writes it.
     """
@@ -168,29 +278,32 @@ def reduce_splits(
     rows = pixels // groups
 
     def tiling(config: dict[str, int]) -> tuple[int, int]:
-        """Tiles of a group, and programs."""
-        tiles = triton.cdiv(rows, config["BLOCK_M"])
-        return tiles, groups * tiles * triton.cdiv(n_out, config["BLOCK_N"])
+        """Tiles of a group, and blocks of channels."""
+        return triton.cdiv(rows, config["BLOCK_M"]), triton.cdiv(n_out, config["BLOCK_N"])
 
-    config = REDUCE_CONFIGS[tiling(REDUCE_CONFIGS[0])[1] < FEW_PROGRAMS]
-    tiles, programs = tiling(config)
-    partial = torch.empty(stat_groups, tiles, 3, n_out, dtype=torch.float32, device=out.device)
-    _reduce_kernel[(programs,)](
+    config = REDUCE_CONFIGS[groups * math.prod(tiling(REDUCE_CONFIGS[0])) < FEW_PROGRAMS]
+    tiles, channel_blocks = tiling(config)
+    stats = StatsBuffers.new(stat_groups, tiles, n_out, channel_blocks, out.device)
+    _reduce_kernel[(groups * tiles * channel_blocks,)](
         workspace,
         out,
         out if bias is None else bias,
         out if gate is None else gate,
-        partial,
+        stats.partial,
+        stats.mean,
+        stats.var,
+        counters(stats.n_counters, out),
         pixels,
         rows,
         tiles,
+        stats.share,
         n_out,
         splits,
         slope,
         **epilogue_flags(activation, bias, gate, stat_groups),
         **config,
     )
-    return partial
+    return stats.mean, stats.var
 
 
 def is_whole(*channels: int) -> bool:
@@ -281,9 +394,9 @@ def precision(dtype: torch.dtype) -> str:
 def compile_cases() -> Iterator[Case]:
     """The reduction, plain for weight gradients and with the epilogues of the networks' layers; in place after ATen."""
     for dtype in ("fp32", "bf16", "fp16"):
-        types = {"workspace_ptr": "*fp32", "partial_ptr": "*fp32", "slope": "fp32"}
+        types = STATS_TYPES | {"workspace_ptr": "*fp32", "slope": "fp32"}
         types |= dict.fromkeys(("out_ptr", "gate_ptr"), f"*{dtype}") | {"bias_ptr": "*fp32"}
-        types |= dict.fromkeys(("pixels", "rows", "tiles", "n_out", "splits"), "i32")
+        types |= dict.fromkeys(("pixels", "rows", "tiles", "share", "n_out", "splits"), "i32")
         for name, flags in EPILOGUES.items():
             yield Case(f"reduce {name} {dtype}", _reduce_kernel, types, flags, REDUCE_CONFIGS)
             if dtype != "fp32":

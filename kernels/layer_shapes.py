@@ -9,8 +9,11 @@ from fastp2p.kernels.compile_check import Case
 
 # A kernel's integer arguments that say where pixels lie. Launches do not specialise on them: whether a side is 1 or a
 # multiple of 16 helps no program, and every layer would be compiled anew.
-GEOMETRY = ["pixels", "rows", "tiles", "images", "height", "width", "out_height", "out_width"]
+GEOMETRY = ["pixels", "rows", "tiles", "share", "images", "height", "width", "out_height", "out_width"]
 GEOMETRY += ["outer_height", "outer_width"]
+
+# The pointers of what an epilogue leaves in float32 beside its result
+STATS_TYPES = {"partial_ptr": "*fp32", "mean_ptr": "*fp32", "var_ptr": "*fp32", "counter_ptr": "*i32"}
 
 # What follows a GEMM: nothing (data gradients), a bias, statistics (before a norm), an activation, or the derivative of
 # the activation before. The numbers are those of fastp2p.kernels.activation.
@@ -133,7 +136,7 @@ def gemm_cases(
         itemsize = 4 if dtype == "fp32" else 2
         configs = [config | {"WHOLE_BLOCKS": whole_blocks(config)} for config in tiles(itemsize)]
         types = dict.fromkeys((*GEOMETRY, *sizes), "i32") | dict.fromkeys(pointers, f"*{dtype}")
-        types |= {"bias_ptr": "*fp32", "partial_ptr": "*fp32", "slope": "fp32"} | (more_types or {})
+        types |= STATS_TYPES | {"bias_ptr": "*fp32", "workspace_ptr": "*fp32", "slope": "fp32"} | (more_types or {})
         for precision in ["ieee"] + ["tf32"] * (rare and dtype == "fp32"):
             label = f"{name} {layer.name} {dtype}{' tf32' * (precision == 'tf32')}"
             flags = constants | {"PRECISION": precision}
@@ -143,5 +146,7 @@ def gemm_cases(
             yield Case(label, kernel, types, flags | {"SPLIT": 1}, configs, sizes, itemsize)
             if precision == "tf32" or dtype == "fp16":
                 continue  # what differs, the plain float32 store, is that of the other dtypes
-            split_types, small = types | {"out_ptr": "*fp32"}, [c for c in configs if may_split(c)]
+            split_types, small = types, [c for c in configs if may_split(c)]
+            if "workspace_ptr" not in kernel.arg_names:
+                split_types = types | {"out_ptr": "*fp32"}
             yield Case(f"{label} split", kernel, split_types, flags | {"SPLIT": 4}, small, sizes, itemsize)

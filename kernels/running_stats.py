@@ -31,6 +31,18 @@ def _running_stats_kernel(
     BLOCK: tl.constexpr,
 ):
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    move_averages(
+        running_mean_ptr, running_var_ptr, mean_ptr, var_ptr, groups, channel, n_channels, one_minus_momentum,
+        momentum, momentum_unbiased,
+    )  # fmt: skip
+
+
+@triton.jit
+def move_averages(
+    running_mean_ptr, running_var_ptr, mean_ptr, var_ptr, groups, channel, n_channels, one_minus_momentum,
+    momentum, momentum_unbiased,
+):  # fmt: skip
+    """Move the running averages of these channels by each group's statistics in turn."""
     inside = channel < n_channels
     running_mean = tl.load(running_mean_ptr + channel, mask=inside)
     running_var = tl.load(running_var_ptr + channel, mask=inside)
@@ -71,8 +83,11 @@ def running_stats(
         var.contiguous(),
         groups,
         n_channels,
-        1 - momentum,
-        momentum,
-        momentum * n_values / (n_values - 1),
+        *momenta(momentum, n_values),
         **config,
     )
+
+
+def momenta(momentum: float, n_values: int) -> tuple[float, float, float]:
+    """The factors of an old average, of a new mean, and of a new biased variance of so many values."""
+    return 1 - momentum, momentum, momentum * n_values / (n_values - 1)

@@ -4,6 +4,7 @@
 // is in float (double for double); sums of at most 32 rows are float, their sums double. Eager PyTorch takes a pass
 // each for normalisation, activation and dropout, and the second activation another.
 #include "cpu/activation.h"
+#include "cpu/operators.h"
 #include "cpu/philox.h"
 #include "cpu/sums.h"
 

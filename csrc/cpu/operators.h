@@ -6,6 +6,12 @@
 namespace fastp2p {
 
 std::tuple<Tensor, Tensor> norm_stats_cpu(Tensor x, int64_t stat_groups);
+std::tuple<Tensor, Tensor> norm_act_cpu(Tensor x, Tensor mean, Tensor var, std::optional<Tensor> weight,
+                                        std::optional<Tensor> bias, std::optional<Tensor> rng, double eps,
+                                        int64_t activation, double slope, int64_t second, double dropout, int64_t layer,
+                                        bool fixed_stats);
+void running_stats_cpu(Tensor running_mean, Tensor running_var, Tensor mean, Tensor var, int64_t n_values,
+                       double momentum);
 Tensor conv_wgrad_cpu(Tensor outer, std::optional<Tensor> outer2, Tensor inner, int64_t kernel_height,
                       int64_t kernel_width, int64_t stride, int64_t padding, ScalarType dtype);
 void adam_cpu(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, Tensor lr, Tensor powers, double beta1,

@@ -1,5 +1,5 @@
 // running_stats: a few hundred elements, in one call instead of five for each group; one thread.
-#include "common.h"
+#include "cpu/operators.h"
 
 namespace fastp2p {
 namespace {

@@ -91,13 +91,13 @@ class FusedNetwork:
 
         if layer.norm is None:
             mean, var = self.no_stats[layer.out_channels]
-        elif isinstance(layer.norm, nn.BatchNorm2d):
-            n_values = len(x) // groups * layer.out_size[0] * layer.out_size[1]
-            averages = (layer.norm.running_mean, layer.norm.running_var)
-            about(self, layer.name, "running averages", len(x))
-            operators.running_stats(*averages, mean, var, n_values, layer.norm.momentum)
+        parameters, constants = self._norm_act_settings(layer)
         about(self, layer.name, "norm and activation", len(x))
-        y, y2 = operators.norm_act(out, mean, var, *self._norm_act_settings(layer))
+        if isinstance(layer.norm, nn.BatchNorm2d):
+            running = (layer.norm.running_mean, layer.norm.running_var, layer.norm.momentum)
+            y, y2 = operators.batch_norm_act(out, mean, var, *parameters, *running, *constants)
+        else:
+            y, y2 = operators.norm_act(out, mean, var, *parameters, *constants, layer.norm is None)
         return Kept(operands, y, None if layer.second is None else y2, out, mean, var)
 
     def backward_and_adam(self, kept: Sequence[Kept], *seeds: Tensor | None) -> None:
@@ -219,7 +219,8 @@ class FusedNetwork:
                     dz_mean = operators.norm_stats(dy, 1)[0]
                 of_parameters[id(layer.conv.bias)] = dz_mean[0] * (dy.numel() // dy.shape[1])
             return dy
-        norm_act = (kept.raw, kept.mean, kept.var, *self._norm_act_settings(layer))
+        parameters, constants = self._norm_act_settings(layer)
+        norm_act = (kept.raw, kept.mean, kept.var, *parameters, *constants, layer.norm is None)
         dy = torch.zeros_like(kept.y) if dy is None else dy
         about(self, layer.name, "norm and activation, backward", len(dy))
         dz: Tensor
@@ -267,13 +268,13 @@ class FusedNetwork:
         _add(gradients, first, dx[:, :channels])
         _add(gradients, others[0], dx[:, channels:])
 
-    def _norm_act_settings(self, layer: Layer) -> tuple[object, ...]:
-        """What norm_act and its backward take after the statistics."""
+    def _norm_act_settings(self, layer: Layer) -> tuple[tuple[Tensor | None, ...], tuple[float, ...]]:
+        """What norm_act and its like take after the statistics: weight, bias, rng; eps and what follows."""
         norm = layer.norm
         weight, bias, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
         rng = self.rng if layer.dropout else None
         second = -1 if layer.second is None else layer.second
-        return weight, bias, rng, eps, layer.activation, layer.slope, second, layer.dropout, layer.number, norm is None
+        return (weight, bias, rng), (eps, layer.activation, layer.slope, second, layer.dropout, layer.number)
 
 
 def _result(kept: Sequence[Kept], source: Source) -> Tensor:

@@ -2,6 +2,7 @@
 
 from fastp2p.ops.adam import adam, adam_ref
 from fastp2p.ops.augment import augment, augment_ref
+from fastp2p.ops.batch_norm_act import batch_norm_act, batch_norm_act_ref
 from fastp2p.ops.conv import conv, conv_ref
 from fastp2p.ops.conv_transpose import conv_transpose, conv_transpose_ref
 from fastp2p.ops.conv_wgrad import conv_wgrad, conv_wgrad_ref
@@ -17,6 +18,8 @@ __all__ = [
     "adam_ref",
     "augment",
     "augment_ref",
+    "batch_norm_act",
+    "batch_norm_act_ref",
     "conv",
     "conv_ref",
     "conv_transpose",

@@ -53,16 +53,21 @@ def define(
         fake: shapes and dtypes alone, for torch.compile and meta tensors.
         work: which arguments are maps, weights or Adam's, and how its FLOPs are counted.
         backward, setup_context: the gradient, as torch.library.register_autograd takes it. Without one, an operator
-            that returns tensors raises when a gradient is asked of it.
+            that returns tensors raises when a gradient is asked of it; one that changes arguments, too, when it is
+            called with tensors that require one.
     """
     LIBRARY.define(name + schema)
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastp2p::{name}", fake, lib=LIBRARY)
     _count_versions(name)
+    no_gradient = f"{name}: has no gradient; give it tensors that are detached, or torch.no_grad()"
     if backward is None and not schema.endswith("()"):
+        if "!" in schema:
+            _refuse_gradients(name, no_gradient)
+        else:
 
-        def backward(ctx: Any, *grads: Tensor) -> None:
-            raise InputError(f"{name}: has no gradient; give it tensors that are detached, or torch.no_grad()")
+            def backward(ctx: Any, *grads: Tensor) -> None:
+                raise InputError(no_gradient)
 
     if backward is not None:
         torch.library.register_autograd(f"fastp2p::{name}", backward, setup_context=setup_context, lib=LIBRARY)
@@ -75,6 +80,18 @@ def cost_of(name: str, args: Named, results: tuple[Operand, ...]) -> tuple[int, 
     changed = frozenset(arg.name for arg in schema.arguments if arg.alias_info and arg.alias_info.is_write)
     flop = 0 if work.flop is None else work.flop(args, results)
     return flop, work.traffic(args, results, changed)
+
+
+def _refuse_gradients(name: str, text: str) -> None:
+    """Raise where autograd would differentiate the operator; it takes none in place of its own for such a schema."""
+    operator = getattr(torch.ops.fastp2p, name).default
+
+    def refuse(keyset: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+            raise InputError(text)
+        return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    LIBRARY.impl(name, refuse, "Autograd", with_keyset=True)
 
 
 def _count_versions(name: str) -> None:

@@ -126,7 +126,8 @@ def _backward(ctx: Any, dy: Tensor | None, dy2: Tensor | None) -> tuple[Tensor |
     return dx, None, None, dweight, dbias, *[None] * 8
 
 
-_SETTINGS = "float eps, int activation, float slope, int second, float dropout, int layer, bool fixed_stats"
+SETTINGS = "float eps, int activation, float slope, int second, float dropout, int layer"
+_SETTINGS = f"{SETTINGS}, bool fixed_stats"
 _INPUTS = "Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? rng"
 library.define(
     "norm_act",
@@ -190,19 +191,38 @@ def norm_act(
     Raises:
         InputError: on shapes or dtypes that do not fit, or a dropout without rng.
     """
-    check_norm_act("norm_act", x, mean, var, weight, bias)
-    index = activation_index("norm_act", activation, slope)
-    second_index = -1 if second is None else activation_index("norm_act", second, slope)
+    settings = check_settings("norm_act", x, mean, var, weight, bias, activation, slope, second, dropout, rng, layer)
+    masked = rng if dropout else None
+    y, y2 = torch.ops.fastp2p.norm_act(x, mean, var, weight, bias, masked, eps, *settings, fixed_stats)
+    return y, None if second is None else y2
+
+
+def check_settings(
+    operator: str,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: Activation,
+    slope: float,
+    second: Activation | None,
+    dropout: float,
+    rng: Tensor | None,
+    layer: int,
+) -> tuple[int, float, int, float, int]:
+    """(activation, slope, second, dropout, layer) as the operators take them. Raises InputError where nothing fits."""
+    check_norm_act(operator, x, mean, var, weight, bias)
+    index = activation_index(operator, activation, slope)
+    second_index = -1 if second is None else activation_index(operator, second, slope)
     if not 0 <= dropout < 1 or not 0 <= layer < 2**32:
         raise InputError(
-            f"norm_act: got dropout {dropout}, layer {layer}; expected 0 <= dropout < 1, 0 <= layer < 2^32"
+            f"{operator}: got dropout {dropout}, layer {layer}; expected 0 <= dropout < 1, 0 <= layer < 2^32"
         )
     if dropout and (rng is None or rng.shape != (2,) or rng.dtype != torch.int64 or rng.device != x.device):
         got = "none" if rng is None else f"{describe(rng)} on {rng.device}"
-        raise InputError(f"norm_act: got rng {got}, expected (seed, step) as (2,) int64 on {x.device} for dropout")
-    settings = (eps, index, slope, second_index, dropout, layer, fixed_stats)
-    y, y2 = torch.ops.fastp2p.norm_act(x, mean, var, weight, bias, rng if dropout else None, *settings)
-    return y, None if second is None else y2
+        raise InputError(f"{operator}: got rng {got}, expected (seed, step) as (2,) int64 on {x.device} for dropout")
+    return index, slope, second_index, dropout, layer
 
 
 def check_norm_act(

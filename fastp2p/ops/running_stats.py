@@ -46,6 +46,14 @@ def running_stats(
     Raises:
         InputError: on shapes or dtypes that do not fit, or fewer than 2 values.
     """
+    check_averages("running_stats", running_mean, running_var, mean, var, n_values)
+    torch.ops.fastp2p.running_stats(running_mean, running_var, mean, var, n_values, momentum)
+
+
+def check_averages(
+    operator: str, running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, n_values: int
+) -> None:
+    """Raise InputError unless the averages fit the statistics, and there are values enough for a variance."""
     channels = running_mean.shape
     fits = (
         len(channels) == 1 and running_var.shape == channels and mean.shape == var.shape == (mean.shape[0], *channels)
@@ -53,8 +61,7 @@ def running_stats(
     dtypes = {tensor.dtype for tensor in (running_mean, running_var, mean, var)}
     if not fits or len(dtypes) > 1 or not (running_mean.is_contiguous() and running_var.is_contiguous()):
         got = ", ".join(describe(tensor) for tensor in (running_mean, running_var, mean, var))
-        raise InputError(f"running_stats: got {got}; expected contiguous (C,), (C,) and (G, C), (G, C) of one dtype")
-    check_devices("running_stats", running_mean, running_var, mean, var)
+        raise InputError(f"{operator}: got {got}; expected contiguous (C,), (C,) and (G, C), (G, C) of one dtype")
+    check_devices(operator, running_mean, running_var, mean, var)
     if n_values < 2:
-        raise InputError(f"running_stats: got {n_values} values per channel, expected 2 or more: one has no variance")
-    torch.ops.fastp2p.running_stats(running_mean, running_var, mean, var, n_values, momentum)
+        raise InputError(f"{operator}: got {n_values} values per channel, expected 2 or more: one has no variance")

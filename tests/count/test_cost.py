@@ -108,10 +108,9 @@ def by_hand(step: FusedStep, n: int, call: Call) -> tuple[int, Traffic]:
         case "forward":
             made = (layer.conv.bias is not None) + (2 * groups if layer.norm is not None else 0)
             return flop, Traffic((before + after) * low, weight * low, vectors=made * channels * wide)
-        case "running averages":
-            return 0, Traffic(vectors=2 * (2 + groups) * channels * wide)
         case "norm and activation":
-            return 0, Traffic((2 + crosses) * after * low, vectors=vectors)
+            moved = 4 if isinstance(layer.norm, nn.BatchNorm2d) else 0  # two averages, read and written
+            return 0, Traffic((2 + crosses) * after * low, vectors=vectors + moved * channels * wide)
         case "norm and activation, backward":
             return 0, Traffic((3 + crosses) * after * low, vectors=vectors + 2 * channels * wide)
         case "bias gradient":

@@ -153,22 +153,24 @@ def test_without_weight_or_bias_and_with_fixed_statistics(weight: bool, bias: bo
 @pytest.mark.parametrize("fixed_stats", [False, True])
 def test_every_configuration(fixed_stats: bool, monkeypatch: pytest.MonkeyPatch):
     """With few programs for the sums, so that some take several tiles of their group."""
-    from fastp2p.kernels import norm_act as kernel
+    from fastp2p.kernels import norm_act_backward, norm_tile
 
-    monkeypatch.setattr(kernel, "SUM_PROGRAMS", 8)
+    monkeypatch.setattr(norm_act_backward, "SUM_PROGRAMS", 8)
     args = arguments(2, 65, 5, 7, stat_groups=2, fixed_stats=fixed_stats)
-    for config in kernel.CONFIGS:
+    for config in norm_tile.CONFIGS:
         check(args, config=config)
 
 
 @pytest.mark.kernels
-def test_more_partial_sums_than_one_step_of_the_merge_takes(monkeypatch: pytest.MonkeyPatch):
-    from fastp2p.kernels import norm_act as kernel
+@pytest.mark.parametrize("one_share", [64, 2])
+@pytest.mark.parametrize("stat_groups", [1, 2])
+def test_more_partial_sums_than_one_step_adds(stat_groups: int, one_share: int, monkeypatch: pytest.MonkeyPatch):
+    """In one level, and in two with a last share that is not full."""
+    from fastp2p.kernels import norm_stats, norm_tile
 
-    monkeypatch.setitem(kernel.MERGE_CONFIG, "BLOCK_T", 4)
-    config = next(config for config in kernel.CONFIGS if config["BLOCK_M"] == 8)
-    for stat_groups in (1, 2):
-        check(arguments(2, 3, 5, 7, stat_groups=stat_groups), config=config)
+    monkeypatch.setattr(norm_stats, "ONE_SHARE", one_share)
+    config = next(config for config in norm_tile.CONFIGS if config["BLOCK_C"] == 128)  # 16 parts a step
+    check(arguments(2, 3, 16, 17, stat_groups=stat_groups), config=config)
 
 
 def layouts(t: Tensor) -> list[Tensor]:

@@ -148,12 +148,12 @@ def test_every_configuration():
 
 
 @pytest.mark.kernels
-def test_more_tiles_than_one_step_of_the_merge_takes(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("tiles", [8, 9, 63, 64])
+def test_more_tiles_than_one_step_of_the_merge_takes(tiles: int):
     from fastp2p.kernels import norm_stats as kernel
 
-    monkeypatch.setitem(kernel.MERGE_CONFIG, "BLOCK_T", 4)
-    config = next(config for config in kernel.CONFIGS if config["BLOCK_M"] == 32)
-    x = values(2, 3, 15, 13)  # 7 tiles a group
+    config = next(config for config in kernel.CONFIGS if config["BLOCK_C"] == 128)  # 8 tiles a step
+    x = values(2, 3, tiles, config["BLOCK_M"])
     for stat_groups in (1, 2):
         assert_close(kernel.norm_stats(x, stat_groups, config=config), x, stat_groups)
 
@@ -161,16 +161,26 @@ def test_more_tiles_than_one_step_of_the_merge_takes(monkeypatch: pytest.MonkeyP
 @pytest.mark.kernels
 @pytest.mark.parametrize("tiles", [8, 9, 33, 70])
 def test_a_merge_in_levels(tiles: int, monkeypatch: pytest.MonkeyPatch):
-    """A last share that is not full, and three levels. A constant channel keeps its variance of 0."""
+    """A last share that is not full. A constant channel keeps its variance of 0."""
     from fastp2p.kernels import norm_stats as kernel
 
-    monkeypatch.setitem(kernel.MERGE_CONFIG, "BLOCK_T", 2)
-    monkeypatch.setattr(kernel, "MOST_TILES", 8)
-    monkeypatch.setattr(kernel, "SHARE", 4)
+    monkeypatch.setattr(kernel, "ONE_SHARE", 8)
     config = kernel.CONFIGS[1]
     x = values(4, 19, config["BLOCK_M"], tiles // 2)
     for stat_groups in (1, 2):
         assert_close(kernel.norm_stats(x, stat_groups, config=config), x, stat_groups)
+
+
+@pytest.mark.kernels
+def test_a_merge_has_few_steps_whatever_the_number_of_tiles():
+    """512 images of 256 px in tiles of 64 pixels are 2^19 tiles."""
+    from fastp2p.kernels import norm_stats as kernel
+
+    for tiles in (1, 2, 63, 64, 65, 1000, 4095, 4097, 2**19):
+        share = kernel.share_of(tiles)
+        shares = -(-tiles // share)
+        assert share * shares >= tiles > share * (shares - 1)
+        assert max(share, shares) <= max(64, 2 * tiles**0.5)
 
 
 def test_bad_input_is_told():

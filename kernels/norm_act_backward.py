@@ -1,0 +1,194 @@
+"""norm_act_backward in Triton: the gradient of norm_act in two passes.
+
+Each reads x and the gradients, since the sums over a group must be whole before dx can be made, and the second writes
+dx: in bfloat16 14 bytes an element with two gradients, where the separate kernels move 28. z, the activations'
+derivatives and the dropout mask are made anew in registers; nothing is kept of them. With fixed statistics dx needs no
+sums, and one pass makes both.
+
+One program takes a tile of pixels by channels that lies within one statistics group; for the sums it takes every n-th
+tile of the group. Arithmetic and sums are float32.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastp2p.kernels.activation import activate, derivative
+from fastp2p.kernels.arrival import counters
+from fastp2p.kernels.compile_check import Case
+from fastp2p.kernels.layout import pixel_rows
+from fastp2p.kernels.norm_tile import CONFIGS, TYPES, USES, columns, dropout_factor, flags_of, rows_of, tiling, vectors
+from fastp2p.kernels.sums import SumsBuffers, store_sums
+
+SUM_PROGRAMS = 1024  # about so many at most leave partial sums: enough to fill a large GPU, few enough to add
+
+
+@triton.jit(do_not_specialize=["layer", "programs", "share"])
+def _backward_kernel(
+    dy_ptr,  # (G * rows, C), rows dy_stride apart
+    dy2_ptr,  # (G * rows, C), rows dy2_stride apart; dy_ptr again when there is no second gradient
+    x_ptr,  # (G * rows, C), rows x_stride apart
+    dx_ptr,  # (G * rows, C)
+    partial_ptr,  # these five as in store_sums; the sums are those of dz and of dz * xhat
+    sums_ptr,  # the second pass reads them
+    dbias_ptr,
+    dweight_ptr,
+    counter_ptr,
+    mean_ptr,  # these five as in _norm_act_kernel
+    var_ptr,
+    weight_ptr,
+    bias_ptr,
+    rng_ptr,
+    rows,
+    groups,
+    programs,  # that share a group's tiles
+    share,
+    n_channels,
+    dy_stride,
+    dy2_stride,
+    x_stride,
+    inverse_rows,
+    eps,
+    slope,
+    layer,
+    keep_scale,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SECOND: tl.constexpr,
+    DROP_BELOW: tl.constexpr,
+    WRITE_SUMS: tl.constexpr,  # the first pass
+    WRITE_DX: tl.constexpr,  # the second; with fixed statistics one pass is both
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    channel_blocks = tl.cdiv(n_channels, BLOCK_C)
+    program = tl.program_id(0)
+    if not WRITE_SUMS:
+        program = tl.num_programs(0) - 1 - program  # backwards: what the first pass read last is still in the cache
+    channel_block = program % channel_blocks
+    column = channel_block * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel = column[None, :]
+    program = program // channel_blocks  # over all groups
+    group = (program // programs).to(tl.int64)
+    mean, rstd, scale, bias = columns(
+        mean_ptr, var_ptr, weight_ptr, bias_ptr, group, channel, n_channels, eps, HAS_WEIGHT, HAS_BIAS
+    )
+    if not WRITE_SUMS:
+        at = sums_ptr + group * 2 * n_channels + channel
+        mean_dz = tl.load(at, mask=channel < n_channels, other=0.0) * inverse_rows
+        projection = tl.load(at + n_channels, mask=channel < n_channels, other=0.0) * inverse_rows * rstd
+    sum_dz = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    sum_dz_centred = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+
+    for tile in range(program % programs, tl.cdiv(rows, BLOCK_M), programs):
+        row, inside = rows_of(group, tile, rows, channel, n_channels, BLOCK_M)
+        x = tl.load(x_ptr + row * x_stride + channel, mask=inside, other=0.0).to(tl.float32)
+        centred = x - mean  # xhat without its rstd: that goes into vectors, of which fewer stay in registers
+        z = centred * scale + bias
+        dz = tl.load(dy_ptr + row * dy_stride + channel, mask=inside, other=0.0).to(tl.float32)
+        dz *= derivative(activate(z, slope, ACTIVATION), slope, ACTIVATION)
+        if SECOND >= 0:
+            dy2 = tl.load(dy2_ptr + row * dy2_stride + channel, mask=inside, other=0.0).to(tl.float32)
+            dz += dy2 * derivative(activate(z, slope, SECOND), slope, SECOND)
+        if DROP_BELOW > 0:
+            dz *= dropout_factor(rng_ptr, row * n_channels + channel, layer, keep_scale, DROP_BELOW)
+        if WRITE_DX:
+            dx = dz
+            if not WRITE_SUMS:
+                dx = dz - mean_dz - centred * projection
+            tl.store(dx_ptr + row * n_channels + channel, dx * scale, mask=inside)
+        if WRITE_SUMS:
+            sum_dz += tl.where(inside, dz, 0.0)
+            sum_dz_centred += tl.where(inside, dz * centred, 0.0)
+
+    if WRITE_SUMS:
+        dbias = tl.sum(sum_dz, axis=0)
+        dweight = tl.sum(sum_dz_centred * rstd, axis=0)
+        store_sums(
+            dbias, dweight, group, groups, program % programs, programs, share, column, channel_block, channel_blocks,
+            n_channels, partial_ptr, sums_ptr, dbias_ptr, dweight_ptr, counter_ptr, BLOCK_C,
+        )  # fmt: skip
+
+
+def compile_cases() -> Iterator[Case]:
+    """What a U-Net and its discriminator use, in each precision; the passes one by one."""
+    sums, dx, both = ({"WRITE_SUMS": w, "WRITE_DX": d} for w, d in ((1, 0), (0, 1), (1, 1)))
+    for dtype in ("fp32", "bf16", "fp16"):
+        types = dict.fromkeys(("x_ptr", "dy_ptr", "dy2_ptr", "dx_ptr"), f"*{dtype}") | TYPES
+        types |= dict.fromkeys(("partial_ptr", "sums_ptr", "dbias_ptr", "dweight_ptr"), "*fp32")
+        types |= {"counter_ptr": "*i32", "inverse_rows": "fp32"}
+        types |= dict.fromkeys(("programs", "share", "dy_stride", "dy2_stride"), "i32")
+        for use, (activation, second, drop) in USES.items():
+            flags = {"HAS_WEIGHT": 1, "HAS_BIAS": 1, "ACTIVATION": activation, "SECOND": second, "DROP_BELOW": drop}
+            yield Case(f"norm_act sums {use} {dtype}", _backward_kernel, types, flags | sums, CONFIGS)
+            yield Case(f"norm_act dx {use} {dtype}", _backward_kernel, types, flags | dx, CONFIGS)
+        flags |= {"ACTIVATION": 2, "SECOND": 1, "DROP_BELOW": 0}
+        yield Case(f"norm_act fixed {dtype}", _backward_kernel, types, flags | both, CONFIGS)
+
+
+def norm_act_backward(
+    dy: Tensor,
+    dy2: Tensor | None,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    rng: Tensor | None,
+    eps: float,
+    activation: int,
+    slope: float,
+    second: int,
+    dropout: float,
+    layer: int,
+    fixed_stats: bool,
+    config: dict[str, Any] = CONFIGS[0],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch; see `fastp2p.ops.norm_act_backward_ref`."""
+    assert dy2 is None or second >= 0, "a gradient of a second output that there is not"
+    (x, x_stride), (dy, dy_stride) = pixel_rows(x), pixel_rows(dy)
+    dy_other, dy_other_stride = (dy, dy_stride) if dy2 is None else pixel_rows(dy2)
+    groups, n_channels = mean.shape
+    rows, tiles, channel_blocks = tiling(x, groups, config)
+    sharing = min(tiles, max(1, SUM_PROGRAMS // (groups * channel_blocks)))
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    sums = SumsBuffers.new(groups, sharing, n_channels, channel_blocks, x.device)
+    small = vectors(mean, var, weight, bias, rng)
+    flags = flags_of(weight, bias, rng, activation, dropout) | {"SECOND": -1 if dy2 is None else second} | config
+
+    def launch(programs: int, write_sums: bool, write_dx: bool) -> None:
+        _backward_kernel[(groups * programs * channel_blocks,)](
+            dy,
+            dy_other,
+            x,
+            dx,
+            *sums.pointers,
+            counters(sums.n_counters, x),
+            *small,
+            rows,
+            groups,
+            programs,
+            sums.share,
+            n_channels,
+            dy_stride,
+            dy_other_stride,
+            x_stride,
+            1 / rows,
+            eps,
+            slope,
+            layer,
+            1 / (1 - dropout),
+            WRITE_SUMS=write_sums,
+            WRITE_DX=write_dx,
+            **flags,
+        )
+
+    launch(sharing, write_sums=True, write_dx=fixed_stats)
+    if not fixed_stats:
+        launch(tiles, write_sums=False, write_dx=True)
+    return dx, sums.other, sums.one

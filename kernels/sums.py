@@ -1,0 +1,130 @@
+"""Two sums over the pixels of each group and channel, of parts that programs leave, added by the last to arrive.
+
+The gradients of a norm need them: of dz, the gradient before the norm's affine map, and of dz * xhat. Parts are added
+in a fixed order, many of them in two levels, as in norm_stats: the same input gives the same bits.
+"""
+
+from typing import NamedTuple, Self
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastp2p.kernels.arrival import is_last
+from fastp2p.kernels.norm_stats import share_of
+
+
+@triton.jit
+def store_sums(
+    one,  # (BLOCK_C,) float32, this part's first sum
+    other,  # (BLOCK_C,) float32, its second
+    group,
+    groups,
+    part,  # among the group's
+    parts,  # a group's
+    share,  # parts that one program adds
+    channel,  # (BLOCK_C,)
+    channel_block,
+    channel_blocks,
+    n_channels,
+    partial_ptr,  # (G, parts + shares, 2, C) float32
+    sums_ptr,  # (G, 2, C) float32
+    one_ptr,  # (C,) float32: the first sum over all groups
+    other_ptr,  # (C,) float32: the second
+    counter_ptr,  # (channel_blocks, G * (shares + 1) + 1) int32
+    BLOCK_C: tl.constexpr,
+):
+    """A part's sums; the last part of a share adds the share's, the last share the group's, the last group all."""
+    shares = tl.cdiv(parts, share)
+    inside = channel < n_channels
+    counter_ptr += channel_block * (groups * (shares + 1) + 1)
+    all_groups_ptr = counter_ptr + groups * (shares + 1)
+    counter_ptr += group * (shares + 1)
+    partial_ptr += group.to(tl.int64) * (parts + shares) * 2 * n_channels
+    at = partial_ptr + part.to(tl.int64) * 2 * n_channels + channel
+    tl.store(at, one, mask=inside)
+    tl.store(at + n_channels, other, mask=inside)
+    mine = part // share
+    first = mine * share
+    end = tl.minimum(first + share, parts)
+    if is_last(counter_ptr + mine, end - first):
+        one, other = add_rows(partial_ptr, first, end, channel, n_channels, BLOCK_C)
+        if shares == 1:
+            store_group(
+                one, other, group, groups, channel, n_channels, sums_ptr, one_ptr, other_ptr, all_groups_ptr, BLOCK_C
+            )
+        else:
+            at = partial_ptr + (parts + mine).to(tl.int64) * 2 * n_channels + channel
+            tl.store(at, one, mask=inside)
+            tl.store(at + n_channels, other, mask=inside)
+            if is_last(counter_ptr + shares, shares):
+                one, other = add_rows(partial_ptr, parts, parts + shares, channel, n_channels, BLOCK_C)
+                store_group(
+                    one, other, group, groups, channel, n_channels, sums_ptr, one_ptr, other_ptr, all_groups_ptr,
+                    BLOCK_C,
+                )  # fmt: skip
+
+
+@triton.jit
+def store_group(
+    one, other, group, groups, channel, n_channels, sums_ptr, one_ptr, other_ptr, counter_ptr, BLOCK_C: tl.constexpr
+):
+    """A group's sums; the last group adds those of all."""
+    inside = channel < n_channels
+    at = sums_ptr + group.to(tl.int64) * 2 * n_channels + channel
+    tl.store(at, one, mask=inside)
+    tl.store(at + n_channels, other, mask=inside)
+    if groups == 1:
+        tl.store(one_ptr + channel, one, mask=inside)
+        tl.store(other_ptr + channel, other, mask=inside)
+    else:
+        if is_last(counter_ptr, groups):
+            one, other = add_rows(sums_ptr, 0, groups, channel, n_channels, BLOCK_C)
+            tl.store(one_ptr + channel, one, mask=inside)
+            tl.store(other_ptr + channel, other, mask=inside)
+
+
+@triton.jit
+def add_rows(rows_ptr, first, end, channel, n_channels, BLOCK_C: tl.constexpr):
+    """The two sums, (BLOCK_C,) each, of rows first to end of (rows, 2, C)."""
+    BLOCK_T: tl.constexpr = 2048 // BLOCK_C
+    inside = channel < n_channels
+    one = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+    other = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+    for block in range(first, end, BLOCK_T):
+        row = block + tl.arange(0, BLOCK_T)
+        at = rows_ptr + row.to(tl.int64)[:, None] * 2 * n_channels + channel[None, :]
+        mask = (row < end)[:, None] & inside[None, :]
+        one += tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
+        other += tl.load(at + n_channels, mask=mask, other=0.0, cache_modifier=".cg")
+    return tl.sum(one, axis=0), tl.sum(other, axis=0)
+
+
+class SumsBuffers(NamedTuple):
+    """Where a launch leaves such sums, and what it needs on the way."""
+
+    partial: Tensor  # (G, parts + shares, 2, C) float32
+    sums: Tensor  # (G, 2, C) float32
+    one: Tensor  # (C,) float32
+    other: Tensor
+    share: int
+    n_counters: int
+
+    @classmethod
+    def new(cls, groups: int, parts: int, channels: int, channel_blocks: int, device: torch.device) -> Self:
+        """For so many parts of each group.
+
+        Args:
+            channel_blocks: columns of tiles.
+        """
+        share = share_of(parts)
+        shares = triton.cdiv(parts, share)
+        shapes = ((groups, parts + shares, 2, channels), (groups, 2, channels), (channels,), (channels,))
+        partial, sums, one, other = (torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes)
+        return cls(partial, sums, one, other, share, channel_blocks * (groups * (shares + 1) + 1))
+
+    @property
+    def pointers(self) -> tuple[Tensor, ...]:
+        """In the order of the kernels' arguments, the counters after them."""
+        return self.partial, self.sums, self.one, self.other
