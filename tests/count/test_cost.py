@@ -170,7 +170,7 @@ def test_other_discriminators_and_statistics_of_samples():
 
 
 def test_the_paper_s_step():
-    assert len(assert_counted(paper_s(), 4)) == 139
+    assert len(assert_counted(paper_s(), 4)) == 120
 
 
 @pytest.mark.parametrize("paper", [False, True])
