@@ -3,9 +3,11 @@
     python -m fastp2p.kernels.compile_check        # make compile-check: all of TARGETS
     python -m fastp2p.kernels.compile_check 90     # those named
 
-Prints a table (kernel, configuration, target, registers, spilled bytes, shared memory, tensor-core instructions) and
-exits with 1 when a kernel spills registers, needs more shared memory than its target has, multiplies 16-bit matrices
-without tensor cores, or on sm_90 tiles of 64 rows or more without wgmma. Triton brings the assembler, ptxas, along.
+Prints a table (kernel, configuration, target, registers, spilled bytes, shared memory, tensor-core instructions; for
+GEMMs on sm_80 and sm_90 programs a processor, and the loop over the sum as machine code), then a summary. It exits with
+1 when a kernel spills registers, needs more shared memory than its target has, multiplies 16-bit matrices without
+tensor cores, on sm_90 tiles of 64 rows or more without wgmma, or loads whole blocks element by element. Triton brings
+the assembler, ptxas, and the disassembler, nvdisasm, along.
 """
 
 import functools
@@ -13,17 +15,21 @@ import importlib
 import multiprocessing
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from fastp2p.kernels import disassembly
+from fastp2p.kernels.disassembly import Loop
 
 # Each file that tells what its launches compile
 KERNEL_FILES = sorted(
@@ -35,6 +41,8 @@ TARGETS = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 PTXAS_FLAGS = ["--regAllocOptLevel=2"] if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else []
 # A configuration's options for the compiler; the rest are the kernel's constants
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
+DEFAULT_WARPS = 4  # Triton's, without num_warps
+TOGETHER = 16  # programs that one run of the disassembler reads, since it takes half a second to start
 
 
 @functools.cache
@@ -84,6 +92,11 @@ class Case:
         ones = {p.name: 1 for p in found if self.sizes.get(p.name) == 1}
         return ones, [p.num for p in found if self.types[p.name][0] == "*" or self.sizes.get(p.name, 1) % 16 == 0]
 
+    def copies_rows(self, config: dict[str, Any]) -> bool:
+        """Whether blocks are whole and every matrix has rows of whole 16 bytes: no load need be of single elements."""
+        channels = [size for name, size in self.sizes.items() if name.startswith("n_")]
+        return bool(config.get("WHOLE_BLOCKS")) and all(n * self.itemsize % 16 == 0 for n in channels)
+
     def program(self, config: dict[str, Any], capability: int, aligned: bool) -> str:
         """Equal for what compiles to the same program."""
         return repr((self.kernel, self.types, self.constants, self.specialisation(aligned), config, capability))
@@ -103,6 +116,24 @@ class Compiled:
     itemsize: int = 0  # the operands' element, in bytes; 0 where it multiplies none
     tensor_core: int = 0  # instructions: mma, wgmma and tcgen05.mma
     wgmma: int = 0  # those among them that are wgmma
+    copies_rows: bool = False  # no load need be of single elements
+    loops: tuple[Loop, ...] = ()  # those over the sum, where the machine code is read
+
+    @property
+    def programs(self) -> int:
+        """How many a processor holds at once; 0 where the target's limits are not written down."""
+        if self.capability not in disassembly.MACHINES:
+            return 0
+        warps: int = self.config.get("num_warps", DEFAULT_WARPS)
+        held: int = disassembly.programs_per_processor(self.registers, self.shared_bytes, warps, self.capability)
+        return held
+
+    @property
+    def pressure(self) -> float:
+        """The worst loop's `Loop.pressure`; 0 without a loop of 16-bit products."""
+        if self.itemsize != 2:
+            return 0.0
+        return max((loop.pressure(self.capability) for loop in self.loops), default=0.0)
 
     @property
     def faults(self) -> list[str]:
@@ -114,7 +145,9 @@ class Compiled:
             faults += [] if self.tensor_core else ["no tensor-core instruction"]
             large = self.capability == 90 and self.config["BLOCK_M"] >= 64
             faults += ["no wgmma in a tile of 64 rows or more"] if large and not self.wgmma else []
-        return faults
+        narrow = self.copies_rows and self.itemsize == 2 and any(loop.narrow for loop in self.loops)
+        faults += ["loads single elements of whole blocks"] if narrow else []
+        return faults + ["local memory in the loop"] * any(loop.local for loop in self.loops)
 
 
 def shared_bytes(config: dict[str, int], itemsize: int) -> int:
@@ -132,8 +165,28 @@ def all_cases() -> list[Case]:
     return [case for file in files for case in file.compile_cases()]
 
 
+Program = tuple[Case, dict[str, Any], int, bool]  # case, configuration, capability, aligned
+
+
 def compile_case(case: Case, config: dict[str, Any], capability: int, aligned: bool) -> Compiled:
-    """Compile for one target and read the assembler's report."""
+    """Compile for one target and read what came out."""
+    return compile_programs([(case, config, capability, aligned)])[0]
+
+
+def compile_programs(chosen: Sequence[Program]) -> list[Compiled]:
+    """Compile each for its target and read what came out; of GEMMs the machine code, of all in one go."""
+    kernels = [build(*program) for program in chosen]
+    rows = [_read(*program, kernel) for program, kernel in zip(chosen, kernels, strict=True)]
+    for capability in disassembly.MACHINES:
+        gemms = [i for i, row in enumerate(rows) if row.itemsize and row.capability == capability]
+        texts = [disassembly.text_of(kernels[i].asm["cubin"]) for i in gemms]
+        for i, instructions in zip(gemms, disassembly.disassemble(texts, capability), strict=True):
+            rows[i] = replace(rows[i], loops=tuple(disassembly.main_loops(instructions)))
+    return rows
+
+
+def build(case: Case, config: dict[str, Any], capability: int, aligned: bool) -> Any:
+    """Triton's compiled kernel, with its PTX and its cubin."""
     constants = case.constants | {name: value for name, value in config.items() if name not in OPTIONS}
     ones, multiples_of_16 = case.specialisation(aligned)
     constants |= ones
@@ -149,26 +202,30 @@ def compile_case(case: Case, config: dict[str, Any], capability: int, aligned: b
         with triton.knobs.compilation.scope():
             triton.knobs.compilation.always_compile, triton.knobs.compilation.store_binary_only = True, False
             compiled = triton.compile(source, target=target, options=options)
-    ptx = compiled.asm["ptx"]
-    report = assemble(ptx, capability)
-    registers = re.search(r"Used (\d+) registers", report)
-    assert registers, f"ptxas said nothing of registers:\n{report}"
+    return compiled
+
+
+def _read(case: Case, config: dict[str, Any], capability: int, aligned: bool, kernel: Any) -> Compiled:
+    """What the PTX and the cubin show. Only a kernel with a stack frame is assembled again, for what it spills."""
+    ptx = kernel.asm["ptx"]
+    registers, stack_bytes = disassembly.resources(kernel.asm["cubin"])
     return Compiled(
         case.name,
         config,
         capability,
         aligned,
-        registers=int(registers[1]),
-        spilled_bytes=spilled_bytes(report),
-        shared_bytes=compiled.metadata.shared,
+        registers=registers,
+        spilled_bytes=spilled_bytes(assemble(ptx, capability)) if stack_bytes else 0,
+        shared_bytes=kernel.metadata.shared,
         itemsize=case.itemsize,
         tensor_core=len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", ptx)),
         wgmma=ptx.count("wgmma.mma_async"),
+        copies_rows=case.copies_rows(config),
     )
 
 
-def assemble(ptx: str, capability: int) -> str:
-    """What ptxas -v says of a PTX program."""
+def assemble(ptx: str, capability: int, cubin: str = os.devnull) -> str:
+    """What ptxas -v says of a PTX program, which it assembles into the file `cubin`."""
     from triton.backends.nvidia.compiler import get_ptxas  # not at the top: kernels import this file on every GPU
 
     target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
@@ -177,7 +234,7 @@ def assemble(ptx: str, capability: int) -> str:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
         flags = ["-v", "-lineinfo", *PTXAS_FLAGS, f"--gpu-name={target[1]}"]  # as Triton calls it
-        command = [get_ptxas(capability).path, *flags, str(path), "-o", os.devnull]
+        command = [get_ptxas(capability).path, *flags, str(path), "-o", cubin]
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
@@ -186,10 +243,8 @@ def spilled_bytes(report: str) -> int:
     return sum(int(count) for count in re.findall(r"(\d+) bytes spill", report))
 
 
-def programs(
-    cases: list[Case], capabilities: Iterable[int] = tuple(TARGETS)
-) -> Iterator[tuple[Case, dict[str, Any], int, bool]]:
-    """What to compile: (case, configuration, capability, aligned), of those that give the same program the first."""
+def programs(cases: list[Case], capabilities: Iterable[int] = tuple(TARGETS)) -> Iterator[Program]:
+    """What to compile; of those that give the same program the first."""
     seen = set()
     for case in cases:
         for capability in capabilities:
@@ -203,7 +258,7 @@ def programs(
                     seen.add(program)
 
 
-_ROW = "{:34} {:88} {:7} {:7} {:>9} {:>7} {:>7} {:>4} {:>5} {}"
+_ROW = "{:34} {:88} {:7} {:7} {:>9} {:>7} {:>7} {:>4} {:>5} {:>8} {}"
 
 
 def check(cases: list[Case], capabilities: Iterable[int] = tuple(TARGETS)) -> list[Compiled]:
@@ -212,31 +267,74 @@ def check(cases: list[Case], capabilities: Iterable[int] = tuple(TARGETS)) -> li
     A configuration that asks for more shared memory than a target has is left out there, as launchers leave it out.
     """
     jobs = list(programs(cases, capabilities))
-    print(
-        _ROW.format(
-            "kernel", "configuration", "aligned", "target", "registers", "spilled", "shared", "mma", "wgmma", ""
-        )
-    )
+    heads = ("kernel", "configuration", "aligned", "target", "registers", "spilled", "shared", "mma", "wgmma")
+    print(_ROW.format(*heads, "programs", "loop over the sum, a block; faults"))
     rows = []
     with multiprocessing.get_context("fork").Pool(initializer=_set_jobs, initargs=(jobs,)) as pool:
-        for row in pool.imap(_run_job, range(len(jobs))):
-            settings = " ".join(f"{name}={value}" for name, value in row.config.items())
-            aligned, faults = "yes" if row.aligned else "no", ", ".join(row.faults)
-            numbers = (row.registers, row.spilled_bytes, row.shared_bytes, row.tensor_core, row.wgmma)
-            print(_ROW.format(row.name, settings, aligned, f"sm_{row.capability}", *numbers, faults))
-            rows.append(row)
+        together = max(1, min(TOGETHER, len(jobs) // multiprocessing.cpu_count()))
+        starts = range(0, len(jobs), together)
+        for some in pool.imap(_run_jobs, [range(i, min(i + together, len(jobs))) for i in starts]):
+            for row in some:
+                settings = " ".join(f"{name}={value}" for name, value in row.config.items())
+                numbers = (row.registers, row.spilled_bytes, row.shared_bytes, row.tensor_core, row.wgmma)
+                ends = (row.programs or "-", "; ".join([*_loops(row), *row.faults]))
+                aligned = "yes" if row.aligned else "no"
+                print(_ROW.format(row.name, settings, aligned, f"sm_{row.capability}", *numbers, *ends))
+                rows.append(row)
     return rows
 
 
-_jobs: list[tuple[Case, dict[str, Any], int, bool]] = []  # in a worker process: kernels cannot be pickled, numbers can
+def _loops(row: Compiled) -> list[str]:
+    return [loop.described(row.config) for loop in row.loops]
 
 
-def _set_jobs(jobs: list[tuple[Case, dict[str, Any], int, bool]]) -> None:
+def _kind(row: Compiled) -> str:
+    """What a line of the summary is about."""
+    if not row.itemsize:
+        return row.name.split()[0]
+    blocks = "whole blocks" if row.config["WHOLE_BLOCKS"] else "gathered"
+    return f"{row.name.split()[0]}, {8 * row.itemsize} bits, {blocks}"
+
+
+SUMMARY_SAYS = """
+Each kind's median program and its worst. Programs: those that a processor holds at once. Instructions: a warp's for a
+block of the sum. Issue / matrix: cycles to issue them over the cycles of the products; above 1 tensor cores wait."""
+
+
+def summary(rows: Iterable[Compiled]) -> str:
+    """A line for each kind of kernel and target: the median program, and the worst."""
+    kinds: dict[tuple[str, int], list[Compiled]] = {}
+    for row in rows:
+        kinds.setdefault((_kind(row), row.capability), []).append(row)
+    line = "{:42} {:7} {:>8} {:>6} {:>13} {:>13} {:>16} {:>18} {:>16}"
+    heads = ("compiled", "faults", "registers", "shared KiB", "programs", "instructions", "issue / matrix")
+    lines = [SUMMARY_SAYS, line.format("kind", "target", *heads)]
+    for (kind, capability), found in sorted(kinds.items()):
+        registers = [row.registers for row in found]
+        shared = [row.shared_bytes / 1024 for row in found]
+        held = [row.programs for row in found if row.programs]
+        issued = [loop.instructions / loop.blocks(row.config) for row in found for loop in row.loops]
+        pressures = [row.pressure for row in found if row.pressure]
+        faults = sum(bool(row.faults) for row in found)
+        cells = [_median_and(max, registers), _median_and(max, shared), _median_and(min, held)]
+        cells += [_median_and(max, issued), _median_and(max, pressures, digits=1)]
+        lines.append(line.format(kind, f"sm_{capability}", len(found), faults, *cells))
+    return "\n".join(lines)
+
+
+def _median_and(worst: Callable[[Sequence[float]], float], values: Sequence[float], digits: int = 0) -> str:
+    return f"{statistics.median(values):.{digits}f}, {worst(values):.{digits}f}" if values else "-"
+
+
+_jobs: list[Program] = []  # in a worker process: kernels cannot be pickled, numbers can
+
+
+def _set_jobs(jobs: list[Program]) -> None:
     _jobs[:] = jobs
 
 
-def _run_job(number: int) -> Compiled:
-    return compile_case(*_jobs[number])
+def _run_jobs(numbers: range) -> list[Compiled]:
+    return compile_programs([_jobs[number] for number in numbers])
 
 
 if __name__ == "__main__":
@@ -245,5 +343,6 @@ if __name__ == "__main__":
         sys.exit(f"compile_check: got {chosen}, expected some of {', '.join(map(str, TARGETS))}")
     rows = check(all_cases(), chosen)
     faulty = sum(bool(row.faults) for row in rows)
+    print(summary(rows))
     print(f"{len(rows)} compiled, {faulty} with a fault")
     sys.exit(faulty > 0)

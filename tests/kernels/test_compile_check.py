@@ -1,6 +1,7 @@
 """The Triton kernels compiled ahead of time, which needs no GPU."""
 
 import importlib
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from fastp2p.train.state import TrainState
 
 triton = pytest.importorskip("triton", reason="needs triton")
 compile_check = pytest.importorskip("fastp2p.kernels.compile_check", reason="needs triton")
+disassembly = pytest.importorskip("fastp2p.kernels.disassembly", reason="needs triton")
 LAYERS = pytest.importorskip("fastp2p.kernels.layer_shapes", reason="needs triton").LAYERS
 
 
@@ -88,10 +90,42 @@ def test_faults():
     assert compiled(itemsize=2, tensor_core=1, capability=90).faults == ["no wgmma in a tile of 64 rows or more"]
     assert not compiled(itemsize=2, tensor_core=1, wgmma=1, capability=90).faults
     assert not compiled(itemsize=2, tensor_core=1, capability=90, config={"BLOCK_M": 32}).faults
+    wide = disassembly.Loop({"LDGSTS.128": 8}, {"HMMA.16x8x16": 4}, local=0, others=90, macs=8192)
+    narrow, spilling = replace(wide, loads={"LDG.U16": 8}), replace(wide, local=1)
+    of_rows = compiled(itemsize=2, tensor_core=1, copies_rows=True, loops=(wide, narrow))
+    assert of_rows.faults == ["loads single elements of whole blocks"]
+    assert not replace(of_rows, loops=(wide,)).faults
+    assert not replace(of_rows, copies_rows=False).faults
+    assert replace(of_rows, loops=(wide, spilling)).faults == ["local memory in the loop"]
 
 
-def test_the_report_of_the_assembler_is_read():
-    """A kernel squeezed into few registers spills, and that is seen."""
+def test_whole_rows_need_no_single_elements():
+    """Blocks are whole and so are 16 bytes of a row; d1's weight has rows of 3 channels."""
+    cases = {case.name: case for case in compile_check.all_cases()}
+    rows = {
+        name: cases[name].copies_rows({"WHOLE_BLOCKS": True}) for name in ("conv e4 bf16", "conv_transpose d1 bf16")
+    }
+    assert rows == {"conv e4 bf16": True, "conv_transpose d1 bf16": False}
+    assert not cases["conv e4 bf16"].copies_rows({"WHOLE_BLOCKS": False})
+    assert not cases["norm_stats merge"].copies_rows({})
+
+
+def test_the_summary():
+    """The median and the worst of each kind: most registers, fewest programs."""
+    loop = disassembly.Loop({"LDGSTS.128": 8}, {"HGMMA.64x64x16": 4}, local=0, others=500, macs=65536)
+    config = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "WHOLE_BLOCKS": True}
+    gemm = compiled(
+        name="conv e4 bf16", config=config, capability=90, itemsize=2, tensor_core=1, wgmma=1, loops=(loop,)
+    )
+    many = replace(gemm, registers=200, spilled_bytes=8, loops=(replace(loop, others=244),))
+    *_, first, second = compile_check.summary([gemm, many, compiled(name="adam", capability=90)]).splitlines()
+    assert re.split(r"\s{2,}", first)[:6] == ["adam", "sm_90", "1", "0", "32, 32", "99, 99"]
+    numbers = ["2", "1", "116, 200", "99, 99", "2, 2", "384, 512", "3.0, 4.0"]
+    assert re.split(r"\s{2,}", second) == ["conv, 16 bits, whole blocks", "sm_90", *numbers]
+
+
+def test_the_report_of_the_assembler_is_read(tmp_path: Path):
+    """A kernel squeezed into few registers spills, and that is seen; so is its stack frame, without the report."""
     ptx = """
 .version 8.0
 .target sm_80
@@ -102,8 +136,12 @@ def test_the_report_of_the_assembler_is_read():
 """
     ptx += "".join(f"  ld.volatile.global.f32 %f{i}, [%a+{4 * i}];\n" for i in range(60))
     ptx += "".join(f"  st.volatile.global.f32 [%a+{4 * i}], %f{i};\n" for i in range(60)) + "  ret;\n}\n"
-    report = compile_check.assemble(ptx, 80)
+    cubin = tmp_path / "k.cubin"
+    report = compile_check.assemble(ptx, 80, str(cubin))
     assert compile_check.spilled_bytes(report) > 0
+    registers, stack_bytes = disassembly.resources(cubin.read_bytes())
+    assert registers == 24
+    assert stack_bytes > 0
 
 
 def test_layers_of_one_channel_compile():

@@ -33,28 +33,21 @@ def kinds() -> Iterator[Any]:
             seen.add(kind)
 
 
-def ptx(case: Any, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The program for sm_90; the assembler is left out."""
-    programs: list[str] = []
-
-    def assemble(ptx: str, capability: int) -> str:
-        programs.append(ptx)
-        return "Used 1 registers"
-
-    monkeypatch.setattr(compile_check, "assemble", assemble)
-    compile_check.compile_case(case, case.configs[0], 90, True)
-    return programs[0]
+def ptx(case: Any) -> str:
+    """The program for sm_90."""
+    found: str = compile_check.build(case, case.configs[0], 90, True).asm["ptx"]
+    return found
 
 
 @pytest.mark.parametrize("case", list(kinds()), ids=lambda case: case.name)
-def test_divisions_and_roots_are_correctly_rounded(case: Any, monkeypatch: pytest.MonkeyPatch):
+def test_divisions_and_roots_are_correctly_rounded(case: Any):
     inexact = r"\b(?:div\.(?:full|approx)|rcp\.approx|r?sqrt\.approx|tanh\.approx|lg2\.approx)[.\w]*"
-    assert re.findall(inexact, ptx(case, monkeypatch)) == []
+    assert re.findall(inexact, ptx(case)) == []
 
 
-def test_the_kernels_that_divide_are_among_them(monkeypatch: pytest.MonkeyPatch):
+def test_the_kernels_that_divide_are_among_them():
     """Or the test above would have nothing to find."""
-    dividing = {case.name.split()[0] for case in kinds() if "div.rn" in ptx(case, monkeypatch)}
+    dividing = {case.name.split()[0] for case in kinds() if "div.rn" in ptx(case)}
     assert dividing == {
         "adam",
         "augment",
