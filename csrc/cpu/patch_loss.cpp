@@ -1,6 +1,8 @@
-// patch_loss: the mean of a pointwise loss and its gradient; x and the target are read once, dx is written once.
+// patch_loss: the mean of a pointwise loss and its gradient; x, the target and the addend are read once, dx is written
+// once. The channels' sums of dx, where they are wanted, are a second pass, over what lies in the cache or is small.
 // Threads take parts of 16384 values. Arithmetic, and sums of at most 32 values, are in float (double for double), the
 // rest of the sum in double, and the same bits for any number of threads.
+#include "cpu/operators.h"
 #include "cpu/sums.h"
 
 namespace fastp2p {
@@ -36,18 +38,20 @@ struct PatchLoss {
   using A = Wide<T>;
   const T* x;
   const Target* target;    // may be null: then target_value
-  A target_value, weight;  // the weight of one value
+  const T* addend;         // may be null
+  A target_value, weight;  // the weight of one value's slope
   bool through_tanh;
   T* dx;
 };
 
 constexpr int64_t LANES = 32, RUN = 1024;  // values summed side by side, and until they are added to a double
 
-template <Kind KIND, bool WITH_TARGET, typename T, typename Target>
+template <Kind KIND, bool WITH_TARGET, bool WITH_ADDEND, typename T, typename Target>
 FASTP2P_INLINE double sum_range(const PatchLoss<T, Target>& loss, int64_t begin, int64_t end) {
   using A = Wide<T>;
   const T* __restrict x = loss.x;
   const Target* __restrict target = loss.target;
+  const T* __restrict addend = loss.addend;
   T* __restrict dx = loss.dx;
   const A target_value = loss.target_value, weight = loss.weight;
   const bool through_tanh = loss.through_tanh;
@@ -55,7 +59,8 @@ FASTP2P_INLINE double sum_range(const PatchLoss<T, Target>& loss, int64_t begin,
     const A wide = widen(x[i]), t = WITH_TARGET ? static_cast<A>(widen(target[i])) : target_value;
     A slope;
     const A result = pointwise<KIND>(wide, t, slope);
-    dx[i] = narrow<T>(slope * weight * (through_tanh ? 1 - wide * wide : A{1}));
+    const A change = slope * weight * (through_tanh ? 1 - wide * wide : A{1});
+    dx[i] = narrow<T>(WITH_ADDEND ? change + static_cast<A>(widen(addend[i])) : change);
     return result;
   };
   double total = 0;
@@ -74,7 +79,9 @@ FASTP2P_INLINE double sum_range(const PatchLoss<T, Target>& loss, int64_t begin,
 
 template <Kind KIND, typename T, typename Target>
 FASTP2P_INLINE double sum_kind(const PatchLoss<T, Target>& loss, int64_t begin, int64_t end) {
-  return loss.target ? sum_range<KIND, true>(loss, begin, end) : sum_range<KIND, false>(loss, begin, end);
+  if (loss.target && loss.addend) return sum_range<KIND, true, true>(loss, begin, end);
+  if (loss.addend) return sum_range<KIND, false, true>(loss, begin, end);
+  return loss.target ? sum_range<KIND, true, false>(loss, begin, end) : sum_range<KIND, false, false>(loss, begin, end);
 }
 
 template <typename T, typename Target>
@@ -101,55 +108,104 @@ INSTANTIATE(, Half, Half)
 INSTANTIATE(, double, double)
 #undef INSTANTIATE
 
+// One loss of `count` values, which begin at `first`.
 template <typename T, typename Target>
-void compute(const Tensor& x, const std::optional<Tensor>& target, int64_t kind, double target_value, double weight,
-             bool through_tanh, const Tensor& loss, const Tensor& dx) {
+void compute(const Tensor& x, const std::optional<Tensor>& target, const std::optional<Tensor>& addend, int64_t kind,
+             double target_value, double weight, double dx_weight, bool through_tanh, int64_t first, int64_t count,
+             Wide<T>& loss, const Tensor& dx) {
   using A = Wide<T>;
-  const double count = static_cast<double>(x.numel());
-  const PatchLoss<T, Target> pass{.x = static_cast<const T*>(x.data_ptr()),
-                                  .target = target ? static_cast<const Target*>(target->data_ptr()) : nullptr,
+  const PatchLoss<T, Target> pass{.x = static_cast<const T*>(x.data_ptr()) + first,
+                                  .target = target ? static_cast<const Target*>(target->data_ptr()) + first : nullptr,
+                                  .addend = addend ? static_cast<const T*>(addend->data_ptr()) + first : nullptr,
                                   .target_value = static_cast<A>(target_value),
-                                  .weight = static_cast<A>(weight / count),
+                                  .weight = static_cast<A>(weight * dx_weight / static_cast<double>(count)),
                                   .through_tanh = through_tanh,
-                                  .dx = static_cast<T*>(dx.data_ptr())};
-  const std::vector<double> total =
-      sum_tasks({1, x.numel(), 1}, 1, [&](int64_t, int64_t begin, int64_t end, double* sum) {
+                                  .dx = static_cast<T*>(dx.data_ptr()) + first};
+  const std::vector<double> total = sum_tasks({1, count, 1}, 1, [&](int64_t, int64_t begin, int64_t end, double* sum) {
     // A map of logits is small: its exp and log1p are not vectorised.
     *sum += kind == BCE ? sum_kind<BCE>(pass, begin, end) : run(pass, kind, begin, end);
   });
-  *static_cast<A*>(loss.data_ptr()) = static_cast<A>(weight * total[0] / count);
+  loss = static_cast<A>(weight * total[0] / static_cast<double>(count));
+}
+
+// Each channel's sum over the pixels of all images: what is a bias's gradient.
+Tensor channel_sums(const Tensor& dx, ScalarType wide) {
+  const Tensor mean = std::get<0>(norm_stats_cpu(dx, 1));
+  Tensor sums = empty(dx, {dx.size(1)}, wide);
+  const int64_t pixels = dx.numel() / dx.size(1);
+  const auto multiply = [&](auto element) {
+    using A = decltype(element);
+    const A* from = static_cast<const A*>(mean.data_ptr());
+    A* to = static_cast<A*>(sums.data_ptr());
+    for (int64_t c = 0; c < dx.size(1); ++c) to[c] = from[c] * static_cast<A>(pixels);
+  };
+  wide == ScalarType::Double ? multiply(double()) : multiply(float());
+  return sums;
+}
+
+// What a scale on the device holds: 1 where there is none.
+double value_of(const std::optional<Tensor>& scale) {
+  if (!scale) return 1;
+  return scale->scalar_type() == ScalarType::Double ? *static_cast<const double*>(scale->data_ptr())
+                                                    : *static_cast<const float*>(scale->data_ptr());
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> patch_loss_cpu(Tensor x, std::optional<Tensor> target, int64_t kind, double target_value,
-                                          double weight, bool through_tanh) {
+std::tuple<Tensor, Tensor, Tensor> patch_loss_cpu(Tensor x, std::optional<Tensor> target, int64_t kind,
+                                                  double target_value, double weight, bool through_tanh,
+                                                  int64_t second_kind, double second_value, double dx_weight,
+                                                  std::optional<Tensor> dx_scale, std::optional<Tensor> addend,
+                                                  bool sums) {
   const ScalarType type = x.scalar_type(), wide = wide_type(type);
+  const bool halves = second_kind >= 0;
   FASTP2P_CHECK("patch_loss", x.numel() > 0 && is_computed(type), "got x ", describe(x),
                 ", expected elements of Float, BFloat16, Half or Double");
   FASTP2P_CHECK("patch_loss", 0 <= kind && kind <= L1, "got kind ", kind, ", expected 0 to ", int{L1});
-  FASTP2P_CHECK(
-      "patch_loss",
-      !target || (target->device() == x.device() && describe_list(target->sizes()) == describe_list(x.sizes())),
-      "got target ", describe(*target), ", expected the shape and device of x ", describe(x));
-  // Values are taken in memory's order, for which both must lie alike.
+  FASTP2P_CHECK("patch_loss", -1 <= second_kind && second_kind <= L1, "got second_kind ", second_kind,
+                ", expected -1 to ", int{L1});
+  FASTP2P_CHECK("patch_loss", !halves || (x.dim() > 0 && x.size(0) % 2 == 0 && !target), "got x ", describe(x),
+                " and a second kind, expected two halves and no target");
+  FASTP2P_CHECK("patch_loss", !sums || x.dim() == 4, "got x ", describe(x), ", expected (N, C, H, W) for sums");
+  const auto check_like_x = [&](const char* name, const std::optional<Tensor>& t) {
+    FASTP2P_CHECK("patch_loss",
+                  !t || (t->device() == x.device() && describe_list(t->sizes()) == describe_list(x.sizes())), "got ",
+                  name, " ", describe(*t), ", expected the shape and device of x ", describe(x));
+  };
+  check_like_x("target", target);
+  check_like_x("addend", addend);
+  if (addend) check_alike("patch_loss", "addend", *addend, x);
+  if (dx_scale)
+    check_tensor("patch_loss", "dx_scale", *dx_scale, x, {},
+                 wide == dx_scale->scalar_type() ? wide : ScalarType::Float);
+  // Values are taken in memory's order, for which all must lie alike.
   const bool images = x.dim() == 4 && !x.is_contiguous() && pixel_stride(x) == x.size(1);
   const MemoryFormat format = images ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
   const Tensor dense = torch::stable::contiguous(x, format);
   if (target && target->scalar_type() != type && target->scalar_type() != wide)
     target = torch::stable::to(*target, wide);
   if (target) target = torch::stable::contiguous(*target, format);
+  if (addend) addend = torch::stable::contiguous(*addend, format);
   const bool same_type = !target || target->scalar_type() == type;
 
-  Tensor loss = empty(x, {}, wide), dx = torch::stable::empty_like(dense);
+  Tensor loss = halves ? empty(x, {2}, wide) : empty(x, {}, wide), dx = torch::stable::empty_like(dense);
   dispatch(type, "patch_loss", [&](auto element) {
     using T = decltype(element);
     const auto function = same_type ? compute<T, T> : compute<T, Wide<T>>;
-    function(dense, target, kind, target_value, weight, through_tanh, loss, dx);
+    const int64_t count = x.numel() / (halves ? 2 : 1);
+    Wide<T>* losses = static_cast<Wide<T>*>(loss.data_ptr());
+    const double all_of_dx = dx_weight * value_of(dx_scale);
+    const auto take = [&](int64_t which, double value, int64_t part) {
+      function(dense, target, addend, which, value, weight, all_of_dx, through_tanh, part * count, count, losses[part],
+               dx);
+    };
+    take(kind, target_value, 0);
+    if (halves) take(second_kind, second_value, 1);
   });
-  if (x.is_contiguous() || images) return {loss, dx};
+  const Tensor totals = sums ? channel_sums(dx, wide) : empty(x, {0}, wide);
+  if (x.is_contiguous() || images) return {loss, dx, totals};
   Tensor like_x = torch::stable::empty_like(x);
-  return {loss, torch::stable::copy_(like_x, dx)};
+  return {loss, torch::stable::copy_(like_x, dx), totals};
 }
 
 }  // namespace fastp2p

@@ -12,15 +12,11 @@ class LossScale:
     divided by it again in float32. A step whose gradients overflow is skipped and the scale halved (Micikevicius et
     al., "Mixed precision training", ICLR 2018, section 3.2).
 
-    The operator that makes the first gradients takes its factor from the host: the constant `HOST_SCALE`. `rescale_`
-    multiplies the rest onto its result, exactly, since both are powers of two. `HOST_SCALE` alone overflows no loss of
-    the recipe, down to a map of one logit. It keeps 1e-4 on a map of 256² logits above float16's least value.
+    The operator that makes the first gradients multiplies them by `scale` before it rounds them to float16.
 
     Args:
         state: (2,) float32 on the networks' device, (scale, steps since it last changed); updated.
     """
-
-    HOST_SCALE = 2.0**12
 
     def __init__(self, state: Tensor):
         self.state = state
@@ -35,9 +31,10 @@ class LossScale:
         """Begin a step."""
         self.finite = []
 
-    def rescale_(self, dx: Tensor) -> Tensor:
-        """A gradient that was made with factor HOST_SCALE, in place to the scale of this step."""
-        return dx.mul_(self.state[0] / self.HOST_SCALE)
+    @property
+    def scale(self) -> Tensor:
+        """The factor of this step's gradients, () float32 on the device."""
+        return self.state[0]
 
     def unscale(self, grad: Tensor) -> Tensor:
         """What to multiply a network's gradients by, () float32: 1 / scale, or 0 to skip its step.

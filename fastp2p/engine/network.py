@@ -1,7 +1,7 @@
 """Forward and backward of one network over its plan, by hand: no autograd."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -100,25 +100,34 @@ class FusedNetwork:
             y, y2 = operators.norm_act(out, mean, var, *parameters, *constants, layer.norm is None)
         return Kept(operands, y, None if layer.second is None else y2, out, mean, var)
 
-    def backward_and_adam(self, kept: Sequence[Kept], *seeds: Tensor | None) -> None:
+    def backward_and_adam(
+        self, kept: Sequence[Kept], *seeds: Tensor | None, seed_sums: Sequence[Tensor] | None = None
+    ) -> None:
         """The gradients of all parameters, and Adam: of each weight as soon as nothing needs the old one any more.
 
         Args:
             kept: of `forward`.
             seeds: for each output its gradient; of a layer whose convolution applies the activation, the one before
                 it. None where an output has none.
+            seed_sums: where they are known each seed's sums over its pixels, (C,) of the arena's dtype.
         """
         self.arena.begin()
-        self.backward(kept, *seeds)
+        self.backward(kept, *seeds, seed_sums=seed_sums)
         self.arena.finish()
 
-    def backward(self, kept: Sequence[Kept], *seeds: Tensor | None, to_input: bool = False) -> Tensor | None:
+    def backward(
+        self,
+        kept: Sequence[Kept],
+        *seeds: Tensor | None,
+        seed_sums: Sequence[Tensor] | None = None,
+        to_input: bool = False,
+    ) -> Tensor | None:
         """Give the arena the gradients of all parameters, between its `begin` and its `finish`.
 
         An arena that accumulates adds those of several passes; any other has moved the weights when this returns.
 
         Args:
-            kept, seeds: as for `backward_and_adam`.
+            kept, seeds, seed_sums: as for `backward_and_adam`.
             to_input: whether the gradient of the network's input is wanted.
 
         Returns:
@@ -128,7 +137,9 @@ class FusedNetwork:
         if (layer := self._unreached(seeded)) is not None:
             raise InputError(f"engine: no gradient comes to layer {layer.name}; expected a seed that leads to it")
         gradients, of_parameters = self._seed(seeds), dict[int, Tensor]()
-        for layer, dz, operands in self._gradients(kept, gradients, of_parameters=of_parameters, to_input=to_input):
+        sums = {} if seed_sums is None else dict(zip(map(id, seeds), seed_sums, strict=True))
+        parts = self._gradients(kept, gradients, of_parameters=of_parameters, sums=sums, to_input=to_input)
+        for layer, dz, operands in parts:
             outer, outer2, inner = dz, None, operands[0]
             if layer.transposed:
                 (outer, outer2), inner = (*operands, None)[:2], dz  # type: ignore[assignment]
@@ -174,6 +185,7 @@ class FusedNetwork:
         gradients: Gradients,
         *,
         of_parameters: dict[int, Tensor] | None = None,
+        sums: Mapping[int, Tensor] | None = None,
         to_input: bool = False,
     ) -> Iterator[tuple[Layer, Tensor, tuple[Tensor, ...]]]:
         """Each layer with its dz, the gradient before its norm and activation, from the last to the first, and what it
@@ -183,6 +195,7 @@ class FusedNetwork:
             gradients: of the outputs; taken from, and at the end the input's is left if `to_input`.
             of_parameters: to be filled with the gradients of biases and norms' parameters, by id(parameter); None
                 where they are not wanted.
+            sums: over the pixels of gradients, by id(gradient).
         """
         means: dict[int, Tensor] = {}  # over the pixels of a layer's dz, by its node
         for place in reversed(range(len(self.plan.nodes))):
@@ -195,7 +208,8 @@ class FusedNetwork:
                     _add(gradients, source, part)
                 continue
             dy2 = gradients.pop(Source(place, 1), None)
-            dz = self._before_norm_act(node, kept[place], dy, dy2, means.get(place), of_parameters)
+            total = None if sums is None else sums.get(id(dy))
+            dz = self._before_norm_act(node, kept[place], dy, dy2, means.get(place), total, of_parameters)
             if flows:
                 self._data_gradient(node, dz, kept, gradients, means if of_parameters is not None else None)
             yield node, dz, operands
@@ -207,6 +221,7 @@ class FusedNetwork:
         dy: Tensor | None,
         dy2: Tensor | None,
         dz_mean: Tensor | None,
+        dz_sum: Tensor | None,
         of_parameters: dict[int, Tensor] | None,
     ) -> Tensor:
         """dz from the gradients of a layer's results; fills in those of its bias or its norm's parameters."""
@@ -214,10 +229,12 @@ class FusedNetwork:
             assert dy is not None
             dy = dy.contiguous(memory_format=torch.channels_last)  # a part of a concatenation's is not
             if of_parameters is not None and layer.trains_bias:
-                if dz_mean is None:
-                    about(self, layer.name, "bias gradient", len(dy))
-                    dz_mean = operators.norm_stats(dy, 1)[0]
-                of_parameters[id(layer.conv.bias)] = dz_mean[0] * (dy.numel() // dy.shape[1])
+                if dz_sum is None:
+                    if dz_mean is None:
+                        about(self, layer.name, "bias gradient", len(dy))
+                        dz_mean = operators.norm_stats(dy, 1)[0]
+                    dz_sum = dz_mean[0] * (dy.numel() // dy.shape[1])
+                of_parameters[id(layer.conv.bias)] = dz_sum
             return dy
         parameters, constants = self._norm_act_settings(layer)
         norm_act = (kept.raw, kept.mean, kept.var, *parameters, *constants, layer.norm is None)

@@ -14,55 +14,118 @@ Kind = Literal["bce", "square", "hinge", "linear", "l1"]
 KINDS: tuple[Kind, ...] = ("bce", "square", "hinge", "linear", "l1")  # the operator takes the index
 
 
+SCHEMA = (
+    "(Tensor x, Tensor? target, int kind, float target_value, float weight, bool through_tanh, int second_kind=-1, "
+    "float second_value=0.0, float dx_weight=1.0, Tensor? dx_scale=None, Tensor? addend=None, bool sums=False)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+
+
 def patch_loss_ref(
-    x: Tensor, target: Tensor | None, kind: int, target_value: float, weight: float, through_tanh: bool
-) -> tuple[Tensor, Tensor]:
-    """The specification of `patch_loss`: (loss, dx)."""
+    x: Tensor,
+    target: Tensor | None,
+    kind: int,
+    target_value: float,
+    weight: float,
+    through_tanh: bool,
+    second_kind: int = -1,
+    second_value: float = 0.0,
+    dx_weight: float = 1.0,
+    dx_scale: Tensor | None = None,
+    addend: Tensor | None = None,
+    sums: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The specification of `patch_loss`, and what schedules written by hand ask of the operator beyond it.
+
+    Args:
+        second_kind, second_value: a loss of the second half of x's images; the first half's is the other. Each is a
+            mean over its own half. -1: there is none, and one loss is of all of x.
+        dx_weight: multiplies dx, and not the loss.
+        dx_scale: () float32 (or float64 for float64), likewise, on the device.
+        addend: like x; dx is added to it, and the sum is rounded once.
+        sums: whether the channels' sums of dx are wanted, of x (N, C, H, W).
+
+    Returns:
+        loss: () float32 (float64 for float64); with a second kind (2,).
+        dx: like x.
+        sums: (C,) of loss's dtype, of dx as it is returned; (0,) where they are not wanted.
+    """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    t = torch.full_like(wide, target_value) if target is None else target.to(wide.dtype)
+    targets = [(kind, target_value)] + ([(second_kind, second_value)] if second_kind >= 0 else [])
+    images = len(x) // len(targets) if len(targets) > 1 else 0
+    parts = wide.split(images) if images else [wide]
+    pairs = [_pointwise(part, target, *one) for part, one in zip(parts, targets, strict=True)]
+    losses = [weight * pointwise.mean() for pointwise, _ in pairs]
+    dx = torch.cat([slope.view(-1) for _, slope in pairs]).view(x.shape)
+    dx = dx * (weight * dx_weight / (x.numel() // len(targets)))
+    dx = dx * (1 - wide**2) if through_tanh else dx
+    dx = dx if dx_scale is None else dx * dx_scale
+    dx = torch.empty_like(x).copy_(dx if addend is None else dx + addend)
+    channels = dx.sum((0, 2, 3), dtype=wide.dtype) if sums else wide.new_empty(0)
+    return torch.stack(losses) if images else losses[0], dx, channels
+
+
+def _pointwise(x: Tensor, target: Tensor | None, kind: int, value: float) -> tuple[Tensor, Tensor]:
+    """The loss of each value, and its slope there, both contiguous."""
+    x = x.contiguous()
+    t = torch.full_like(x, value) if target is None else target.to(x.dtype).contiguous()
     match KINDS[kind]:
         case "bce":
-            pointwise, slope = F.binary_cross_entropy_with_logits(wide, t, reduction="none"), wide.sigmoid() - t
+            return F.binary_cross_entropy_with_logits(x, t, reduction="none"), x.sigmoid() - t
         case "square":
-            pointwise, slope = (wide - t) ** 2, 2 * (wide - t)
+            return (x - t) ** 2, 2 * (x - t)
         case "hinge":
-            pointwise, slope = F.relu(1 - t * wide), torch.where(t * wide >= 1, 0, -t)
+            return F.relu(1 - t * x), torch.where(t * x >= 1, 0, -t)
         case "linear":
-            pointwise, slope = -t * wide, -t
+            return -t * x, -t
         case "l1":
-            pointwise, slope = (wide - t).abs(), (wide - t).sign()
-    dx = slope * (weight / x.numel())
-    dx = dx * (1 - wide**2) if through_tanh else dx
-    return weight * pointwise.mean(), torch.empty_like(x).copy_(dx)
+            return (x - t).abs(), (x - t).sign()
 
 
 def _fake(
-    x: Tensor, target: Tensor | None, kind: int, target_value: float, weight: float, through_tanh: bool
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty((), dtype=torch.promote_types(x.dtype, torch.float32)), torch.empty_like(x)
+    x: Tensor,
+    target: Tensor | None,
+    kind: int,
+    target_value: float,
+    weight: float,
+    through_tanh: bool,
+    second_kind: int = -1,
+    second_value: float = 0.0,
+    dx_weight: float = 1.0,
+    dx_scale: Tensor | None = None,
+    addend: Tensor | None = None,
+    sums: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    loss = x.new_empty(() if second_kind < 0 else (2,), dtype=wide)
+    return loss, torch.empty_like(x), x.new_empty(x.shape[1] if sums else 0, dtype=wide)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, dx = output
-    ctx.through_tanh = inputs[5]
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, dx, sums = output
+    _, _, _, _, _, through_tanh, second_kind, _, dx_weight, dx_scale, addend, _ = inputs
+    ctx.is_gradient = not through_tanh and second_kind < 0 and dx_weight == 1 and dx_scale is None and addend is None
     ctx.save_for_backward(dx)
-    ctx.mark_non_differentiable(dx)
+    ctx.mark_non_differentiable(dx, sums)
 
 
 @library.first_derivative_only  # dx is a constant to autograd: there is no second derivative
-def _backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    if ctx.through_tanh:
-        raise InputError("patch_loss: through_tanh changes dx alone; take dx instead of the loss's gradient")
+def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    if not ctx.is_gradient:
+        raise InputError(
+            "patch_loss: through_tanh, a second kind, dx_weight, dx_scale or addend changes dx alone; take dx instead "
+            "of the loss's gradient"
+        )
     (dx,) = ctx.saved_tensors
-    return (dx * grad_loss).to(dx.dtype), None, None, None, None, None
+    return (dx * grad_loss).to(dx.dtype), *[None] * 11
 
 
 library.define(
     "patch_loss",
-    "(Tensor x, Tensor? target, int kind, float target_value, float weight, bool through_tanh) -> (Tensor, Tensor)",
+    SCHEMA,
     reference=patch_loss_ref,
     fake=_fake,
-    work=Work(maps=("x", "target"), results=("vectors", "maps")),
+    work=Work(maps=("x", "target", "addend"), results=("vectors", "maps", "vectors")),
     backward=_backward,
     setup_context=_setup_context,
 )
@@ -117,5 +180,5 @@ def patch_loss(
         target_tensor, target_value = target.detach(), 0.0
     else:
         target_tensor, target_value = None, float(target)
-    loss, dx = torch.ops.fastp2p.patch_loss(x, target_tensor, KINDS.index(kind), target_value, weight, through_tanh)
+    loss, dx, _ = torch.ops.fastp2p.patch_loss(x, target_tensor, KINDS.index(kind), target_value, weight, through_tanh)
     return loss, dx

@@ -44,7 +44,7 @@ def test_the_trace_has_parts_and_operators(profiled: Profile):
         "adam",
     ):
         assert f"fastp2p::{operator}" in names
-    assert names.count("fastp2p::patch_loss") == 2 * 4
+    assert names.count("fastp2p::patch_loss") == 2 * 3
 
 
 def test_shares_add_up(profiled: Profile):

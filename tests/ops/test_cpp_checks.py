@@ -21,6 +21,7 @@ OUT = zeros(2, 5, 2, 2)
 NORM = (X, STATS, STATS, VECTOR, VECTOR, None, 1e-5, 2, 0.2, -1, 0.0, 0, False)
 FLAT = (zeros(8), zeros(8), zeros(8), zeros(8), zeros(), zeros(2, dtype=DOUBLE), 0.5, 0.999, 1e-8, None, None)
 PAIRS = (zeros(2, 6, 6, 4, dtype=torch.uint8), zeros(1, dtype=LONG), zeros(1, 2, dtype=LONG), zeros(1) > 0, 4, 2, None)
+LOSS = (X, None, 4, 0.0, 1.0, False, -1, 0.0, 0.5, zeros())
 DOWN = (X, WEIGHT, VECTOR.new_zeros(5), None, 2, 1, 0, 0.2, 0)
 UP = (OUT, None, WEIGHT, None, None, 2, 1, 4, 4, 0, 0.2, 0)
 WGRAD = (OUT, None, X, 4, 4, 2, 1, torch.float32)
@@ -80,6 +81,13 @@ def changed(args: tuple[Any, ...], position: int, value: Any) -> tuple[Any, ...]
             r"got target \(2, 3, 4\) .*, expected the shape and device of x \(2, 3, 4, 4\)",
         ),
         ("patch_loss", (X, X, 4, 0.0, 1.0, False), 2, 5, "got kind 5, expected 0 to 4"),
+        ("patch_loss", (X, None, 4, 0.0, 1.0, False, -1), 6, 5, "got second_kind 5, expected -1 to 4"),
+        ("patch_loss", (X, None, 4, 0.0, 1.0, False, 4), 1, X, "a second kind, expected two halves and no target"),
+        ("patch_loss", (X, None, 4, 0.0, 1.0, False, 4), 0, X[:1], "a second kind, expected two halves and no target"),
+        ("patch_loss", (*LOSS, X.clone(), True), 0, zeros(96), r"expected \(N, C, H, W\) for sums"),
+        ("patch_loss", (*LOSS, X.clone(), True), 10, X.bfloat16(), "got addend .* BFloat16 .*, expected Float"),
+        ("patch_loss", (*LOSS, X.clone(), True), 10, X[:1], "got addend .*, expected the shape and device of x"),
+        ("patch_loss", (*LOSS, X.clone(), True), 9, zeros(2), r"got dx_scale \(2\) .*, expected \(\) Float"),
         ("patch_loss", (X, X, 4, 0.0, 1.0, False), 0, X.long(), "got x .* Long .*, expected elements of Float"),
         ("adam", FLAT, 1, zeros(7), r"got grad \(7\) Float .*, expected \(8\) Float on cpu"),
         ("adam", FLAT, 2, zeros(16)[::2], r"got exp_avg .* of strides \(2\) .*, expected it contiguous"),

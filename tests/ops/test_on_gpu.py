@@ -195,9 +195,9 @@ def test_patch_loss_beyond_2_to_the_31(need_memory: Callable[[int], None]):
     """The gradient of the last elements is that of a batch of them alone, but for the size of the mean."""
     need_memory(12)
     x = torch.randn(2**31 + 2**20, dtype=torch.bfloat16)
-    loss, dx = operators.patch_loss(x, None, 1, 0.5, float(x.numel()), False)
+    loss, dx, _ = operators.patch_loss(x, None, 1, 0.5, float(x.numel()), False)
     last = 2**20 + 4096
-    alone, dx_alone = operators.patch_loss(x[-last:].clone(), None, 1, 0.5, float(last), False)
+    alone, dx_alone, _ = operators.patch_loss(x[-last:].clone(), None, 1, 0.5, float(last), False)
     assert torch.equal(dx[-last:], dx_alone)
     assert torch.equal(dx[:4096], operators.patch_loss(x[:4096].clone(), None, 1, 0.5, 4096.0, False)[1])
     assert (loss / x.numel()).item() == pytest.approx((alone / last).item(), rel=0.01)  # both are 1.25 of all normal x

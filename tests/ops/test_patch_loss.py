@@ -1,4 +1,5 @@
-from typing import get_args
+from collections.abc import Sequence
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from fastp2p.ops.objectives import OBJECTIVES, GanMode
 from fastp2p.ops.patch_loss import KINDS
 
 TARGETS = {"bce": (1.0, 0.0), "square": (1.0, 0.0), "hinge": (1.0, -1.0), "linear": (1.0, -1.0), "l1": (0.3,)}
+operator = torch.ops.fastp2p.patch_loss
 CASES = [(kind, target) for kind, targets in TARGETS.items() for target in targets]
 
 
@@ -20,11 +22,11 @@ def values(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=generator(sum(shape))) * 10 ** torch.linspace(-6, 2.3, max(1, shape[-1]))
 
 
-def assert_close(ours: tuple[torch.Tensor, torch.Tensor], exact: tuple[torch.Tensor, torch.Tensor], terms: float):
+def assert_close(ours: Sequence[torch.Tensor], exact: Sequence[torch.Tensor], terms: float):
     """The loss: a sum of float32 terms of this mean size. The gradient: some float32 roundings, one to x's dtype, and
     3 roundings of the largest slope, since sigmoid(x) - t cancels.
     """
-    (loss, dx), (exact_loss, exact_dx) = ours, exact
+    (loss, dx, *_), (exact_loss, exact_dx, *_) = ours, exact
     assert abs(loss.double() - exact_loss) <= 1e-6 * terms
     eps = torch.finfo(dx.dtype).eps * (1 if INTERPRETED and dx.dtype != torch.float32 else 0.5)  # it truncates
     bound = (eps + 1e-6) * exact_dx.abs() + 2e-7 * exact_dx.abs().max() + torch.finfo(dx.dtype).tiny
@@ -131,7 +133,8 @@ def test_slices_of_larger_buffers():
 def test_float64_is_computed_in_float64():
     """To within a few of its roundings: float32 anywhere on the way would show as 1e-7."""
     x = values(1, 1, 5, 7).double()
-    for ours, exact in zip(patch_loss(x, "bce", target=1.0), patch_loss_ref(x, None, 0, 1.0, 1.0, False), strict=True):
+    expected = patch_loss_ref(x, None, 0, 1.0, 1.0, False)
+    for ours, exact in zip(patch_loss(x, "bce", target=1.0), expected[:2], strict=True):
         assert ours.dtype == torch.float64
         torch.testing.assert_close(ours, exact, rtol=1e-13, atol=1e-15)  # dx is a share of the mean, about 1 / 35
 
@@ -156,6 +159,58 @@ def test_opcheck(layout: torch.memory_format):
         x = torch.randn(2, 3, 4, 5).contiguous(memory_format=layout).requires_grad_(requires_grad)
         torch.library.opcheck(torch.ops.fastp2p.patch_loss.default, (x, None, 0, 1.0, 2.0, False))
         torch.library.opcheck(torch.ops.fastp2p.patch_loss.default, (x, torch.randn(2, 3, 4, 5), 4, 0.0, 2.0, False))
+        scale, addend = torch.tensor(4.0), torch.randn(2, 3, 4, 5)
+        args = (x.detach(), None, 2, 1.0, 2.0, False, 0, 0.3, 0.5, scale, addend, True)
+        torch.library.opcheck(torch.ops.fastp2p.patch_loss.default, args)
+
+
+HALVES = [(kind, kind) for kind in range(len(KINDS))] + [(0, 2), (4, 1)]
+
+
+@pytest.mark.parametrize(("kind", "second_kind"), HALVES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_two_halves_are_two_calls(kind: int, second_kind: int, dtype: torch.dtype):
+    """The same gradients bit for bit, since each value has its own; losses are sums of as many terms."""
+    x = values(6, 1, 23, 31).to(dtype)
+    settings: dict[str, Any] = {"dx_weight": 0.5, "dx_scale": torch.tensor(8.0)}
+    both = operator(x, None, kind, 0.7, 3.0, False, second_kind, -0.4, sums=True, **settings)
+    first = operator(x[:3].clone(), None, kind, 0.7, 3.0, False, sums=True, **settings)
+    second = operator(x[3:].clone(), None, second_kind, -0.4, 3.0, False, sums=True, **settings)
+    assert both[0].shape == (2,)
+    assert torch.equal(both[1], torch.cat([first[1], second[1]]))
+    rtol = 1e-13 if dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(both[0], torch.stack([first[0], second[0]]), rtol=rtol, atol=0)
+    size = both[1].abs().sum(dtype=torch.float64).item()
+    torch.testing.assert_close(both[2], first[2] + second[2], rtol=0, atol=rtol * size)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("channels", [1, 3, 20])
+def test_what_a_schedule_asks_beyond_the_loss(channels: int, dtype: torch.dtype, layout: torch.memory_format):
+    """dx is weighted, scaled and added to another gradient; the channels' sums are those of what is returned."""
+    shape = (2, channels, 19, 33)
+    x, target, addend = (torch.randn(shape, generator=generator(seed)) for seed in range(3))
+    x, addend = x.tanh().to(dtype).contiguous(memory_format=layout), addend.to(dtype)
+    scale = torch.tensor(1024.0)
+    args = (KINDS.index("l1"), 0.0, 100.0, True, -1, 0.0, 0.5, scale)
+    loss, dx, sums = operator(x, target, *args, addend, True)
+    exact_loss, exact_dx, _ = patch_loss_ref(x.double(), target.double(), *args, addend.double(), True)
+    alone, _, nothing = operator(x, target, KINDS.index("l1"), 0.0, 100.0, False)
+    assert torch.equal(loss, alone)
+    assert dx.is_contiguous(memory_format=layout)
+    assert nothing.shape == (0,)
+    assert_close((loss, dx), (exact_loss, exact_dx), terms=100)
+    size = dx.double().abs().sum().item() / channels  # a sum's roundings are of its terms
+    tolerance = 1e-13 if dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(sums.double(), dx.double().sum((0, 2, 3)), rtol=0, atol=tolerance * size)
+
+
+def test_a_scale_that_float16_alone_would_lose():
+    """The scale counts before the gradient is rounded: 1e-4 / 10000 is below float16's least value."""
+    x = torch.zeros(1, 1, 100, 100, dtype=torch.float16)
+    _, dx, _ = operator(x, None, KINDS.index("linear"), 1e-4, 1.0, False, dx_scale=torch.tensor(2.0**16))
+    torch.testing.assert_close(dx, torch.full_like(x, -1e-8 * 2**16), rtol=1e-3, atol=0)
 
 
 @pytest.mark.kernels
@@ -181,5 +236,8 @@ def test_bad_input_is_told():
     y = torch.zeros(1, requires_grad=True)
     loss, dx = patch_loss(y, "l1", target=1.0, through_tanh=True)
     assert not dx.requires_grad
-    with pytest.raises(InputError, match="through_tanh changes dx alone"):
+    with pytest.raises(InputError, match="changes dx alone"):
         loss.backward()
+    for more in ({"dx_weight": 0.5}, {"dx_scale": torch.ones(())}, {"addend": torch.zeros(1)}):
+        with pytest.raises(InputError, match="changes dx alone"):
+            operator(y, None, 0, 1.0, 1.0, False, **more)[0].backward()

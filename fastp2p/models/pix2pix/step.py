@@ -262,37 +262,60 @@ class FusedStep:
             pairs = self._pairs(real_A, fake_B, real_B)
             kept = netD.forward(pairs, batches=2)
             (logits,) = netD.outputs(kept)
-            loss_D_fake, dfake = self._loss(netD, logits[:n], self.objective.D_fake, weight=D_WEIGHT)
-            loss_D_real, dreal = self._loss(netD, logits[n:], self.objective.D_real, weight=D_WEIGHT)
+            targets = self.objective.D_fake, self.objective.D_real
+            losses, dlogits, sums = self._loss(netD, logits, *targets, dx_weight=D_WEIGHT, sums=True)
+            loss_D_fake, loss_D_real = losses.unbind()
         with part("netD backward and Adam"):
-            netD.backward_and_adam(kept, torch.cat([dfake, dreal]))
+            netD.backward_and_adam(kept, dlogits, seed_sums=[sums])
 
         # G: D's weights are fixed, its gradient flows through to fake_B, and on through fake_B's tanh
         with part("netD forward and backward for netG"):
             kept = netD.forward(pairs[:n])  # moves D's running averages once more, as upstream's third pass does
             (logits,) = netD.outputs(kept)
-            loss_G_GAN, dlogits = self._loss(netD, logits, self.objective.G)
+            loss_G_GAN, dlogits, _ = self._loss(netD, logits, self.objective.G)
             dz = netD.input_gradient(kept, dlogits, first_channel=real_A.shape[1], gate=fake_B, activation=TANH)
-            loss_G_L1, dz_L1 = self._loss(netG, fake_B, Target("l1", real_B), weight=self.lambda_L1, through_tanh=True)
+            L1 = Target("l1", real_B)
+            loss_G_L1, dz, sums = self._loss(
+                netG, fake_B, L1, weight=self.lambda_L1, through_tanh=True, addend=dz, sums=True
+            )
         with part("netG backward and Adam"):
-            netG.backward_and_adam(kept_G, self._pad(dz.add_(dz_L1)))
+            netG.backward_and_adam(kept_G, self._pad(dz), seed_sums=[sums])
 
         self.rng[1] += 1
         if self.loss_scale is not None:
             self.loss_scale.update()
-        return Losses(loss_G_GAN, loss_G_L1, loss_D_real / D_WEIGHT, loss_D_fake / D_WEIGHT)
+        return Losses(loss_G_GAN, loss_G_L1, loss_D_real, loss_D_fake)
 
     def _loss(
-        self, net: FusedNetwork, x: Tensor, target: Target, *, weight: float = 1.0, through_tanh: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """weight times the mean loss of a network's output, and its gradient, which in float16 is multiplied by the
-        loss scale.
+        self,
+        net: FusedNetwork,
+        x: Tensor,
+        target: Target,
+        second: Target | None = None,
+        *,
+        weight: float = 1.0,
+        dx_weight: float = 1.0,
+        through_tanh: bool = False,
+        addend: Tensor | None = None,
+        sums: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the operator patch_loss gives of a network's output.
+
+        The gradient, and not the loss, is multiplied by dx_weight, and in float16 by the loss scale.
         """
         tensor, value = (target.value, 0.0) if isinstance(target.value, Tensor) else (None, target.value)
-        factor = 1.0 if self.loss_scale is None else self.loss_scale.HOST_SCALE
+        halves = {} if second is None else {"second_kind": KINDS.index(second.kind), "second_value": second.value}
+        loss: Tensor
         about(net, None, "loss", len(x))
-        loss, dx = operators.patch_loss(x, tensor, KINDS.index(target.kind), value, weight * factor, through_tanh)
-        return loss / factor, dx if self.loss_scale is None else self.loss_scale.rescale_(dx)
+        loss, dx, channels = operators.patch_loss(
+            *(x, tensor, KINDS.index(target.kind), value, weight, through_tanh),
+            **halves,
+            dx_weight=dx_weight,
+            dx_scale=None if self.loss_scale is None else self.loss_scale.scale,
+            addend=addend,
+            sums=sums,
+        )
+        return loss, dx, channels
 
     def _pairs(self, real_A: Tensor, fake_B: Tensor, real_B: Tensor) -> Tensor:
         """What D sees: cat(A, fake_B) of every image, then cat(A, real_B)."""
