@@ -253,13 +253,14 @@ class FusedStep:
             self.loss_scale.begin()
 
         with part("netG forward"):
-            real_A = real_A.to(self.dtype, memory_format=torch.channels_last)
+            pairs = self._pairs(real_A, real_B)
+            real_A = pairs[:n, : real_A.shape[1]]  # in the dtype of computing
             kept_G = netG.forward(reflect_pad_to_multiple(real_A, self.multiple))
             fake_B = self._crop(*netG.outputs(kept_G))
 
         # D: fake and real in one pass, as two batches with statistics of their own
         with part("netD forward"):
-            pairs = self._pairs(real_A, fake_B, real_B)
+            pairs[:n, real_A.shape[1] :] = fake_B
             kept = netD.forward(pairs, batches=2)
             (logits,) = netD.outputs(kept)
             targets = self.objective.D_fake, self.objective.D_real
@@ -281,7 +282,7 @@ class FusedStep:
         with part("netG backward and Adam"):
             netG.backward_and_adam(kept_G, self._pad(dz), seed_sums=[sums])
 
-        self.rng[1] += 1
+        self.rng[1].add_(1)
         if self.loss_scale is not None:
             self.loss_scale.update()
         return Losses(loss_G_GAN, loss_G_L1, loss_D_real, loss_D_fake)
@@ -317,14 +318,13 @@ class FusedStep:
         )
         return loss, dx, channels
 
-    def _pairs(self, real_A: Tensor, fake_B: Tensor, real_B: Tensor) -> Tensor:
-        """What D sees: cat(A, fake_B) of every image, then cat(A, real_B)."""
+    def _pairs(self, real_A: Tensor, real_B: Tensor) -> Tensor:
+        """What D sees: (A, fake_B) of every image, with fake_B still to be written, then (A, real_B)."""
         n, input_nc, height, width = real_A.shape
         shape = (2 * n, input_nc + real_B.shape[1], height, width)
         pairs = torch.empty(shape, dtype=self.dtype, device=real_A.device, memory_format=torch.channels_last)
-        for first, B in ((0, fake_B), (n, real_B)):
-            pairs[first : first + n, :input_nc] = real_A
-            pairs[first : first + n, input_nc:] = B
+        pairs.view(2, n, *shape[1:])[:, :, :input_nc] = real_A  # one copy writes both
+        pairs[n:, input_nc:] = real_B
         return pairs
 
     def _crop(self, padded: Tensor) -> Tensor:
