@@ -16,6 +16,7 @@ from tyro.conf import OmitArgPrefixes, Positional, subcommand
 from fastp2p.commands.convert import convert
 from fastp2p.commands.evaluate import evaluate, format_table, to_json
 from fastp2p.commands.info import info
+from fastp2p.commands.launches import count_step_launches
 from fastp2p.commands.options import RunOptions, with_groups
 from fastp2p.commands.profile import profile_step
 from fastp2p.commands.roofline import count_roofline, measure_roofline
@@ -168,6 +169,20 @@ class Roofline(OnAStep):
 
 
 @dataclass(frozen=True)
+class Launches(OnAStep):
+    """List every kernel that a training step launches on an H100, and what waits for what; it needs no GPU."""
+
+    summary: bool = False
+    """Show the sums by part and by kernel alone, without the list."""
+    json: bool = False
+    """Print JSON instead of tables."""
+
+    def run(self) -> None:
+        result = count_step_launches(self.config)
+        print(json.dumps(result.as_dict(), indent=1) if self.json else result.table(summary=self.summary))
+
+
+@dataclass(frozen=True)
 class Profile(OnAStep):
     """Show where a training step's time goes, part by part and kernel by kernel, and write its timeline."""
 
@@ -193,8 +208,8 @@ class Info:
         print(info())
 
 
-ON_A_STEP = ("tune", "roofline", "profile")  # the commands that take the options of a step
-AnyCommand = Train | Translate | Evaluate | Convert | Tune | Roofline | Profile | Info
+ON_A_STEP = ("tune", "roofline", "launches", "profile")  # the commands that take the options of a step
+AnyCommand = Train | Translate | Evaluate | Convert | Tune | Roofline | Launches | Profile | Info
 
 
 def commands_of(asked: str | None, model: Model[Any], config: RunConfig | None = None) -> Any:
@@ -212,6 +227,7 @@ def commands_of(asked: str | None, model: Model[Any], config: RunConfig | None =
         "convert": Convert,
         "tune": Tune,
         "roofline": Roofline,
+        "launches": Launches,
         "profile": Profile,
         "info": Info,
     }
@@ -235,7 +251,7 @@ def parse(args: Sequence[str]) -> AnyCommand:
         raise InputError(f"model: got {model.name}, but {resumed} was trained as {config.model}; drop the option")
     kind = commands_of(asked, model, config)
     command: Any = tyro.cli(kind, prog="fastp2p", args=args, config=(OmitArgPrefixes,))
-    assert isinstance(command, Train | Translate | Evaluate | Convert | Tune | Roofline | Profile | Info)
+    assert isinstance(command, Train | Translate | Evaluate | Convert | Tune | Roofline | Launches | Profile | Info)
     return command
 
 

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastp2p.kernels.compile_check import Case
+from fastp2p.kernels.launch_facts import LaunchFacts
 
 CONFIGS = [
     {"BLOCK": 1024, "num_warps": 4, "maxnreg": 128},  # unbounded, ptxas aims at 56 on sm_80, and spills
@@ -79,6 +80,9 @@ def adam_update(
     tl.store(param_ptr + offset, param, mask=inside)
     if WRITE_LOW_PRECISION:
         tl.store(low_precision_ptr + low_offset, param, mask=inside)
+
+
+LAUNCH_FACTS = {"_adam_kernel": LaunchFacts(updates=("param_ptr", "exp_avg_ptr", "exp_avg_sq_ptr"))}
 
 
 def compile_cases() -> Iterator[Case]:

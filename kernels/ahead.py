@@ -74,7 +74,7 @@ class Compiled:
 
 
 @contextmanager
-def _pretending(target: Target) -> Iterator[None]:
+def pretending(target: Target) -> Iterator[None]:
     """Let Triton and the launchers' rules see a target, for tensors that are on no GPU."""
     properties = {"max_shared_mem": target.shared_bytes, "multiprocessor_count": target.processors, "warpSize": 32}
     fake = SimpleNamespace(
@@ -106,7 +106,7 @@ def recording(target: Target) -> Iterator[dict[Program, None]]:
         return True  # there is nothing to launch
 
     before = triton.knobs.runtime.jit_cache_hook
-    with _pretending(target):
+    with pretending(target):
         triton.knobs.runtime.jit_cache_hook = note
         try:
             yield programs
@@ -116,7 +116,7 @@ def recording(target: Target) -> Iterator[dict[Program, None]]:
 
 def missing(programs: Iterable[Program], target: Target) -> list[Program]:
     """Those that Triton's cache lacks."""
-    with _pretending(target):
+    with pretending(target):
         return [program for program in programs if not _is_cached(program)]
 
 
@@ -235,7 +235,7 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the compiler prints is no answer
     target = Target(**json.loads(sys.stdin.readline()))
-    with _pretending(target), _not_loading():
+    with pretending(target), _not_loading():
         for line in sys.stdin:
             program = Program(*json.loads(line))
             print(json.dumps(_compile(program)), file=answers, flush=True)

@@ -32,7 +32,7 @@ def is_last(counter_ptr, programs):
 
 
 def counters(n: int, like: Tensor) -> Tensor:
-    """Counters for a launch on the current stream, at least n, () int32 each and all 0.
+    """Counters for a launch on the current stream, (n,) int32, all of them 0.
 
     Launches of a stream share them, one after the other; captured graphs have others than launches. So graphs that
     were captured on one stream must not be replayed side by side.
@@ -41,15 +41,15 @@ def counters(n: int, like: Tensor) -> Tensor:
     if device.type == "meta":  # where nothing counts
         return torch.empty(n, dtype=torch.int32, device=device)
     if not like.is_cuda:
-        return _kept((device, threading.get_ident(), False), n)
+        return _kept((device, threading.get_ident(), False), n)[:n]
     stream = torch.cuda.current_stream(device).cuda_stream
     if not torch.cuda.is_current_stream_capturing():
         _kept((device, stream, True), n)  # a capture, which cannot write zeros, comes after a launch of the same
-        return _kept((device, stream, False), n)
+        return _kept((device, stream, False), n)[:n]
     kept = _buffers.get((device, stream, True))
     if kept is None or len(kept) < n:
         return torch.zeros(n, dtype=torch.int32, device=device)  # the graph writes them at each replay
-    return kept
+    return kept[:n]
 
 
 def _kept(key: tuple[torch.device, int, bool], n: int) -> Tensor:

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastp2p.kernels.compile_check import Case
+from fastp2p.kernels.launch_facts import LaunchFacts
 
 CONFIGS = [{"BLOCK": 256, "num_warps": 4}, {"BLOCK": 128, "num_warps": 2}, {"BLOCK": 512, "num_warps": 4}]
 
@@ -53,6 +54,9 @@ def _augment_kernel(
     tl.store(real_A_ptr + out * C_A + channel, value, mask=inside & (channel < C_A))
     in_B = (channel >= C_A) & (channel < C_A + C_B)
     tl.store(real_B_ptr + out * C_B + channel - C_A, value, mask=inside & in_B)
+
+
+LAUNCH_FACTS = {"_augment_kernel": LaunchFacts()}
 
 
 def compile_cases() -> Iterator[Case]:

@@ -24,7 +24,8 @@ from torch import Tensor
 from fastp2p.conv_shape import conv_size
 from fastp2p.kernels import gemm
 from fastp2p.kernels.compile_check import Case
-from fastp2p.kernels.gemm import dot, finish, within
+from fastp2p.kernels.gemm import dot, finish, finish_steps, within
+from fastp2p.kernels.launch_facts import Arguments, LaunchFacts
 from fastp2p.kernels.layer_shapes import EPILOGUES, LAYERS, gemm_cases
 from fastp2p.kernels.layout import pixel_rows
 
@@ -110,6 +111,18 @@ def _conv_kernel(
         partial_ptr, mean_ptr, var_ptr, counter_ptr,
         ACTIVATION, HAS_BIAS, HAS_GATE, HAS_STATS, SPLIT, BLOCK_N,
     )  # fmt: skip
+
+
+def _iterations(args: Arguments) -> int:
+    blocks = triton.cdiv(args["KH"] * args["KW"] * args["n_in"], args["BLOCK_K"])
+    return int(triton.cdiv(blocks, args["SPLIT"]))
+
+
+LAUNCH_FACTS = {
+    "_conv_kernel": LaunchFacts(
+        _iterations, lambda args: finish_steps(args, args["tiles"], args["SPLIT"]), multiplies=True
+    )
+}
 
 
 def compile_cases() -> Iterator[Case]:

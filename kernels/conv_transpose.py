@@ -23,7 +23,8 @@ from torch import Tensor
 
 from fastp2p.kernels import gemm
 from fastp2p.kernels.compile_check import Case
-from fastp2p.kernels.gemm import dot, finish, within
+from fastp2p.kernels.gemm import dot, finish, finish_steps, within
+from fastp2p.kernels.launch_facts import Arguments, LaunchFacts
 from fastp2p.kernels.layer_shapes import EPILOGUES, LAYERS, gemm_cases
 from fastp2p.kernels.layout import pixel_rows
 
@@ -152,6 +153,21 @@ def _accumulate(
         b = tl.load(weight_ptr + weight_row[:, None] * n_out + channel[None, :], mask=weight_inside, other=0.0)
         acc = dot(a, b, acc, PRECISION)
     return acc
+
+
+def _iterations(args: Arguments) -> int:
+    """Those of a phase with the most taps."""
+    taps = triton.cdiv(args["KH"], args["STRIDE"]) * triton.cdiv(args["KW"], args["STRIDE"])
+    inputs = ("n_in", "n_in2") if args["TWO_INPUTS"] else ("n_in",)
+    return sum(triton.cdiv(triton.cdiv(taps * args[n], args["BLOCK_K"]), args["SPLIT"]) for n in inputs)
+
+
+def _merges(args: Arguments) -> int:
+    steps: int = finish_steps(args, args["tiles"] * args["STRIDE"] ** 2, args["SPLIT"])
+    return steps
+
+
+LAUNCH_FACTS = {"_conv_transpose_kernel": LaunchFacts(_iterations, _merges, multiplies=True)}
 
 
 def compile_cases() -> Iterator[Case]:

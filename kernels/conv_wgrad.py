@@ -22,6 +22,7 @@ from torch import Tensor
 from fastp2p.kernels import gemm
 from fastp2p.kernels.compile_check import Case
 from fastp2p.kernels.gemm import dot, within
+from fastp2p.kernels.launch_facts import LaunchFacts, over
 from fastp2p.kernels.layer_shapes import LAYERS, Layer, gemm_cases
 from fastp2p.kernels.layout import pixel_rows
 
@@ -120,6 +121,9 @@ def outer_product(
         b = tl.load(inner_ptr + b_offset, mask=visible, other=0.0)
         acc = dot(a, b, acc, PRECISION)
     return acc, weight_row, column, tap_y, rows_inside[:, None] & (column < columns)[None, :]
+
+
+LAUNCH_FACTS = {"_conv_wgrad_kernel": LaunchFacts(over("pixels", "BLOCK_K", "SPLIT"), multiplies=True)}
 
 
 def compile_cases() -> Iterator[Case]:

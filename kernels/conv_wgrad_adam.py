@@ -20,6 +20,7 @@ from fastp2p.kernels import gemm
 from fastp2p.kernels.adam import adam_update
 from fastp2p.kernels.compile_check import Case
 from fastp2p.kernels.conv_wgrad import launch_arguments, layer_cases, outer_product, partial_sums, tiles, whole_blocks
+from fastp2p.kernels.launch_facts import LaunchFacts, over
 from fastp2p.kernels.layer_shapes import LAYERS, Layer
 
 
@@ -112,6 +113,13 @@ def _reduce_adam_kernel(
         tl.sum(sums, axis=0), i, i, inside, param_ptr, exp_avg_ptr, exp_avg_sq_ptr, low_precision_ptr, lr_ptr,
         powers_ptr, beta1, beta2, one_minus_beta1, one_minus_beta2, eps, WRITE_LOW_PRECISION,
     )  # fmt: skip
+
+
+_ADAM = ("param_ptr", "exp_avg_ptr", "exp_avg_sq_ptr")  # what both update
+LAUNCH_FACTS = {
+    "_conv_wgrad_adam_kernel": LaunchFacts(over("pixels", "BLOCK_K"), updates=_ADAM, multiplies=True),
+    "_reduce_adam_kernel": LaunchFacts(over("splits", "BLOCK_S"), updates=_ADAM),
+}
 
 
 REDUCE_CONFIG = {"BLOCK_S": 16, "BLOCK": 64, "num_warps": 4}

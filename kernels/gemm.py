@@ -13,8 +13,9 @@ from torch import Tensor
 from fastp2p.kernels.activation import activate, derivative
 from fastp2p.kernels.arrival import counters, is_last
 from fastp2p.kernels.compile_check import Case, shared_bytes
+from fastp2p.kernels.launch_facts import Arguments, LaunchFacts
 from fastp2p.kernels.layer_shapes import EPILOGUES, GEOMETRY, STATS_TYPES, may_split
-from fastp2p.kernels.norm_stats import StatsBuffers, store_stats
+from fastp2p.kernels.norm_stats import StatsBuffers, merge_steps, store_stats
 
 # Triton's interpreter computes bfloat16 dots wrongly; it gets float32, of the same values.
 WIDEN = tl.constexpr(triton.knobs.runtime.interpret)
@@ -223,6 +224,23 @@ def _reduce_kernel(
         group, tile % tiles, tiles, share, channel_block, channel_blocks, partial_ptr, mean_ptr, var_ptr, counter_ptr,
         ACTIVATION, HAS_BIAS, HAS_GATE, HAS_STATS, BLOCK_N,
     )  # fmt: skip
+
+
+def finish_steps(args: Arguments, tiles: int, split: int = 1) -> int:
+    """The iterations of the program that finishes last, after its product: of other splits and of statistics.
+
+    Args:
+        tiles: a group's.
+    """
+    steps: int = triton.cdiv(split, 4) if split > 1 else 0
+    return steps + (merge_steps(args, tiles, args["BLOCK_N"]) if args["HAS_STATS"] else 0)
+
+
+LAUNCH_FACTS = {
+    "_reduce_kernel": LaunchFacts(
+        lambda args: triton.cdiv(args["splits"], 4), lambda args: finish_steps(args, args["tiles"])
+    )
+}
 
 
 def epilogue_flags(activation: int, bias: Tensor | None, gate: Tensor | None, stat_groups: int) -> dict[str, int]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastp2p.kernels.activation import activate
 from fastp2p.kernels.compile_check import Case
+from fastp2p.kernels.launch_facts import LaunchFacts
 from fastp2p.kernels.layout import pixel_rows
 from fastp2p.kernels.norm_act_backward import norm_act_backward as norm_act_backward  # looked for here
 from fastp2p.kernels.norm_tile import CONFIGS, TYPES, USES, columns, dropout_factor, flags_of, rows_of, tiling, vectors
@@ -79,6 +80,15 @@ def _norm_act_kernel(
                 running_mean_ptr, running_var_ptr, mean_ptr, var_ptr, groups, channel, n_channels, one_minus_momentum,
                 momentum, momentum_unbiased,
             )  # fmt: skip
+
+
+LAUNCH_FACTS = {
+    "_norm_act_kernel": LaunchFacts(
+        lambda args: args["groups"] if args["HAS_RUNNING"] else 1,
+        updates=("running_mean_ptr", "running_var_ptr"),
+        only_with={"running_mean_ptr": "HAS_RUNNING", "running_var_ptr": "HAS_RUNNING"},
+    )
+}
 
 
 def compile_cases() -> Iterator[Case]:

@@ -20,9 +20,10 @@ from torch import Tensor
 from fastp2p.kernels.activation import activate, derivative
 from fastp2p.kernels.arrival import counters
 from fastp2p.kernels.compile_check import Case
+from fastp2p.kernels.launch_facts import LaunchFacts, over
 from fastp2p.kernels.layout import pixel_rows
 from fastp2p.kernels.norm_tile import CONFIGS, TYPES, USES, columns, dropout_factor, flags_of, rows_of, tiling, vectors
-from fastp2p.kernels.sums import SumsBuffers, store_sums
+from fastp2p.kernels.sums import SumsBuffers, store_sums, sum_steps
 
 SUM_PROGRAMS = 1024  # about so many at most leave partial sums: enough to fill a large GPU, few enough to add
 
@@ -113,6 +114,15 @@ def _backward_kernel(
             dbias, dweight, group, groups, program % programs, programs, share, column, channel_block, channel_blocks,
             n_channels, partial_ptr, sums_ptr, dbias_ptr, dweight_ptr, counter_ptr, BLOCK_C,
         )  # fmt: skip
+
+
+LAUNCH_FACTS = {
+    "_backward_kernel": LaunchFacts(
+        over("rows", "BLOCK_M", "programs"),
+        lambda args: sum_steps(args, args["programs"], args["BLOCK_C"]) if args["WRITE_SUMS"] else 0,
+        only_with={"dx_ptr": "WRITE_DX", "partial_ptr": "WRITE_SUMS"},
+    )
+}
 
 
 def compile_cases() -> Iterator[Case]:

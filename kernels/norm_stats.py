@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastp2p.kernels.arrival import counters, is_last
 from fastp2p.kernels.compile_check import Case
+from fastp2p.kernels.launch_facts import Arguments, LaunchFacts
 from fastp2p.kernels.layout import pixel_rows
 
 CONFIGS = [
@@ -164,6 +165,18 @@ def _norm_stats_kernel(
         x, row_inside, group, tile % tiles, tiles, share, channel, channel_block, channel_blocks, n_channels,
         partial_ptr, mean_ptr, var_ptr, counter_ptr, BLOCK_C,
     )  # fmt: skip
+
+
+def merge_steps(args: Arguments, tiles: int, block_c: int) -> int:
+    """The iterations of merge_rows in the program that merges last, of so many tiles in a group."""
+    block_t, share = 1024 // block_c, args["share"]
+    steps: int = triton.cdiv(min(share, tiles), block_t)
+    return steps + (triton.cdiv(triton.cdiv(tiles, share), block_t) if tiles > share else 0)
+
+
+LAUNCH_FACTS = {
+    "_norm_stats_kernel": LaunchFacts(merges=lambda args: merge_steps(args, args["tiles"], args["BLOCK_C"]))
+}
 
 
 def compile_cases() -> Iterator[Case]:

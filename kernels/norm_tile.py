@@ -10,7 +10,7 @@ CONFIGS = [  # 8 elements a thread, 16 bytes of bfloat16; with 16 elements some 
     {"BLOCK_M": 32, "BLOCK_C": 64, "num_warps": 8},
     {"BLOCK_M": 16, "BLOCK_C": 128, "num_warps": 8},
     {"BLOCK_M": 16, "BLOCK_C": 64, "num_warps": 4},
-    {"BLOCK_M": 8, "BLOCK_C": 64, "num_warps": 2},  # small maps: more programs
+    {"BLOCK_M": 8, "BLOCK_C": 64, "num_warps": 2, "maxnreg": 128},  # small maps: more programs
     {"BLOCK_M": 64, "BLOCK_C": 16, "num_warps": 4},  # few channels
 ]
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from fastp2p.errors import InputError
 from fastp2p.kernels.arrival import counters, is_last
 from fastp2p.kernels.compile_check import Case
+from fastp2p.kernels.launch_facts import Arguments, LaunchFacts
 
 T = TypeVar("T", Tensor, Tensor | None)
 
@@ -141,6 +142,14 @@ def _log1p(x):
     y = 1.0 + x
     rest = x - (y - 1.0)
     return tl.log(y) + tl.div_rn(rest, y)
+
+
+def _merges(args: Arguments) -> int:
+    losses = args["PARTS"] * triton.cdiv(args["blocks"], args["BLOCK_T"])
+    return int(losses + args["CHANNELS"] * triton.cdiv(args["PARTS"] * args["blocks"], args["BLOCK_T"]))
+
+
+LAUNCH_FACTS = {"_patch_loss_kernel": LaunchFacts(merges=_merges)}
 
 
 def compile_cases() -> Iterator[Case]:

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastp2p.kernels.compile_check import Case
+from fastp2p.kernels.launch_facts import LaunchFacts, over
 
 CONFIGS = [{"BLOCK": 128, "num_warps": 4}, {"BLOCK": 32, "num_warps": 1}, {"BLOCK": 512, "num_warps": 4}]
 
@@ -53,6 +54,9 @@ def move_averages(
         running_var = one_minus_momentum * running_var + momentum_unbiased * var
     tl.store(running_mean_ptr + channel, running_mean, mask=inside)
     tl.store(running_var_ptr + channel, running_var, mask=inside)
+
+
+LAUNCH_FACTS = {"_running_stats_kernel": LaunchFacts(over("groups"), updates=("running_mean_ptr", "running_var_ptr"))}
 
 
 def compile_cases() -> Iterator[Case]:

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastp2p.kernels.arrival import is_last
+from fastp2p.kernels.launch_facts import Arguments
 from fastp2p.kernels.norm_stats import share_of
 
 
@@ -99,6 +100,14 @@ def add_rows(rows_ptr, first, end, channel, n_channels, BLOCK_C: tl.constexpr):
         one += tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
         other += tl.load(at + n_channels, mask=mask, other=0.0, cache_modifier=".cg")
     return tl.sum(one, axis=0), tl.sum(other, axis=0)
+
+
+def sum_steps(args: Arguments, parts: int, block_c: int) -> int:
+    """The iterations of add_rows in the program that adds last, of so many parts in a group."""
+    block_t, share = 2048 // block_c, args["share"]
+    steps: int = triton.cdiv(min(share, parts), block_t)
+    steps += triton.cdiv(triton.cdiv(parts, share), block_t) if parts > share else 0
+    return steps + (triton.cdiv(args["groups"], block_t) if args["groups"] > 1 else 0)
 
 
 class SumsBuffers(NamedTuple):

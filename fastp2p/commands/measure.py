@@ -304,7 +304,7 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def about(
-    machine: Machine | None, config: ResolvedConfig, kernels: Kernels | None, ceilings: Ceilings
+    machine: Machine | None, config: ResolvedConfig, kernels: Kernels | None, ceilings: Ceilings | None
 ) -> dict[str, Any]:
     """What was measured where, for JSON."""
     workload = {
@@ -314,5 +314,5 @@ def about(
         "machine": None if machine is None else asdict(machine),
         "networks": {"model": config.model, **registry.find(config.model).own_options(config), **workload},
         "convolutions": None if kernels is None else asdict(kernels),
-        "ceilings": asdict(ceilings),
+        "ceilings": None if ceilings is None else asdict(ceilings),
     }

@@ -7,7 +7,8 @@ that runs.
 import copy
 import threading
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -168,13 +169,16 @@ class Recorder(TorchDispatchMode):
         self.n_bytes -= self.held.pop(key)
 
 
+Watch = Callable[[Recorder], AbstractContextManager[object]]
+
+
 def record(step: Step, images: int) -> list[Call]:
     """The calls of a step of so many images in their order; the augmentation, which cuts squares, comes before them.
 
     The step is neither run nor changed; its twin runs. Copies between the operators are no operators, so they are not
     in the record.
     """
-    return _recorded(step, images).calls
+    return rehearse(step, images).calls
 
 
 def peak_bytes(step: Step, images: int) -> int:
@@ -183,14 +187,20 @@ def peak_bytes(step: Step, images: int) -> int:
     The networks' and the optimizers' own memory is not counted, nor is scratch space that an operator takes inside. On
     a GPU the gradients that weight gradients read live longer, since those run beside the main chain.
     """
-    return _recorded(step, images).most_bytes
+    return rehearse(step, images).most_bytes
 
 
-def _recorded(step: Step, images: int) -> Recorder:
+def rehearse(step: Step, images: int, watch: Watch | None = None) -> Recorder:
+    """Run a step's twin, and return the record of it.
+
+    Args:
+        watch: given the recorder, a context around all that the twin calls.
+    """
     rehearsal = Rehearsal(step)
     twin, (_, height, width) = rehearsal.step, step.shapes["A"]
     crops = rehearsal.crops(images, height, width)
-    with Recorder({id(owner): name for name, owner in (*twin.networks.items(), *twin.arenas.items())}) as recorder:
+    names = {id(owner): name for name, owner in (*twin.networks.items(), *twin.arenas.items())}
+    with Recorder(names) as recorder, nullcontext() if watch is None else watch(recorder):
         if height == width:
             with part(AUGMENT):
                 batch = crops.cut(META)

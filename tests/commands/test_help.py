@@ -18,6 +18,7 @@ TITLES = {
     "train": [*STEP[:3], "schedule options", STEP[3], "output options"],
     "tune": STEP,
     "roofline": STEP,
+    "launches": STEP,
     "profile": STEP,
     "translate": ["positional arguments", "options"],
     "evaluate": ["positional arguments", "options"],

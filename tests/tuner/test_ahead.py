@@ -79,7 +79,7 @@ triton.JITFunction.run = lambda self, *args, grid, warmup, **options: run(
     self, *args, grid=grid, warmup=True, **options
 )
 triton.knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
-with ahead._pretending(ahead.H100):
+with ahead.pretending(ahead.H100):
     launch_on_cpu(small_step())
 print(len(hits), sum(hits))
 """
