@@ -29,7 +29,7 @@ from triton.runtime import build
 from triton.runtime.cache import get_cache_key, get_cache_manager
 from triton.runtime.driver import driver
 
-from fastp2p.kernels import gemm
+from fastp2p.kernels import tile_rule
 from fastp2p.kernels.compile_check import fix_keys
 
 DEVICE = -1  # the index in the kernels' own caches; no GPU has it, so nothing here is ever launched
@@ -84,16 +84,19 @@ def pretending(target: Target) -> Iterator[None]:
         get_current_stream=lambda device: 0,
     )
     fix_keys()
-    before = driver._active, gemm.SHARED_BYTES_WHEN_INTERPRETED, gemm.PROCESSORS_WHEN_INTERPRETED
+    before = driver._active, tile_rule.SHARED_BYTES_WHEN_INTERPRETED, tile_rule.PROCESSORS_WHEN_INTERPRETED
     driver.set_active(fake)
-    gemm.SHARED_BYTES_WHEN_INTERPRETED, gemm.PROCESSORS_WHEN_INTERPRETED = target.shared_bytes, target.processors
-    gemm._choose_config.cache_clear()
+    tile_rule.SHARED_BYTES_WHEN_INTERPRETED, tile_rule.PROCESSORS_WHEN_INTERPRETED = (
+        target.shared_bytes,
+        target.processors,
+    )
+    tile_rule._choose_config.cache_clear()
     try:
         yield
     finally:
-        active, gemm.SHARED_BYTES_WHEN_INTERPRETED, gemm.PROCESSORS_WHEN_INTERPRETED = before
+        active, tile_rule.SHARED_BYTES_WHEN_INTERPRETED, tile_rule.PROCESSORS_WHEN_INTERPRETED = before
         driver.set_active(active)
-        gemm._choose_config.cache_clear()
+        tile_rule._choose_config.cache_clear()
 
 
 @contextmanager

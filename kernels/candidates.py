@@ -10,7 +10,7 @@ from torch import Tensor
 from triton.runtime.errors import PTXASError
 
 from fastp2p.conv_shape import ConvShape
-from fastp2p.kernels import conv_wgrad_adam, gemm
+from fastp2p.kernels import conv_wgrad_adam, tile_rule
 from fastp2p.kernels.layer_shapes import may_split
 
 Config = dict[str, int]
@@ -27,7 +27,7 @@ class Product:
     n: int
     k: int
     like: Tensor
-    whole: bool  # gemm.is_whole of what is gathered
+    whole: bool  # tile_rule.is_whole of what is gathered
     products: int = 1
     largest: int = 128 * 128  # tile, in elements
     may_split: bool = True  # over several programs
@@ -38,13 +38,13 @@ def product_of(operator: str, args: tuple[Any, ...]) -> Product:
     """The GEMMs behind conv, conv_transpose, conv_wgrad or conv_wgrad_adam of these arguments."""
     shape, like = ConvShape.of(operator, args), args[0]
     if operator == "conv":
-        return Product(shape.pixels, shape.outer, shape.columns, like, gemm.is_whole(shape.inner))
+        return Product(shape.pixels, shape.outer, shape.columns, like, tile_rule.is_whole(shape.inner))
     if operator == "conv_transpose":
         pixels = shape.images * math.prod(triton.cdiv(side, shape.stride) for side in shape.large)
         k = shape.rows * math.prod(triton.cdiv(side, shape.stride) for side in shape.kernel)
-        whole = gemm.is_whole(shape.outer, shape.outer2)
+        whole = tile_rule.is_whole(shape.outer, shape.outer2)
         return Product(pixels, shape.inner, k, like, whole, products=shape.stride**2)
-    product = Product(shape.rows, shape.columns, shape.pixels, like, gemm.is_whole(shape.inner))
+    product = Product(shape.rows, shape.columns, shape.pixels, like, tile_rule.is_whole(shape.inner))
     if operator == "conv_wgrad":
         return product
     param = args[3]
@@ -59,14 +59,14 @@ def by_rule(product: Product) -> Config:
     if product.param is not None:
         config = conv_wgrad_adam.choose_config(m, n, k, product.param, like)
     else:
-        config = gemm.choose_config(m, n, k, like, whole=product.whole, products=product.products)
+        config = tile_rule.choose_config(m, n, k, like, whole=product.whole, products=product.products)
     return config
 
 
 def candidates(product: Product) -> list[Config]:
     """The rule's own first, then other splits of its sum, and other tiles, split until each processor has a program."""
     rule = by_rule(product)
-    limit, processors = gemm.SHARED_BYTES_WHEN_INTERPRETED, gemm.PROCESSORS_WHEN_INTERPRETED
+    limit, processors = tile_rule.SHARED_BYTES_WHEN_INTERPRETED, tile_rule.PROCESSORS_WHEN_INTERPRETED
     if product.like.is_cuda:
         properties = torch.cuda.get_device_properties(product.like.device)
         processors = properties.multi_processor_count
@@ -75,7 +75,7 @@ def candidates(product: Product) -> list[Config]:
     for split in (1, rule["SPLIT"] // 2, rule["SPLIT"] * 2):
         if 1 <= split <= _most_splits(product, rule):
             found.append(rule | {"SPLIT": split})
-    tiles = gemm.candidates(
+    tiles = tile_rule.candidates(
         product.m,
         product.n,
         product.like.dtype.itemsize,
@@ -96,4 +96,4 @@ def _most_splits(product: Product, config: Config) -> int:
     if not (product.may_split and may_split(config)):
         return 1
     blocks = product.k // config["BLOCK_K"]
-    return max(1, 2 * blocks // int(gemm.LEAST_BLOCKS))
+    return max(1, 2 * blocks // int(tile_rule.LEAST_BLOCKS))

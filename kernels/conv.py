@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastp2p.conv_shape import conv_size
-from fastp2p.kernels import gemm
+from fastp2p.kernels import gemm, tile_rule
 from fastp2p.kernels.compile_check import Case
 from fastp2p.kernels.gemm import dot, finish, finish_steps, within
 from fastp2p.kernels.launch_facts import Arguments, LaunchFacts
@@ -136,7 +136,7 @@ def compile_cases() -> Iterator[Case]:
                 ["x_ptr", "weight_ptr", "gate_ptr", "out_ptr"],
                 {"n_in": n_in, "n_out": n_out, "pixel_stride": n_in},
                 layer.window | EPILOGUES[after],
-                tiles=partial(gemm.candidates, pixels, n_out, whole=gemm.is_whole(n_in)),
+                tiles=partial(tile_rule.candidates, pixels, n_out, whole=tile_rule.is_whole(n_in)),
                 whole_blocks=partial(_whole_blocks, n_in),
             )
 
@@ -169,8 +169,8 @@ def conv(
     )
     pixels, groups = n * out_height * out_width, max(1, stat_groups)
     rows = pixels // groups
-    whole = gemm.is_whole(n_in)
-    config = config or gemm.choose_config(rows, n_out, kh * kw * n_in, x, whole=whole, products=groups)
+    whole = tile_rule.is_whole(n_in)
+    config = config or tile_rule.choose_config(rows, n_out, kh * kw * n_in, x, whole=whole, products=groups)
     tiles, channel_blocks = triton.cdiv(rows, config["BLOCK_M"]), triton.cdiv(n_out, config["BLOCK_N"])
     buffers = gemm.Buffers.new(out, config["SPLIT"], stat_groups, tiles, channel_blocks)
     _conv_kernel[(groups * tiles * channel_blocks * config["SPLIT"],)](

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastp2p.kernels import gemm
+from fastp2p.kernels import gemm, tile_rule
 from fastp2p.kernels.compile_check import Case
 from fastp2p.kernels.gemm import dot, finish, finish_steps, within
 from fastp2p.kernels.launch_facts import Arguments, LaunchFacts
@@ -185,7 +185,7 @@ def compile_cases() -> Iterator[Case]:
                 ["x_ptr", "x2_ptr", "weight_ptr", "gate_ptr", "out_ptr"],
                 sizes,
                 constants | EPILOGUES[after],
-                tiles=partial(gemm.candidates, phase_pixels, n_out, whole=gemm.is_whole(n_in, n_in2)),
+                tiles=partial(tile_rule.candidates, phase_pixels, n_out, whole=tile_rule.is_whole(n_in, n_in2)),
                 whole_blocks=partial(_whole_blocks, n_in, n_in2),
             )
 
@@ -222,8 +222,8 @@ def conv_transpose(
     pixels, phases, groups = n * height * width, stride * stride, max(1, stat_groups)
     sum_of_a_phase = triton.cdiv(kh, stride) * triton.cdiv(kw, stride) * (n_in + n_in2)
     rows = n // groups * triton.cdiv(height, stride) * triton.cdiv(width, stride)
-    whole = gemm.is_whole(n_in, n_in2)
-    config = config or gemm.choose_config(rows, n_out, sum_of_a_phase, x, whole=whole, products=phases * groups)
+    whole = tile_rule.is_whole(n_in, n_in2)
+    config = config or tile_rule.choose_config(rows, n_out, sum_of_a_phase, x, whole=whole, products=phases * groups)
     tiles, channel_blocks = triton.cdiv(rows, config["BLOCK_M"]), triton.cdiv(n_out, config["BLOCK_N"])
     buffers = gemm.Buffers.new(out, config["SPLIT"], stat_groups, tiles * phases, channel_blocks)
     _conv_transpose_kernel[(groups * tiles * phases * channel_blocks * config["SPLIT"],)](

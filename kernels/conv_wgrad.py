@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastp2p.kernels import gemm
+from fastp2p.kernels import gemm, tile_rule
 from fastp2p.kernels.compile_check import Case
 from fastp2p.kernels.gemm import dot, within
 from fastp2p.kernels.launch_facts import LaunchFacts, over
@@ -155,7 +155,9 @@ def layer_cases(
         pointers,
         sizes,
         constants | (more_constants or {}),
-        tiles=partial(gemm.candidates, shape.rows, shape.columns, whole=gemm.is_whole(n_inner), largest=largest_tile),
+        tiles=partial(
+            tile_rule.candidates, shape.rows, shape.columns, whole=tile_rule.is_whole(n_inner), largest=largest_tile
+        ),
         whole_blocks=partial(whole_blocks, n_inner),
         more_types=more_types,
     )
@@ -235,7 +237,7 @@ def conv_wgrad(
     kernel_size = (kernel_height, kernel_width)
     tensors, sizes, (m, n, k) = launch_arguments(outer, outer2, inner, kernel_size)
     n_inner = sizes[7]
-    config = config or gemm.choose_config(m, n, k, inner, whole=gemm.is_whole(n_inner))
+    config = config or tile_rule.choose_config(m, n, k, inner, whole=tile_rule.is_whole(n_inner))
     shape = (m, n_inner, kernel_height, kernel_width)
     dweight = torch.empty(shape, dtype=dtype, device=inner.device, memory_format=torch.channels_last)
     if config["SPLIT"] > 1:

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastp2p.kernels import gemm
+from fastp2p.kernels import gemm, tile_rule
 from fastp2p.kernels.adam import adam_update
 from fastp2p.kernels.compile_check import Case
 from fastp2p.kernels.conv_wgrad import launch_arguments, layer_cases, outer_product, partial_sums, tiles, whole_blocks
@@ -174,10 +174,10 @@ def largest_tile(param: Tensor) -> int:
 
 
 def choose_config(m: int, n: int, k: int, param: Tensor, like: Tensor) -> dict[str, int]:
-    """As gemm.choose_config, for an (m, k) x (k, n) product; SPLIT is 1 where the weight has no dense rows."""
-    whole = gemm.is_whole(param.shape[1])
+    """As tile_rule.choose_config, for an (m, k) x (k, n) product; SPLIT is 1 where the weight has no dense rows."""
+    whole = tile_rule.is_whole(param.shape[1])
     long = k >= MANY_PIXELS and not is_sliced(param)
-    config: dict[str, int] = gemm.choose_config(
+    config: dict[str, int] = tile_rule.choose_config(
         m, n, k, like, whole=whole, largest=largest_tile(param), always_splits=long
     )
     return config if long else config | {"SPLIT": 1}

@@ -1,6 +1,5 @@
-"""What the three GEMMs share: the epilogue, the reduction of split sums, tile sizes and the choice among them."""
+"""What the three GEMMs share: the epilogue and the reduction of split sums."""
 
-import functools
 import math
 from collections.abc import Iterator
 from typing import NamedTuple, Self
@@ -12,46 +11,14 @@ from torch import Tensor
 
 from fastp2p.kernels.activation import activate, derivative
 from fastp2p.kernels.arrival import counters, is_last
-from fastp2p.kernels.compile_check import Case, shared_bytes
+from fastp2p.kernels.compile_check import Case
 from fastp2p.kernels.launch_facts import Arguments, LaunchFacts
-from fastp2p.kernels.layer_shapes import EPILOGUES, GEOMETRY, STATS_TYPES, may_split
+from fastp2p.kernels.layer_shapes import EPILOGUES, GEOMETRY, STATS_TYPES
 from fastp2p.kernels.norm_stats import StatsBuffers, merge_steps, store_stats
+from fastp2p.kernels.tile_rule import MAY_USE_ALL_REGISTERS
 
 # Triton's interpreter computes bfloat16 dots wrongly; it gets float32, of the same values.
 WIDEN = tl.constexpr(triton.knobs.runtime.interpret)
-SHARED_BYTES_WHEN_INTERPRETED, PROCESSORS_WHEN_INTERPRETED = 227 * 1024, 8
-
-
-# Without it ptxas aims at an occupancy of its own, and to reach it spilled some bytes in 76 of 2618 programs.
-MAY_USE_ALL_REGISTERS = {"maxnreg": 255}
-
-
-def _tile(m: int, n: int, k: int, num_warps: int, num_stages: int) -> dict[str, int]:
-    sizes = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": num_warps, "num_stages": num_stages}
-    return sizes | MAY_USE_ALL_REGISTERS
-
-
-# From the large to the skinny. Where channels are few, elements are gathered one by one through registers, and BLOCK_K
-# is small. So it is for float32, which multiplies in the plain units unless it may be rounded to TF32.
-CONFIGS = [
-    _tile(128, 128, 64, 8, 3),
-    _tile(128, 64, 64, 8, 3),
-    _tile(64, 64, 64, 4, 4),
-    _tile(128, 16, 64, 4, 4),
-    _tile(32, 64, 64, 4, 3),
-    _tile(16, 64, 64, 4, 4),
-    _tile(16, 16, 64, 2, 3),
-]
-GATHERED_CONFIGS = [
-    _tile(128, 128, 32, 8, 3),
-    _tile(128, 64, 32, 8, 3),
-    _tile(64, 64, 32, 4, 3),
-    _tile(128, 16, 32, 8, 3),
-    _tile(32, 64, 32, 4, 3),
-    _tile(16, 64, 32, 4, 3),
-    _tile(16, 16, 32, 2, 3),
-]
-FLOAT32_CONFIGS = [_tile(64, 64, 16, 8, 3), _tile(64, 16, 16, 4, 3), _tile(16, 64, 16, 4, 3), _tile(16, 16, 32, 2, 3)]
 REDUCE_CONFIGS = [
     {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4} | MAY_USE_ALL_REGISTERS,
     {"BLOCK_M": 8, "BLOCK_N": 32, "num_warps": 2} | MAY_USE_ALL_REGISTERS,  # small maps: more programs
@@ -322,85 +289,6 @@ def reduce_splits(
         **config,
     )
     return stats.mean, stats.var
-
-
-def is_whole(*channels: int) -> bool:
-    """Whether the gathered tensors' channels fill blocks of 64, so that a block has one tap and is copied in rows."""
-    return all(n % 64 == 0 for n in channels)
-
-
-def candidates(
-    m: int, n: int, itemsize: int, *, whole: bool, largest: int = 128 * 128, shared_limit: int = 1 << 30
-) -> list[dict[str, int]]:
-    """The tiles for an (m, n) result of matrices of this itemsize in bytes, under a limit of shared memory in bytes.
-
-    None has twice the side of the result (or of 16, the least) in either direction, or more than `largest` elements.
-    `whole` is `is_whole` of what is gathered.
-    """
-    configs = FLOAT32_CONFIGS if itemsize == 4 else CONFIGS if whole else GATHERED_CONFIGS
-    useful = [c for c in configs if c["BLOCK_M"] < 2 * max(m, 16) and c["BLOCK_N"] < 2 * max(n, 16)]
-    useful = [c for c in useful if c["BLOCK_M"] * c["BLOCK_N"] <= largest]
-    return [config for config in useful if shared_bytes(config, itemsize) <= shared_limit]
-
-
-def choose_config(
-    m: int,
-    n: int,
-    k: int,
-    like: Tensor,
-    *,
-    whole: bool,
-    products: int = 1,
-    largest: int = 128 * 128,
-    always_splits: bool = False,
-) -> dict[str, int]:
-    """A tile for so many (m, k) x (k, n) products of like's dtype, and SPLIT, over how many programs a sum is split.
-
-    By rule, not timed: the least work first, padding included, unless more than LEAST_USE processors to a program would
-    be idle; then the largest tile. The sums of small tiles are split until every processor has a program, into no fewer
-    than LEAST_BLOCKS blocks each. With `always_splits` a sum is so long that it may be split for any tile: the largest
-    is taken that pads no more than MOST_PADDING, and its sum is split until every processor has two programs.
-    """
-    device = like.device.index if like.is_cuda else None
-    return {**_choose_config(m, n, k, like.dtype.itemsize, device, whole, products, largest, always_splits)}
-
-
-LEAST_USE = 4  # one processor in four must have a program before a larger tile is preferred
-LEAST_BLOCKS = 4  # a split sum has at least so many, to be worth its partial sums
-MOST_PADDING = 1.5  # times what the least padded tile computes
-MOST_SPLITS = 128  # a long sum has at most so many. On an H200 128 beat 64 in every layer that has them
-
-
-@functools.cache
-def _choose_config(
-    m: int, n: int, k: int, itemsize: int, device: int | None, whole: bool, products: int, largest: int, long: bool
-) -> dict[str, int]:
-    shared_limit, processors = SHARED_BYTES_WHEN_INTERPRETED, PROCESSORS_WHEN_INTERPRETED
-    if device is not None:
-        properties = triton.runtime.driver.active.utils.get_device_properties(device)
-        shared_limit, processors = properties["max_shared_mem"], properties["multiprocessor_count"]
-
-    def programs(config: dict[str, int]) -> int:
-        tiles: int = triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"])
-        return products * tiles
-
-    def cost(config: dict[str, int]) -> tuple[int, int]:
-        tile = config["BLOCK_M"] * config["BLOCK_N"]
-        n_programs = programs(config)
-        waves = -(-n_programs // processors)
-        return max(n_programs * tile, waves * processors * tile // LEAST_USE), -tile
-
-    tiles = candidates(m, n, itemsize, whole=whole, largest=largest, shared_limit=shared_limit)
-    if long:
-        area = {i: programs(c) * c["BLOCK_M"] * c["BLOCK_N"] for i, c in enumerate(tiles)}
-        config = tiles[next(i for i in area if area[i] <= MOST_PADDING * min(area.values()))]
-        split = min(triton.cdiv(2 * processors, programs(config)), MOST_SPLITS)
-        return config | {"SPLIT": max(1, min(split, k // config["BLOCK_K"] // LEAST_BLOCKS))}
-    config = min(tiles, key=cost)
-    split = 1
-    if may_split(config):
-        split = min(-(-processors // programs(config)), max(1, k // config["BLOCK_K"] // LEAST_BLOCKS))
-    return config | {"SPLIT": split}
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -48,9 +48,9 @@ CONFIG_SHAPES = [conv_shape(2, 128, 4, 5, 19, 2, 2, 1), conv_shape(3, 5, 3, 8, 3
 
 def configurations(dtype: torch.dtype) -> list[dict[str, int]]:
     """Every tile that a launcher may use for a dtype; imported here, since Triton may be missing."""
-    from fastp2p.kernels import gemm
+    from fastp2p.kernels import tile_rule
 
-    return gemm.FLOAT32_CONFIGS if dtype == torch.float32 else gemm.CONFIGS + gemm.GATHERED_CONFIGS
+    return tile_rule.FLOAT32_CONFIGS if dtype == torch.float32 else tile_rule.CONFIGS + tile_rule.GATHERED_CONFIGS
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0, channels_last: bool = True) -> Tensor:

@@ -322,9 +322,9 @@ def test_aten_updates_a_slice_of_the_taps():
 def test_the_tuner_knows_the_rule(operator: str, monkeypatch: pytest.MonkeyPatch):
     """What the launcher asks the rule is what the tuner asks it, and its answer is the first candidate."""
     candidates = importlib.import_module("fastp2p.kernels.candidates")
-    gemm = importlib.import_module("fastp2p.kernels.gemm")
+    tile_rule = importlib.import_module("fastp2p.kernels.tile_rule")
     asked: list[Any] = []
-    choose = gemm.choose_config
+    choose = tile_rule.choose_config
 
     class AskedError(Exception):
         """In place of the launch."""
@@ -336,7 +336,7 @@ def test_the_tuner_knows_the_rule(operator: str, monkeypatch: pytest.MonkeyPatch
     args = arguments(operator)
     product = candidates.product_of(operator, args)
     with monkeypatch.context() as patch:
-        patch.setattr(gemm, "choose_config", ask)
+        patch.setattr(tile_rule, "choose_config", ask)
         for call in (lambda: launch(operator, None, args), lambda: candidates.by_rule(product)):
             with pytest.raises(AskedError):
                 call()

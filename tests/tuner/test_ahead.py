@@ -132,7 +132,11 @@ def test_meta_tensors_take_the_programs_of_others():
 
 def test_recording_ends():
     def state() -> tuple[Any, ...]:
-        return ahead.driver._active, ahead.gemm.PROCESSORS_WHEN_INTERPRETED, ahead.triton.knobs.runtime.jit_cache_hook
+        return (
+            ahead.driver._active,
+            ahead.tile_rule.PROCESSORS_WHEN_INTERPRETED,
+            ahead.triton.knobs.runtime.jit_cache_hook,
+        )
 
     def fail() -> None:
         with ahead.recording(ahead.H100):
