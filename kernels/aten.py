@@ -16,6 +16,7 @@ from torch import Tensor
 from fastp2p.conv_shape import conv_transpose_size
 from fastp2p.kernels import gemm
 from fastp2p.kernels.adam import adam
+from fastp2p.norm_gate import NormGate
 
 
 def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -41,10 +42,11 @@ def conv(
     activation: int,
     slope: float,
     stat_groups: int,
+    *norm: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `fastp2p.ops.conv`."""
     out = _convolve(x, weight, stride, padding)
-    return _finish(out, bias, gate, activation, slope, stat_groups)
+    return _finish(out, bias, gate, activation, slope, stat_groups, NormGate(*norm))
 
 
 @_without_autocast
@@ -61,13 +63,14 @@ def conv_transpose(
     activation: int,
     slope: float,
     stat_groups: int,
+    *norm: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `fastp2p.ops.conv_transpose`."""
     both = _concatenate(x, x2)
     sizes = zip((height, width), both.shape[2:], weight.shape[2:], strict=True)
     output_padding = [side - conv_transpose_size(in_side, k, stride, padding) for side, in_side, k in sizes]
     out = _convolve(both, weight, stride, padding, output_padding)
-    return _finish(out, bias, gate, activation, slope, stat_groups)
+    return _finish(out, bias, gate, activation, slope, stat_groups, NormGate(*norm))
 
 
 @_without_autocast
@@ -133,11 +136,17 @@ def _convolve(x: Tensor, weight: Tensor, stride: int, padding: int, output_paddi
 
 
 def _finish(
-    out: Tensor, bias: Tensor | None, gate: Tensor | None, activation: int, slope: float, stat_groups: int
+    out: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    activation: int,
+    slope: float,
+    stat_groups: int,
+    norm: NormGate,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Bias, activation or gate in place, and the statistics: one pass, or none."""
     channels = out.shape[1]
-    if bias is None and activation == 0 and not stat_groups:
+    if bias is None and activation == 0 and not stat_groups and norm.gate_mean is None:
         none = out.new_empty((0, channels), dtype=torch.float32)
         return out, none, none.clone()
     mean, var = gemm.reduce_splits(
@@ -148,6 +157,7 @@ def _finish(
         slope=slope,
         activation=activation,
         stat_groups=stat_groups,
+        norm=norm,
     )
     return out, mean, var
 

@@ -4,12 +4,19 @@ The program of a channel's first tile moves them, for 16 bytes a channel and 8 f
 would cost far more than that.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 
-from fastp2p.kernels.norm_act import launch
+from fastp2p.kernels import norm_act
+from fastp2p.kernels.compile_check import Case
 from fastp2p.kernels.norm_tile import CONFIGS
+
+
+def compile_cases() -> Iterator[Case]:
+    """As norm_act's."""
+    yield from norm_act.compile_cases("batch_norm_act", running=1)
 
 
 def batch_norm_act(
@@ -33,5 +40,5 @@ def batch_norm_act(
     """Launch; see `fastp2p.ops.batch_norm_act`."""
     settings = (eps, activation, slope, second, dropout, layer)
     running = (running_mean, running_var, momentum)
-    results: tuple[Tensor, Tensor] = launch(x, mean, var, weight, bias, rng, settings, running, config)
+    results: tuple[Tensor, Tensor] = norm_act.launch(x, mean, var, weight, bias, rng, settings, running, config)
     return results

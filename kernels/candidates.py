@@ -38,12 +38,15 @@ def product_of(operator: str, args: tuple[Any, ...]) -> Product:
     """The GEMMs behind conv, conv_transpose, conv_wgrad or conv_wgrad_adam of these arguments."""
     shape, like = ConvShape.of(operator, args), args[0]
     if operator == "conv":
-        return Product(shape.pixels, shape.outer, shape.columns, like, tile_rule.is_whole(shape.inner))
+        groups = max(1, args[8])  # those of statistics have tiles of their own
+        whole = tile_rule.is_whole(shape.inner)
+        return Product(shape.pixels // groups, shape.outer, shape.columns, like, whole, products=groups)
     if operator == "conv_transpose":
-        pixels = shape.images * math.prod(triton.cdiv(side, shape.stride) for side in shape.large)
+        groups = max(1, args[11])
+        pixels = shape.images // groups * math.prod(triton.cdiv(side, shape.stride) for side in shape.large)
         k = shape.rows * math.prod(triton.cdiv(side, shape.stride) for side in shape.kernel)
         whole = tile_rule.is_whole(shape.outer, shape.outer2)
-        return Product(pixels, shape.inner, k, like, whole, products=shape.stride**2)
+        return Product(pixels, shape.inner, k, like, whole, products=groups * shape.stride**2)
     product = Product(shape.rows, shape.columns, shape.pixels, like, tile_rule.is_whole(shape.inner))
     if operator == "conv_wgrad":
         return product

@@ -24,10 +24,12 @@ from torch import Tensor
 from fastp2p.conv_shape import conv_size
 from fastp2p.kernels import gemm, tile_rule
 from fastp2p.kernels.compile_check import Case
-from fastp2p.kernels.gemm import dot, finish, finish_steps, within
+from fastp2p.kernels.gemm import dot, finish, finish_steps
 from fastp2p.kernels.launch_facts import Arguments, LaunchFacts
 from fastp2p.kernels.layer_shapes import EPILOGUES, LAYERS, gemm_cases
-from fastp2p.kernels.layout import pixel_rows
+from fastp2p.kernels.layout import pixel_rows, within
+from fastp2p.kernels.norm_epilogue import GateArguments
+from fastp2p.norm_gate import NormGate
 
 
 @triton.jit(do_not_specialize=gemm.GEOMETRY)
@@ -54,6 +56,17 @@ def _conv_kernel(
     n_out,
     pixel_stride,
     slope,
+    gate_mean_ptr,  # from here to keep_scale as in norm_epilogue
+    gate_var_ptr,
+    gate_weight_ptr,
+    gate_bias_ptr,
+    rng_ptr,
+    addend_ptr,
+    first,
+    addend_stride,
+    eps,
+    layer,
+    keep_scale,
     KH: tl.constexpr,
     KW: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -63,6 +76,10 @@ def _conv_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_GATE: tl.constexpr,
     HAS_STATS: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_AFFINE: tl.constexpr,
+    SECOND: tl.constexpr,
+    DROP_BELOW: tl.constexpr,
     PRECISION: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -109,7 +126,9 @@ def _conv_kernel(
         split, pixels, workspace_ptr,
         tile // tiles, tile % tiles, tiles, share, channel_block, channel_blocks,
         partial_ptr, mean_ptr, var_ptr, counter_ptr,
-        ACTIVATION, HAS_BIAS, HAS_GATE, HAS_STATS, SPLIT, BLOCK_N,
+        gate_mean_ptr, gate_var_ptr, gate_weight_ptr, gate_bias_ptr, rng_ptr, addend_ptr,
+        first, addend_stride, eps, layer, keep_scale,
+        ACTIVATION, HAS_BIAS, HAS_GATE, HAS_STATS, HAS_NORM, HAS_AFFINE, SECOND, DROP_BELOW, SPLIT, BLOCK_N,
     )  # fmt: skip
 
 
@@ -129,12 +148,13 @@ def compile_cases() -> Iterator[Case]:
     """The forward pass of every convolution of the networks, and the data gradient of every transposed one."""
     for layer in LAYERS:
         n_in, n_out, pixels = layer.shape.inner, layer.shape.rows, layer.shape.pixels
+        first = layer.shape.outer if layer.shape.outer2 else 0  # the skip's channels come before those of a norm
         for after in (layer.gradient,) if layer.transposed else layer.forward:
             yield from gemm_cases(
                 layer,
                 _conv_kernel,
-                ["x_ptr", "weight_ptr", "gate_ptr", "out_ptr"],
-                {"n_in": n_in, "n_out": n_out, "pixel_stride": n_in},
+                ["x_ptr", "weight_ptr", "gate_ptr", "out_ptr", "addend_ptr"],
+                {"n_in": n_in, "n_out": n_out, "pixel_stride": n_in, "first": first, "addend_stride": 0},
                 layer.window | EPILOGUES[after],
                 tiles=partial(tile_rule.candidates, pixels, n_out, whole=tile_rule.is_whole(n_in)),
                 whole_blocks=partial(_whole_blocks, n_in),
@@ -155,6 +175,7 @@ def conv(
     activation: int,
     slope: float,
     stat_groups: int,
+    *norm: Any,
     config: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch; see `fastp2p.ops.conv`."""
@@ -172,7 +193,9 @@ def conv(
     whole = tile_rule.is_whole(n_in)
     config = config or tile_rule.choose_config(rows, n_out, kh * kw * n_in, x, whole=whole, products=groups)
     tiles, channel_blocks = triton.cdiv(rows, config["BLOCK_M"]), triton.cdiv(n_out, config["BLOCK_N"])
-    buffers = gemm.Buffers.new(out, config["SPLIT"], stat_groups, tiles, channel_blocks)
+    gate_norm = NormGate(*norm)
+    buffers = gemm.Buffers.new(out, config["SPLIT"], stat_groups, tiles, channel_blocks, gate_norm)
+    gated = GateArguments.new(gate_norm, x)
     _conv_kernel[(groups * tiles * channel_blocks * config["SPLIT"],)](
         x,
         weight,
@@ -183,7 +206,7 @@ def conv(
         pixels,
         rows,
         tiles,
-        buffers.stats.share,
+        buffers.share,
         height,
         width,
         out_height,
@@ -192,13 +215,15 @@ def conv(
         n_out,
         pixel_stride,
         slope,
+        *gated.tensors,
+        *gated.numbers,
         KH=kh,
         KW=kw,
         STRIDE=stride,
         PADDING=padding,
         WHOLE_BLOCKS=_whole_blocks(n_in, config),
-        **gemm.epilogue_flags(activation, bias, gate, stat_groups),
+        **gemm.epilogue_flags(activation, bias, gate, stat_groups, gated),
         PRECISION=gemm.precision(x.dtype),
         **config,
     )
-    return out, buffers.stats.mean, buffers.stats.var
+    return out, buffers.mean, buffers.var

@@ -23,10 +23,12 @@ from torch import Tensor
 
 from fastp2p.kernels import gemm, tile_rule
 from fastp2p.kernels.compile_check import Case
-from fastp2p.kernels.gemm import dot, finish, finish_steps, within
+from fastp2p.kernels.gemm import dot, finish, finish_steps
 from fastp2p.kernels.launch_facts import Arguments, LaunchFacts
 from fastp2p.kernels.layer_shapes import EPILOGUES, LAYERS, gemm_cases
-from fastp2p.kernels.layout import pixel_rows
+from fastp2p.kernels.layout import pixel_rows, within
+from fastp2p.kernels.norm_epilogue import GateArguments
+from fastp2p.norm_gate import NormGate
 
 
 @triton.jit(do_not_specialize=gemm.GEOMETRY)
@@ -57,6 +59,17 @@ def _conv_transpose_kernel(
     pixel_stride,
     pixel_stride2,
     slope,
+    gate_mean_ptr,  # from here to keep_scale as in norm_epilogue
+    gate_var_ptr,
+    gate_weight_ptr,
+    gate_bias_ptr,
+    rng_ptr,
+    addend_ptr,
+    first,
+    addend_stride,
+    eps,
+    layer,
+    keep_scale,
     KH: tl.constexpr,
     KW: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -67,6 +80,10 @@ def _conv_transpose_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_GATE: tl.constexpr,
     HAS_STATS: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_AFFINE: tl.constexpr,
+    SECOND: tl.constexpr,
+    DROP_BELOW: tl.constexpr,
     PRECISION: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -115,7 +132,9 @@ def _conv_transpose_kernel(
         split, pixels, workspace_ptr,
         tile // tiles, tile % tiles * (STRIDE * STRIDE) + phase, tiles * (STRIDE * STRIDE), share,
         channel_block, channel_blocks, partial_ptr, mean_ptr, var_ptr, counter_ptr,
-        ACTIVATION, HAS_BIAS, HAS_GATE, HAS_STATS, SPLIT, BLOCK_N,
+        gate_mean_ptr, gate_var_ptr, gate_weight_ptr, gate_bias_ptr, rng_ptr, addend_ptr,
+        first, addend_stride, eps, layer, keep_scale,
+        ACTIVATION, HAS_BIAS, HAS_GATE, HAS_STATS, HAS_NORM, HAS_AFFINE, SECOND, DROP_BELOW, SPLIT, BLOCK_N,
     )  # fmt: skip
 
 
@@ -177,12 +196,13 @@ def compile_cases() -> Iterator[Case]:
         phase_pixels = math.prod(triton.cdiv(side, shape.stride) for side in shape.large)
         sizes = {"n_in": n_in, "n_in2": n_in2, "n_out": n_out}
         sizes |= {"pixel_stride": n_in, "pixel_stride2": n_in2 or n_in}
+        sizes |= {"first": 0, "addend_stride": 2 * n_out}  # a skip's gradient is half of a concatenation's
         constants = layer.window | {"TWO_INPUTS": int(n_in2 > 0)}
         for after in layer.forward if layer.transposed else (layer.gradient,):
             yield from gemm_cases(
                 layer,
                 _conv_transpose_kernel,
-                ["x_ptr", "x2_ptr", "weight_ptr", "gate_ptr", "out_ptr"],
+                ["x_ptr", "x2_ptr", "weight_ptr", "gate_ptr", "out_ptr", "addend_ptr"],
                 sizes,
                 constants | EPILOGUES[after],
                 tiles=partial(tile_rule.candidates, phase_pixels, n_out, whole=tile_rule.is_whole(n_in, n_in2)),
@@ -207,6 +227,7 @@ def conv_transpose(
     activation: int,
     slope: float,
     stat_groups: int,
+    *norm: Any,
     config: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch; see `fastp2p.ops.conv_transpose`. height and width are the result's."""
@@ -225,7 +246,9 @@ def conv_transpose(
     whole = tile_rule.is_whole(n_in, n_in2)
     config = config or tile_rule.choose_config(rows, n_out, sum_of_a_phase, x, whole=whole, products=phases * groups)
     tiles, channel_blocks = triton.cdiv(rows, config["BLOCK_M"]), triton.cdiv(n_out, config["BLOCK_N"])
-    buffers = gemm.Buffers.new(out, config["SPLIT"], stat_groups, tiles * phases, channel_blocks)
+    gate_norm = NormGate(*norm)
+    buffers = gemm.Buffers.new(out, config["SPLIT"], stat_groups, tiles * phases, channel_blocks, gate_norm)
+    gated = GateArguments.new(gate_norm, x)
     _conv_transpose_kernel[(groups * tiles * phases * channel_blocks * config["SPLIT"],)](
         x,
         x2,
@@ -237,7 +260,7 @@ def conv_transpose(
         pixels,
         rows,
         tiles,
-        buffers.stats.share,
+        buffers.share,
         n // groups,
         in_height,
         in_width,
@@ -249,14 +272,16 @@ def conv_transpose(
         pixel_stride,
         pixel_stride2,
         slope,
+        *gated.tensors,
+        *gated.numbers,
         KH=kh,
         KW=kw,
         STRIDE=stride,
         PADDING=padding,
         TWO_INPUTS=n_in2 > 0,
         WHOLE_BLOCKS=_whole_blocks(n_in, n_in2, config),
-        **gemm.epilogue_flags(activation, bias, gate, stat_groups),
+        **gemm.epilogue_flags(activation, bias, gate, stat_groups, gated),
         PRECISION=gemm.precision(x.dtype),
         **config,
     )
-    return out, buffers.stats.mean, buffers.stats.var
+    return out, buffers.mean, buffers.var

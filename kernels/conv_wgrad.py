@@ -21,10 +21,10 @@ from torch import Tensor
 
 from fastp2p.kernels import gemm, tile_rule
 from fastp2p.kernels.compile_check import Case
-from fastp2p.kernels.gemm import dot, within
+from fastp2p.kernels.gemm import dot
 from fastp2p.kernels.launch_facts import LaunchFacts, over
 from fastp2p.kernels.layer_shapes import LAYERS, Layer, gemm_cases
-from fastp2p.kernels.layout import pixel_rows
+from fastp2p.kernels.layout import pixel_rows, within
 
 
 @triton.jit(do_not_specialize=gemm.GEOMETRY)

@@ -13,9 +13,12 @@ from fastp2p.kernels.activation import activate, derivative
 from fastp2p.kernels.arrival import counters, is_last
 from fastp2p.kernels.compile_check import Case
 from fastp2p.kernels.launch_facts import Arguments, LaunchFacts
-from fastp2p.kernels.layer_shapes import EPILOGUES, GEOMETRY, STATS_TYPES
+from fastp2p.kernels.layer_shapes import EPILOGUES, GATE_TYPES, GEOMETRY, STATS_TYPES
+from fastp2p.kernels.norm_epilogue import GateArguments, norm_epilogue
 from fastp2p.kernels.norm_stats import StatsBuffers, merge_steps, store_stats
+from fastp2p.kernels.sums import SumsBuffers, sum_steps
 from fastp2p.kernels.tile_rule import MAY_USE_ALL_REGISTERS
+from fastp2p.norm_gate import NO_NORM, NormGate
 
 # Triton's interpreter computes bfloat16 dots wrongly; it gets float32, of the same values.
 WIDEN = tl.constexpr(triton.knobs.runtime.interpret)
@@ -33,12 +36,6 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
-
-
-@triton.jit
-def within(position, size):
-    """0 <= position < size by one comparison: as unsigned numbers the negative ones are large."""
-    return position.to(tl.uint32) < size
 
 
 @triton.jit
@@ -115,11 +112,41 @@ def add_splits(
 
 
 @triton.jit
+def close(
+    acc, pixel, row_inside, channel, n_out, out_ptr, bias_ptr, gate_ptr, slope,
+    group, tile, tiles, share, channel_block, channel_blocks, partial_ptr, mean_ptr, var_ptr, counter_ptr,
+    gate_mean_ptr, gate_var_ptr, gate_weight_ptr, gate_bias_ptr, rng_ptr, addend_ptr,
+    first, addend_stride, eps, layer, keep_scale,
+    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr, HAS_STATS: tl.constexpr,
+    HAS_NORM: tl.constexpr, HAS_AFFINE: tl.constexpr, SECOND: tl.constexpr, DROP_BELOW: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The epilogue of a whole sum: into a norm, or another."""
+    if HAS_NORM:
+        norm_epilogue(
+            acc, pixel, row_inside, channel, n_out, out_ptr, gate_ptr, slope,
+            group, tile, tiles, share, channel_block, channel_blocks, partial_ptr, mean_ptr, var_ptr, counter_ptr,
+            gate_mean_ptr, gate_var_ptr, gate_weight_ptr, gate_bias_ptr, rng_ptr, addend_ptr,
+            first, addend_stride, eps, layer, keep_scale,
+            ACTIVATION, HAS_STATS, HAS_AFFINE, SECOND, DROP_BELOW, BLOCK_N,
+        )  # fmt: skip
+    else:
+        epilogue(
+            acc, pixel, row_inside, channel, n_out, out_ptr, bias_ptr, gate_ptr, slope,
+            group, tile, tiles, share, channel_block, channel_blocks, partial_ptr, mean_ptr, var_ptr, counter_ptr,
+            ACTIVATION, HAS_BIAS, HAS_GATE, HAS_STATS, BLOCK_N,
+        )  # fmt: skip
+
+
+@triton.jit
 def finish(
     acc, pixel, row_inside, channel, n_out, out_ptr, bias_ptr, gate_ptr, slope,
     split, pixels, workspace_ptr,
     group, tile, tiles, share, channel_block, channel_blocks, partial_ptr, mean_ptr, var_ptr, counter_ptr,
+    gate_mean_ptr, gate_var_ptr, gate_weight_ptr, gate_bias_ptr, rng_ptr, addend_ptr,
+    first, addend_stride, eps, layer, keep_scale,
     ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr, HAS_STATS: tl.constexpr,
+    HAS_NORM: tl.constexpr, HAS_AFFINE: tl.constexpr, SECOND: tl.constexpr, DROP_BELOW: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The epilogue of a tile's sum, where it is split by the last split to arrive.
@@ -133,16 +160,20 @@ def finish(
             acc, split, pixel, row_inside, channel, pixels, n_out, workspace_ptr, tile_counter_ptr, SPLIT
         )
         if whole:
-            epilogue(
+            close(
                 acc, pixel, row_inside, channel, n_out, out_ptr, bias_ptr, gate_ptr, slope,
                 group, tile, tiles, share, channel_block, channel_blocks, partial_ptr, mean_ptr, var_ptr, counter_ptr,
-                ACTIVATION, HAS_BIAS, HAS_GATE, HAS_STATS, BLOCK_N,
+                gate_mean_ptr, gate_var_ptr, gate_weight_ptr, gate_bias_ptr, rng_ptr, addend_ptr,
+                first, addend_stride, eps, layer, keep_scale,
+                ACTIVATION, HAS_BIAS, HAS_GATE, HAS_STATS, HAS_NORM, HAS_AFFINE, SECOND, DROP_BELOW, BLOCK_N,
             )  # fmt: skip
     else:
-        epilogue(
+        close(
             acc, pixel, row_inside, channel, n_out, out_ptr, bias_ptr, gate_ptr, slope,
             group, tile, tiles, share, channel_block, channel_blocks, partial_ptr, mean_ptr, var_ptr, counter_ptr,
-            ACTIVATION, HAS_BIAS, HAS_GATE, HAS_STATS, BLOCK_N,
+            gate_mean_ptr, gate_var_ptr, gate_weight_ptr, gate_bias_ptr, rng_ptr, addend_ptr,
+            first, addend_stride, eps, layer, keep_scale,
+            ACTIVATION, HAS_BIAS, HAS_GATE, HAS_STATS, HAS_NORM, HAS_AFFINE, SECOND, DROP_BELOW, BLOCK_N,
         )  # fmt: skip
 
 
@@ -163,10 +194,25 @@ def _reduce_kernel(
     n_out,
     splits,
     slope,
+    gate_mean_ptr,  # from here to keep_scale as in norm_epilogue
+    gate_var_ptr,
+    gate_weight_ptr,
+    gate_bias_ptr,
+    rng_ptr,
+    addend_ptr,
+    first,
+    addend_stride,
+    eps,
+    layer,
+    keep_scale,
     ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_GATE: tl.constexpr,
     HAS_STATS: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_AFFINE: tl.constexpr,
+    SECOND: tl.constexpr,
+    DROP_BELOW: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -186,10 +232,12 @@ def _reduce_kernel(
         for split in tl.static_range(4):  # four loads under way at once; of few tiles, so that int32 holds every offset
             at = workspace_ptr + (first + split) * pixels * n_out + offset
             acc += tl.load(at, mask=inside & (first + split < splits), other=0.0)
-    epilogue(
+    close(
         acc, pixel, row_inside, channel, n_out, out_ptr, bias_ptr, gate_ptr, slope,
         group, tile % tiles, tiles, share, channel_block, channel_blocks, partial_ptr, mean_ptr, var_ptr, counter_ptr,
-        ACTIVATION, HAS_BIAS, HAS_GATE, HAS_STATS, BLOCK_N,
+        gate_mean_ptr, gate_var_ptr, gate_weight_ptr, gate_bias_ptr, rng_ptr, addend_ptr,
+        first, addend_stride, eps, layer, keep_scale,
+        ACTIVATION, HAS_BIAS, HAS_GATE, HAS_STATS, HAS_NORM, HAS_AFFINE, SECOND, DROP_BELOW, BLOCK_N,
     )  # fmt: skip
 
 
@@ -200,6 +248,9 @@ def finish_steps(args: Arguments, tiles: int, split: int = 1) -> int:
         tiles: a group's.
     """
     steps: int = triton.cdiv(split, 4) if split > 1 else 0
+    if args["HAS_STATS"] and args["HAS_NORM"]:
+        steps += sum_steps(args, tiles, args["BLOCK_N"], totals=False)
+        return steps
     return steps + (merge_steps(args, tiles, args["BLOCK_N"]) if args["HAS_STATS"] else 0)
 
 
@@ -210,38 +261,53 @@ LAUNCH_FACTS = {
 }
 
 
-def epilogue_flags(activation: int, bias: Tensor | None, gate: Tensor | None, stat_groups: int) -> dict[str, int]:
-    """The compile-time arguments of `epilogue`."""
-    flags = {"HAS_BIAS": bias is not None, "HAS_GATE": gate is not None, "HAS_STATS": stat_groups > 0}
-    return {"ACTIVATION": activation} | flags
+def epilogue_flags(
+    activation: int, bias: Tensor | None, gate: Tensor | None, stat_groups: int, norm: GateArguments
+) -> dict[str, int]:
+    """The compile-time arguments of `close`."""
+    gated = gate is not None and not norm.constants["HAS_NORM"]
+    flags = {"HAS_BIAS": bias is not None, "HAS_GATE": gated, "HAS_STATS": stat_groups > 0}
+    all_flags: dict[str, int] = {"ACTIVATION": activation, **flags, **norm.constants}
+    return all_flags
 
 
 class Buffers(NamedTuple):
     """What a product's programs leave for one another, and its statistics."""
 
     workspace: Tensor  # (SPLIT, pixels, n_out) float32; where nothing is split it has no elements
-    stats: StatsBuffers
+    partial: Tensor  # the tiles' statistics, or a norm's sums
+    mean: Tensor  # (stat_groups, C) float32, or the sums of dz
+    var: Tensor  # or the sums of dz * xhat
     counters: Tensor
+    share: int  # tiles whose parts one program merges
 
     @classmethod
-    def new(cls, out: Tensor, split: int, stat_groups: int, tiles: int, channel_blocks: int) -> Self:
+    def new(
+        cls, out: Tensor, split: int, stat_groups: int, tiles: int, channel_blocks: int, norm: NormGate = NO_NORM
+    ) -> Self:
         """For a result.
 
         Args:
             out: (N, n_out, H, W).
             tiles: of rows, in each group; a group without statistics is all images.
+            norm: that the result flows on into.
         """
         n_out = out.shape[1]
         shape = (split, out.numel() // n_out, n_out) if split > 1 else (0,)
         workspace = torch.empty(shape, dtype=torch.float32, device=out.device)
-        stats = StatsBuffers.new(stat_groups, tiles, n_out, channel_blocks, out.device)
         n_splits = max(1, stat_groups) * tiles * channel_blocks if split > 1 else 0
-        return cls(workspace, stats, counters(n_splits + stats.n_counters, out))
+        if norm.gate_mean is not None:
+            sums = SumsBuffers.new(stat_groups, tiles, n_out - norm.first, channel_blocks, out.device)
+            counted = counters(n_splits + sums.n_counters, out)
+            return cls(workspace, sums.partial, sums.one, sums.other, counted, sums.share)
+        stats = StatsBuffers.new(stat_groups, tiles, n_out, channel_blocks, out.device)
+        counted = counters(n_splits + stats.n_counters, out)
+        return cls(workspace, stats.partial, stats.mean, stats.var, counted, stats.share)
 
     @property
     def pointers(self) -> tuple[Tensor, ...]:
         """In the order of the kernels' arguments."""
-        return self.workspace, self.stats.partial, self.stats.mean, self.stats.var, self.counters
+        return self.workspace, self.partial, self.mean, self.var, self.counters
 
 
 def reduce_splits(
@@ -253,8 +319,9 @@ def reduce_splits(
     slope: float = 0.0,
     activation: int = 0,
     stat_groups: int = 0,
+    norm: NormGate = NO_NORM,
 ) -> tuple[Tensor, Tensor]:
-    """Launch the reduction of (splits, pixels, n_out) into out; returns out's mean and variance (or none).
+    """Launch the reduction of (splits, pixels, n_out) into out; returns out's mean and variance, or a norm's sums.
 
     Of one split, workspace may be out itself, in its dtype: each element is read before the same program writes it.
     """
@@ -268,27 +335,27 @@ def reduce_splits(
 
     config = REDUCE_CONFIGS[groups * math.prod(tiling(REDUCE_CONFIGS[0])) < FEW_PROGRAMS]
     tiles, channel_blocks = tiling(config)
-    stats = StatsBuffers.new(stat_groups, tiles, n_out, channel_blocks, out.device)
+    buffers = Buffers.new(out, 1, stat_groups, tiles, channel_blocks, norm)
+    gated = GateArguments.new(norm, out)
     _reduce_kernel[(groups * tiles * channel_blocks,)](
         workspace,
         out,
         out if bias is None else bias,
         out if gate is None else gate,
-        stats.partial,
-        stats.mean,
-        stats.var,
-        counters(stats.n_counters, out),
+        *buffers.pointers[1:],
         pixels,
         rows,
         tiles,
-        stats.share,
+        buffers.share,
         n_out,
         splits,
         slope,
-        **epilogue_flags(activation, bias, gate, stat_groups),
+        *gated.tensors,
+        *gated.numbers,
+        **epilogue_flags(activation, bias, gate, stat_groups, gated),
         **config,
     )
-    return stats.mean, stats.var
+    return buffers.mean, buffers.var
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -300,8 +367,8 @@ def precision(dtype: torch.dtype) -> str:
 def compile_cases() -> Iterator[Case]:
     """The reduction, plain for weight gradients and with the epilogues of the networks' layers; in place after ATen."""
     for dtype in ("fp32", "bf16", "fp16"):
-        types = STATS_TYPES | {"workspace_ptr": "*fp32", "slope": "fp32"}
-        types |= dict.fromkeys(("out_ptr", "gate_ptr"), f"*{dtype}") | {"bias_ptr": "*fp32"}
+        types = STATS_TYPES | GATE_TYPES | {"workspace_ptr": "*fp32", "slope": "fp32"}
+        types |= dict.fromkeys(("out_ptr", "gate_ptr", "addend_ptr"), f"*{dtype}") | {"bias_ptr": "*fp32"}
         types |= dict.fromkeys(("pixels", "rows", "tiles", "share", "n_out", "splits"), "i32")
         for name, flags in EPILOGUES.items():
             yield Case(f"reduce {name} {dtype}", _reduce_kernel, types, flags, REDUCE_CONFIGS)

@@ -10,14 +10,17 @@ from fastp2p.kernels.compile_check import Case
 # A kernel's integer arguments that say where pixels lie. Launches do not specialise on them: whether a side is 1 or a
 # multiple of 16 helps no program, and every layer would be compiled anew.
 GEOMETRY = ["pixels", "rows", "tiles", "share", "images", "height", "width", "out_height", "out_width"]
-GEOMETRY += ["outer_height", "outer_width"]
+GEOMETRY += ["outer_height", "outer_width", "layer"]
 
 # The pointers of what an epilogue leaves in float32 beside its result
 STATS_TYPES = {"partial_ptr": "*fp32", "mean_ptr": "*fp32", "var_ptr": "*fp32", "counter_ptr": "*i32"}
 
 # What follows a GEMM: nothing (data gradients), a bias, statistics (before a norm), an activation, or the derivative of
-# the activation before. The numbers are those of fastp2p.kernels.activation.
-_NOTHING = {"ACTIVATION": 0, "HAS_BIAS": 0, "HAS_GATE": 0, "HAS_STATS": 0}
+# the activation before; or for data gradients the way into a normalised layer before. The numbers are those of
+# fastp2p.kernels.activation.
+_NO_NORM = {"HAS_NORM": 0, "HAS_AFFINE": 0, "SECOND": -1, "DROP_BELOW": 0}
+_NOTHING = {"ACTIVATION": 0, "HAS_BIAS": 0, "HAS_GATE": 0, "HAS_STATS": 0} | _NO_NORM
+_NORM = _NOTHING | {"HAS_STATS": 1, "HAS_NORM": 1, "HAS_AFFINE": 1}
 EPILOGUES = {
     "plain": _NOTHING,
     "bias": _NOTHING | {"HAS_BIAS": 1},
@@ -30,6 +33,18 @@ EPILOGUES = {
     "bias tanh": _NOTHING | {"ACTIVATION": 3, "HAS_BIAS": 1},
     "gate relu": _NOTHING | {"ACTIVATION": 1, "HAS_GATE": 1},
     "gate lrelu": _NOTHING | {"ACTIVATION": 2, "HAS_GATE": 1},
+    "norm lrelu": _NORM | {"ACTIVATION": 2},
+    "norm lrelu+relu": _NORM | {"ACTIVATION": 2, "SECOND": 1},
+    "norm relu": _NORM | {"ACTIVATION": 1},
+    "norm dropout": _NORM | {"ACTIVATION": 1, "DROP_BELOW": 2**31},
+    "no norm lrelu+relu": _NOTHING | {"HAS_NORM": 1, "ACTIVATION": 2, "SECOND": 1},
+}
+# The types of what the way into a norm takes, but for addend_ptr, which has the matrices'
+GATE_TYPES = {
+    **dict.fromkeys(("gate_mean_ptr", "gate_var_ptr", "gate_weight_ptr", "gate_bias_ptr"), "*fp32"),
+    "rng_ptr": "*i64",
+    **dict.fromkeys(("first", "addend_stride", "layer"), "i32"),
+    **dict.fromkeys(("eps", "keep_scale"), "fp32"),
 }
 
 
@@ -70,13 +85,13 @@ def _unet_256() -> list[Layer]:
     for level in range(1, 9):
         shape = _shape(widths[level], 0, widths[level - 1], 256 >> (level - 1))
         epilogue = {1: "lrelu", 8: "relu"}.get(level, "stats")  # the outermost and the innermost have no norm
-        gradient = "gate lrelu" if level == 2 else "plain"
+        gradient = {1: "plain", 2: "no norm lrelu+relu"}.get(level, "norm lrelu+relu")
         layers.append(Layer(f"e{level}", False, shape, epilogue, gradient, FOLDED if level == 4 else ()))
     for level in range(8, 0, -1):
         skip = widths[level] if level < 8 else 0
         shape = _shape(widths[level], skip, widths[level - 1], 256 >> (level - 1))
         epilogue = "bias tanh" if level == 1 else "stats"
-        gradient = "gate relu" if level == 8 else "plain"
+        gradient = {8: "gate relu", **dict.fromkeys((6, 5, 4), "norm dropout")}.get(level, "norm relu")
         layers.append(Layer(f"d{level}", True, shape, epilogue, gradient, FOLDED if level == 4 else ()))
     return layers
 
@@ -85,9 +100,9 @@ def _patchgan() -> list[Layer]:
     return [
         Layer("D1", False, _shape(64, 0, 6, 256), "bias lrelu"),
         Layer("D2", False, _shape(128, 0, 64, 128), "stats", "gate lrelu"),
-        Layer("D3", False, _shape(256, 0, 128, 64), "stats"),
-        Layer("D4", False, _shape(512, 0, 256, 32, stride=1), "stats"),
-        Layer("D5", False, _shape(1, 0, 512, 31, stride=1), "bias"),
+        Layer("D3", False, _shape(256, 0, 128, 64), "stats", "norm lrelu"),
+        Layer("D4", False, _shape(512, 0, 256, 32, stride=1), "stats", "norm lrelu"),
+        Layer("D5", False, _shape(1, 0, 512, 31, stride=1), "bias", "norm lrelu"),
     ]
 
 
@@ -136,7 +151,12 @@ def gemm_cases(
         itemsize = 4 if dtype == "fp32" else 2
         configs = [config | {"WHOLE_BLOCKS": whole_blocks(config)} for config in tiles(itemsize)]
         types = dict.fromkeys((*GEOMETRY, *sizes), "i32") | dict.fromkeys(pointers, f"*{dtype}")
-        types |= STATS_TYPES | {"bias_ptr": "*fp32", "workspace_ptr": "*fp32", "slope": "fp32"} | (more_types or {})
+        types |= (
+            STATS_TYPES
+            | GATE_TYPES
+            | {"bias_ptr": "*fp32", "workspace_ptr": "*fp32", "slope": "fp32"}
+            | (more_types or {})
+        )
         for precision in ["ieee"] + ["tf32"] * (rare and dtype == "fp32"):
             label = f"{name} {layer.name} {dtype}{' tf32' * (precision == 'tf32')}"
             flags = constants | {"PRECISION": precision}

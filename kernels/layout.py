@@ -1,7 +1,15 @@
 """How kernels read image batches: as rows of pixels."""
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+
+
+@triton.jit
+def within(position, size):
+    """0 <= position < size by one comparison: as unsigned numbers the negative ones are large."""
+    return position.to(tl.uint32) < size
 
 
 def pixel_rows(x: Tensor) -> tuple[Tensor, int]:

@@ -91,17 +91,15 @@ LAUNCH_FACTS = {
 }
 
 
-def compile_cases() -> Iterator[Case]:
-    """What a U-Net and its discriminator use, in each precision."""
+def compile_cases(name: str = "norm_act", running: int = 0) -> Iterator[Case]:
+    """What a U-Net and its discriminator use, in each precision; with running averages it is batch_norm_act."""
     for dtype in ("fp32", "bf16", "fp16"):
         types = dict.fromkeys(("x_ptr", "y_ptr", "y2_ptr"), f"*{dtype}") | TYPES
         types |= dict.fromkeys(("running_mean_ptr", "running_var_ptr"), "*fp32")
         types |= dict.fromkeys(("one_minus_momentum", "momentum", "momentum_unbiased"), "fp32")
         for use, (activation, second, drop) in USES.items():
             flags = {"HAS_WEIGHT": 1, "HAS_BIAS": 1, "ACTIVATION": activation, "SECOND": second, "DROP_BELOW": drop}
-            for running in (0, 1):
-                name = f"norm_act {use} {dtype}{' running' * running}"
-                yield Case(name, _norm_act_kernel, types, flags | {"HAS_RUNNING": running}, CONFIGS)
+            yield Case(f"{name} {use} {dtype}", _norm_act_kernel, types, flags | {"HAS_RUNNING": running}, CONFIGS)
 
 
 def norm_act(

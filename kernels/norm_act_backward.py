@@ -34,8 +34,9 @@ def _backward_kernel(
     dy2_ptr,  # (G * rows, C), rows dy2_stride apart; dy_ptr again when there is no second gradient
     x_ptr,  # (G * rows, C), rows x_stride apart
     dx_ptr,  # (G * rows, C)
-    partial_ptr,  # these five as in store_sums; the sums are those of dz and of dz * xhat
-    sums_ptr,  # the second pass reads them
+    partial_ptr,  # these six as in store_sums
+    sum_dz_ptr,  # the second pass reads it
+    sum_dz_xhat_ptr,  # and this
     dbias_ptr,
     dweight_ptr,
     counter_ptr,
@@ -62,14 +63,14 @@ def _backward_kernel(
     ACTIVATION: tl.constexpr,
     SECOND: tl.constexpr,
     DROP_BELOW: tl.constexpr,
-    WRITE_SUMS: tl.constexpr,  # the first pass
+    WRITE_sums_ptrs: tl.constexpr,  # the first pass
     WRITE_DX: tl.constexpr,  # the second; with fixed statistics one pass is both
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     channel_blocks = tl.cdiv(n_channels, BLOCK_C)
     program = tl.program_id(0)
-    if not WRITE_SUMS:
+    if not WRITE_sums_ptrs:
         program = tl.num_programs(0) - 1 - program  # backwards: what the first pass read last is still in the cache
     channel_block = program % channel_blocks
     column = channel_block * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -79,10 +80,11 @@ def _backward_kernel(
     mean, rstd, scale, bias = columns(
         mean_ptr, var_ptr, weight_ptr, bias_ptr, group, channel, n_channels, eps, HAS_WEIGHT, HAS_BIAS
     )
-    if not WRITE_SUMS:
-        at = sums_ptr + group * 2 * n_channels + channel
-        mean_dz = tl.load(at, mask=channel < n_channels, other=0.0) * inverse_rows
-        projection = tl.load(at + n_channels, mask=channel < n_channels, other=0.0) * inverse_rows * rstd
+    if not WRITE_sums_ptrs:
+        at = group * n_channels + channel
+        there = channel < n_channels
+        mean_dz = tl.load(sum_dz_ptr + at, mask=there, other=0.0) * inverse_rows
+        projection = tl.load(sum_dz_xhat_ptr + at, mask=there, other=0.0) * inverse_rows * rstd
     sum_dz = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     sum_dz_centred = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
 
@@ -100,37 +102,38 @@ def _backward_kernel(
             dz *= dropout_factor(rng_ptr, row * n_channels + channel, layer, keep_scale, DROP_BELOW)
         if WRITE_DX:
             dx = dz
-            if not WRITE_SUMS:
+            if not WRITE_sums_ptrs:
                 dx = dz - mean_dz - centred * projection
             tl.store(dx_ptr + row * n_channels + channel, dx * scale, mask=inside)
-        if WRITE_SUMS:
+        if WRITE_sums_ptrs:
             sum_dz += tl.where(inside, dz, 0.0)
             sum_dz_centred += tl.where(inside, dz * centred, 0.0)
 
-    if WRITE_SUMS:
+    if WRITE_sums_ptrs:
         dbias = tl.sum(sum_dz, axis=0)
         dweight = tl.sum(sum_dz_centred * rstd, axis=0)
         store_sums(
             dbias, dweight, group, groups, program % programs, programs, share, column, channel_block, channel_blocks,
-            n_channels, partial_ptr, sums_ptr, dbias_ptr, dweight_ptr, counter_ptr, BLOCK_C,
+            n_channels, partial_ptr, sum_dz_ptr, sum_dz_xhat_ptr, dbias_ptr, dweight_ptr, counter_ptr, True, BLOCK_C,
         )  # fmt: skip
 
 
 LAUNCH_FACTS = {
     "_backward_kernel": LaunchFacts(
         over("rows", "BLOCK_M", "programs"),
-        lambda args: sum_steps(args, args["programs"], args["BLOCK_C"]) if args["WRITE_SUMS"] else 0,
-        only_with={"dx_ptr": "WRITE_DX", "partial_ptr": "WRITE_SUMS"},
+        lambda args: sum_steps(args, args["programs"], args["BLOCK_C"]) if args["WRITE_sums_ptrs"] else 0,
+        only_with={"dx_ptr": "WRITE_DX", "partial_ptr": "WRITE_sums_ptrs"},
     )
 }
 
 
 def compile_cases() -> Iterator[Case]:
     """What a U-Net and its discriminator use, in each precision; the passes one by one."""
-    sums, dx, both = ({"WRITE_SUMS": w, "WRITE_DX": d} for w, d in ((1, 0), (0, 1), (1, 1)))
+    sums_ptrs = ("partial_ptr", "sum_dz_ptr", "sum_dz_xhat_ptr", "dbias_ptr", "dweight_ptr")
+    sums, dx, both = ({"WRITE_sums_ptrs": w, "WRITE_DX": d} for w, d in ((1, 0), (0, 1), (1, 1)))
     for dtype in ("fp32", "bf16", "fp16"):
         types = dict.fromkeys(("x_ptr", "dy_ptr", "dy2_ptr", "dx_ptr"), f"*{dtype}") | TYPES
-        types |= dict.fromkeys(("partial_ptr", "sums_ptr", "dbias_ptr", "dweight_ptr"), "*fp32")
+        types |= dict.fromkeys(sums_ptrs, "*fp32")
         types |= {"counter_ptr": "*i32", "inverse_rows": "fp32"}
         types |= dict.fromkeys(("programs", "share", "dy_stride", "dy2_stride"), "i32")
         for use, (activation, second, drop) in USES.items():
@@ -168,6 +171,7 @@ def norm_act_backward(
     sharing = min(tiles, max(1, SUM_PROGRAMS // (groups * channel_blocks)))
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     sums = SumsBuffers.new(groups, sharing, n_channels, channel_blocks, x.device)
+    dbias, dweight = (torch.empty(n_channels, dtype=torch.float32, device=x.device) for _ in range(2))
     small = vectors(mean, var, weight, bias, rng)
     flags = flags_of(weight, bias, rng, activation, dropout) | {"SECOND": -1 if dy2 is None else second} | config
 
@@ -177,7 +181,11 @@ def norm_act_backward(
             dy_other,
             x,
             dx,
-            *sums.pointers,
+            sums.partial,
+            sums.one,
+            sums.other,
+            dbias,
+            dweight,
             counters(sums.n_counters, x),
             *small,
             rows,
@@ -193,7 +201,7 @@ def norm_act_backward(
             slope,
             layer,
             1 / (1 - dropout),
-            WRITE_SUMS=write_sums,
+            WRITE_sums_ptrs=write_sums,
             WRITE_DX=write_dx,
             **flags,
         )
@@ -201,4 +209,4 @@ def norm_act_backward(
     launch(sharing, write_sums=True, write_dx=fixed_stats)
     if not fixed_stats:
         launch(tiles, write_sums=False, write_dx=True)
-    return dx, sums.other, sums.one
+    return dx, dweight, dbias

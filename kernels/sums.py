@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastp2p.kernels.arrival import is_last
 from fastp2p.kernels.launch_facts import Arguments
+from fastp2p.kernels.layout import within
 from fastp2p.kernels.norm_stats import share_of
 
 
@@ -30,15 +31,17 @@ def store_sums(
     channel_blocks,
     n_channels,
     partial_ptr,  # (G, parts + shares, 2, C) float32
-    sums_ptr,  # (G, 2, C) float32
-    one_ptr,  # (C,) float32: the first sum over all groups
-    other_ptr,  # (C,) float32: the second
+    one_ptr,  # (G, C) float32
+    other_ptr,  # (G, C) float32
+    total_one_ptr,  # (C,) float32: the first sum over all groups
+    total_other_ptr,  # (C,) float32: the second
     counter_ptr,  # (channel_blocks, G * (shares + 1) + 1) int32
+    HAS_TOTALS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """A part's sums; the last part of a share adds the share's, the last share the group's, the last group all."""
     shares = tl.cdiv(parts, share)
-    inside = channel < n_channels
+    inside = within(channel, n_channels)
     counter_ptr += channel_block * (groups * (shares + 1) + 1)
     all_groups_ptr = counter_ptr + groups * (shares + 1)
     counter_ptr += group * (shares + 1)
@@ -50,72 +53,76 @@ def store_sums(
     first = mine * share
     end = tl.minimum(first + share, parts)
     if is_last(counter_ptr + mine, end - first):
-        one, other = add_rows(partial_ptr, first, end, channel, n_channels, BLOCK_C)
+        one, other = add_rows(
+            partial_ptr, partial_ptr + n_channels, 2 * n_channels, first, end, channel, n_channels, BLOCK_C
+        )
         if shares == 1:
             store_group(
-                one, other, group, groups, channel, n_channels, sums_ptr, one_ptr, other_ptr, all_groups_ptr, BLOCK_C
-            )
+                one, other, group, groups, channel, n_channels, one_ptr, other_ptr, total_one_ptr, total_other_ptr,
+                all_groups_ptr, HAS_TOTALS, BLOCK_C,
+            )  # fmt: skip
         else:
             at = partial_ptr + (parts + mine).to(tl.int64) * 2 * n_channels + channel
             tl.store(at, one, mask=inside)
             tl.store(at + n_channels, other, mask=inside)
             if is_last(counter_ptr + shares, shares):
-                one, other = add_rows(partial_ptr, parts, parts + shares, channel, n_channels, BLOCK_C)
-                store_group(
-                    one, other, group, groups, channel, n_channels, sums_ptr, one_ptr, other_ptr, all_groups_ptr,
+                one, other = add_rows(
+                    partial_ptr, partial_ptr + n_channels, 2 * n_channels, parts, parts + shares, channel, n_channels,
                     BLOCK_C,
+                )  # fmt: skip
+                store_group(
+                    one, other, group, groups, channel, n_channels, one_ptr, other_ptr, total_one_ptr, total_other_ptr,
+                    all_groups_ptr, HAS_TOTALS, BLOCK_C,
                 )  # fmt: skip
 
 
 @triton.jit
 def store_group(
-    one, other, group, groups, channel, n_channels, sums_ptr, one_ptr, other_ptr, counter_ptr, BLOCK_C: tl.constexpr
-):
-    """A group's sums; the last group adds those of all."""
-    inside = channel < n_channels
-    at = sums_ptr + group.to(tl.int64) * 2 * n_channels + channel
-    tl.store(at, one, mask=inside)
-    tl.store(at + n_channels, other, mask=inside)
-    if groups == 1:
-        tl.store(one_ptr + channel, one, mask=inside)
-        tl.store(other_ptr + channel, other, mask=inside)
-    else:
-        if is_last(counter_ptr, groups):
-            one, other = add_rows(sums_ptr, 0, groups, channel, n_channels, BLOCK_C)
-            tl.store(one_ptr + channel, one, mask=inside)
-            tl.store(other_ptr + channel, other, mask=inside)
+    one, other, group, groups, channel, n_channels, one_ptr, other_ptr, total_one_ptr, total_other_ptr, counter_ptr,
+    HAS_TOTALS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """A group's sums; the last group adds those of all, where they are wanted."""
+    inside = within(channel, n_channels)
+    at = group.to(tl.int64) * n_channels + channel
+    tl.store(one_ptr + at, one, mask=inside)
+    tl.store(other_ptr + at, other, mask=inside)
+    if HAS_TOTALS:
+        last = is_last(counter_ptr, groups)
+        if last:
+            one, other = add_rows(one_ptr, other_ptr, n_channels, 0, groups, channel, n_channels, BLOCK_C)
+            tl.store(total_one_ptr + channel, one, mask=inside)
+            tl.store(total_other_ptr + channel, other, mask=inside)
 
 
 @triton.jit
-def add_rows(rows_ptr, first, end, channel, n_channels, BLOCK_C: tl.constexpr):
-    """The two sums, (BLOCK_C,) each, of rows first to end of (rows, 2, C)."""
+def add_rows(one_ptr, other_ptr, stride, first, end, channel, n_channels, BLOCK_C: tl.constexpr):
+    """The sums, (BLOCK_C,) each, of rows first to end of two matrices, whose rows are `stride` apart."""
     BLOCK_T: tl.constexpr = 2048 // BLOCK_C
-    inside = channel < n_channels
+    inside = within(channel, n_channels)
     one = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     other = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     for block in range(first, end, BLOCK_T):
         row = block + tl.arange(0, BLOCK_T)
-        at = rows_ptr + row.to(tl.int64)[:, None] * 2 * n_channels + channel[None, :]
+        at = row.to(tl.int64)[:, None] * stride + channel[None, :]
         mask = (row < end)[:, None] & inside[None, :]
-        one += tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
-        other += tl.load(at + n_channels, mask=mask, other=0.0, cache_modifier=".cg")
+        one += tl.load(one_ptr + at, mask=mask, other=0.0, cache_modifier=".cg")
+        other += tl.load(other_ptr + at, mask=mask, other=0.0, cache_modifier=".cg")
     return tl.sum(one, axis=0), tl.sum(other, axis=0)
 
 
-def sum_steps(args: Arguments, parts: int, block_c: int) -> int:
+def sum_steps(args: Arguments, parts: int, block_c: int, *, totals: bool) -> int:
     """The iterations of add_rows in the program that adds last, of so many parts in a group."""
     block_t, share = 2048 // block_c, args["share"]
     steps: int = triton.cdiv(min(share, parts), block_t)
     steps += triton.cdiv(triton.cdiv(parts, share), block_t) if parts > share else 0
-    return steps + (triton.cdiv(args["groups"], block_t) if args["groups"] > 1 else 0)
+    return steps + (triton.cdiv(args["groups"], block_t) if totals else 0)
 
 
 class SumsBuffers(NamedTuple):
     """Where a launch leaves such sums, and what it needs on the way."""
 
     partial: Tensor  # (G, parts + shares, 2, C) float32
-    sums: Tensor  # (G, 2, C) float32
-    one: Tensor  # (C,) float32
+    one: Tensor  # (G, C) float32
     other: Tensor
     share: int
     n_counters: int
@@ -129,11 +136,6 @@ class SumsBuffers(NamedTuple):
         """
         share = share_of(parts)
         shares = triton.cdiv(parts, share)
-        shapes = ((groups, parts + shares, 2, channels), (groups, 2, channels), (channels,), (channels,))
-        partial, sums, one, other = (torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes)
-        return cls(partial, sums, one, other, share, channel_blocks * (groups * (shares + 1) + 1))
-
-    @property
-    def pointers(self) -> tuple[Tensor, ...]:
-        """In the order of the kernels' arguments, the counters after them."""
-        return self.partial, self.sums, self.one, self.other
+        shapes = ((groups, parts + shares, 2, channels), (groups, channels), (groups, channels))
+        partial, one, other = (torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes)
+        return cls(partial, one, other, share, channel_blocks * (groups * (shares + 1) + 1))

@@ -13,7 +13,7 @@ from fastp2p.ops.library import file_of
 ROOT = Path(__file__).resolve().parents[1]
 
 # What the modules of each folder, and each module beside them, may import, besides their own folder.
-BASE = ("errors", "environment", "files", "terminal", "conv_shape", "config", "device")
+BASE = ("errors", "environment", "files", "terminal", "conv_shape", "norm_gate", "config", "device")
 ENGINE = (*BASE, "kernels", "ops", "nn", "data", "engine")
 TRAIN = (*ENGINE, "count", "tuner", "models")
 MAY_IMPORT: dict[str, tuple[str, ...]] = {

@@ -78,10 +78,12 @@ void col2im(const Tensor& shares, const Tensor& x, const Window& window, const s
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> conv_transpose_cpu(Tensor x, std::optional<Tensor> x2, Tensor weight,
-                                                      std::optional<Tensor> bias, std::optional<Tensor> gate,
-                                                      int64_t stride, int64_t padding, int64_t height, int64_t width,
-                                                      int64_t activation, double slope, int64_t stat_groups) {
+std::tuple<Tensor, Tensor, Tensor> conv_transpose_cpu(
+    Tensor x, std::optional<Tensor> x2, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> gate,
+    int64_t stride, int64_t padding, int64_t height, int64_t width, int64_t activation, double slope,
+    int64_t stat_groups, std::optional<Tensor> gate_mean, std::optional<Tensor> gate_var,
+    std::optional<Tensor> gate_weight, std::optional<Tensor> gate_bias, std::optional<Tensor> rng,
+    std::optional<Tensor> addend, int64_t first, double eps, int64_t second, double dropout, int64_t layer) {
   FASTP2P_CHECK("conv_transpose", x.dim() == 4 && weight.dim() == 4, "got x ", describe(x), ", weight ",
                 describe(weight), ", expected (N, C, H, W) and (C + C2, O, KH, KW)");
   if (x2) {
@@ -92,7 +94,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_transpose_cpu(Tensor x, std::optional<Te
                 ", expected as many rows as x and x2 have channels, for x ", describe(x));
   const Window window{weight.size(2), weight.size(3), stride, padding};
   const int64_t n = x.size(0), channels = weight.size(1);
-  check_convolution("conv_transpose", x, weight, bias, gate, window, activation, {n, channels, height, width});
+  check_convolution("conv_transpose", x, weight, bias, gate_mean ? std::nullopt : gate, window, activation,
+                    {n, channels, height, width});
   const int64_t extra_height = height - ((x.size(2) - 1) * stride - 2 * padding + window.height);
   const int64_t extra_width = width - ((x.size(3) - 1) * stride - 2 * padding + window.width);
   FASTP2P_CHECK("conv_transpose",
@@ -118,6 +121,12 @@ std::tuple<Tensor, Tensor, Tensor> conv_transpose_cpu(Tensor x, std::optional<Te
     col2im(shares, x, window, bias, out);
   } else {
     out = convolve(concatenate(x, x2), weight, bias, window, true, extra_height, extra_width);
+  }
+  if (gate_mean) {
+    FASTP2P_CHECK("conv_transpose", gate.has_value(), "got gate_mean without a gate, expected the norm's input");
+    const NormGate norm{gate_mean, gate_var, gate_weight, gate_bias, rng, addend, first, eps, second, dropout, layer};
+    const auto [sum_dz, sum_dz_xhat] = dz_in_place("conv_transpose", out, *gate, norm, activation, slope, stat_groups);
+    return {out, sum_dz, sum_dz_xhat};
   }
   activate_in_place(out, activation, slope, gate);
   const auto [mean, var] = norm_stats_cpu(out, stat_groups);

@@ -5,6 +5,19 @@
 
 namespace fastp2p {
 
+// A normalised layer that a data gradient flows on into; fastp2p/norm_gate.py.
+struct NormGate {
+  std::optional<Tensor> mean, var, weight, bias, rng, addend;
+  int64_t first;
+  double eps;
+  int64_t second;
+  double dropout;
+  int64_t layer;
+};
+
+// dz in place of dy's channels from gate.first on, and its sums; x is the norm's input.
+std::tuple<Tensor, Tensor> dz_in_place(const char* operation, Tensor& dy, const Tensor& x, const NormGate& gate,
+                                       int64_t activation, double slope, int64_t stat_groups);
 std::tuple<Tensor, Tensor> norm_stats_cpu(Tensor x, int64_t stat_groups);
 std::tuple<Tensor, Tensor> norm_act_cpu(Tensor x, Tensor mean, Tensor var, std::optional<Tensor> weight,
                                         std::optional<Tensor> bias, std::optional<Tensor> rng, double eps,

@@ -78,10 +78,17 @@ def step_floor(costs: Sequence[Cost], ceilings: Ceilings) -> StepFloor:
         adam += cost.traffic.adam
         if call.operator in CONVOLUTIONS:
             flop += cost.flop
-            maps += cost.traffic.maps
+            maps += cost.traffic.maps - _maps_of_a_norm(call)
             weights.setdefault((call.net, call.layer, call.direction), cost.traffic.weights)
     per_byte = 1 / ceilings.bytes_per_sec
     return StepFloor(flop / ceilings.flop_per_sec, maps * per_byte, sum(weights.values()) * per_byte, adam * per_byte)
+
+
+def _maps_of_a_norm(call: Call) -> int:
+    """Bytes that a data gradient reads for the norm that it flows on into, which is no part of the convolution."""
+    if call.args.get("gate_mean") is None:
+        return 0
+    return sum(call.args[name].n_bytes for name in ("gate", "addend") if call.args[name] is not None)
 
 
 def count_step(step: Step, images: int) -> list[Cost]:

@@ -16,6 +16,7 @@ from fastp2p.engine.record import about
 from fastp2p.errors import InputError
 from fastp2p.nn.block import Normalisation
 from fastp2p.nn.norm import SampleNorm2d
+from fastp2p.norm_gate import NormGate
 
 operators = torch.ops.fastp2p
 
@@ -29,6 +30,14 @@ class Kept(NamedTuple):
     raw: Tensor | None = None  # the convolution's result, where a pass of its own normalises or activates it
     mean: Tensor | None = None
     var: Tensor | None = None
+
+
+class BeforeNorm(NamedTuple):
+    """The gradient before a layer's activation and norm's affine map, and its sums over the pixels."""
+
+    dz: Tensor
+    sum_dz: Tensor  # (G, C)
+    sum_dz_xhat: Tensor  # (G, C)
 
 
 Gradients = dict[Source, Tensor]
@@ -50,6 +59,7 @@ class FusedNetwork:
         self.no_stats = {c: (arena.param.new_zeros(1, c), arena.param.new_ones(1, c)) for c in channels}
         self.branch = Branch(arena.param.device)
         self._unreached = functools.cache(plan.unreached)
+        self._completes = plan.completes()
 
     def forward(self, x: Tensor, *, batches: int = 1) -> list[Kept]:
         """All nodes in training mode; running averages move once for each batch, as autograd's do in each pass.
@@ -198,6 +208,7 @@ class FusedNetwork:
             sums: over the pixels of gradients, by id(gradient).
         """
         means: dict[int, Tensor] = {}  # over the pixels of a layer's dz, by its node
+        before_norm: dict[int, BeforeNorm] = {}  # by a layer's node
         for place in reversed(range(len(self.plan.nodes))):
             node, operands = self.plan.nodes[place], kept[place].operands
             flows = to_input or self.plan.follows_layers[place]
@@ -207,10 +218,15 @@ class FusedNetwork:
                 for source, part in zip(node.sources, parts, strict=False):
                     _add(gradients, source, part)
                 continue
-            dy2 = gradients.pop(Source(place, 1), None)
-            total = None if sums is None else sums.get(id(dy))
-            dz = self._before_norm_act(node, kept[place], dy, dy2, means.get(place), total, of_parameters)
-            if flows:
+            if place in before_norm:
+                dz = self._before_conv(node, kept[place], before_norm.pop(place), of_parameters)
+            else:
+                dy2 = gradients.pop(Source(place, 1), None)
+                total = None if sums is None else sums.get(id(dy))
+                dz = self._before_norm_act(node, kept[place], dy, dy2, means.get(place), total, of_parameters)
+            if flows and place in self._completes:
+                self._gradient_before_norm(place, node, dz, kept, gradients, before_norm, of_parameters is not None)
+            elif flows:
                 self._data_gradient(node, dz, kept, gradients, means if of_parameters is not None else None)
             yield node, dz, operands
 
@@ -247,6 +263,65 @@ class FusedNetwork:
         elif of_parameters is not None and layer.trains_bias:
             of_parameters[id(layer.conv.bias)] = dbias
         return dz
+
+    def _before_conv(
+        self, layer: Layer, kept: Kept, before: BeforeNorm, of_parameters: dict[int, Tensor] | None
+    ) -> Tensor:
+        """The gradient of the convolution's result; fills in those of its bias or its norm's parameters."""
+        if layer.norm is None:
+            if of_parameters is not None and layer.trains_bias:
+                of_parameters[id(layer.conv.bias)] = before.sum_dz[0]
+            return before.dz
+        about(self, layer.name, "norm, backward", len(before.dz))
+        dx: Tensor
+        dx, dweight, dbias = operators.norm_dx(
+            before.dz, kept.raw, kept.mean, kept.var, layer.norm.weight, *before[1:], layer.norm.eps
+        )
+        if of_parameters is not None and layer.norm.weight is not None:
+            of_parameters |= {id(layer.norm.weight): dweight, id(layer.norm.bias): dbias}
+        return dx
+
+    def _gradient_before_norm(
+        self,
+        place: int,
+        layer: Layer,
+        dz: Tensor,
+        kept: Sequence[Kept],
+        gradients: Gradients,
+        before_norm: dict[int, BeforeNorm],
+        trains: bool,
+    ) -> None:
+        """The data gradient of a layer, and on through the activation of the layer that its last source comes from.
+
+        Args:
+            before_norm: to be filled in.
+            trains: whether the parameters' gradients are wanted.
+        """
+        first, last = layer.sources[0], layer.sources[-1]
+        before, read = self.plan.nodes[last.node], kept[last.node]
+        assert isinstance(before, Layer)
+        assert read.mean is not None
+        (weight, bias, rng), (eps, activation, slope, second, dropout, number) = self._norm_act_settings(before)
+        if last.slot:  # the second result's activation is what this gradient goes through
+            activation, second = second, activation
+        addend = gradients.pop(Source(last.node, 1 - last.slot), None)
+        channels = 0  # the first source's, whose gradient is given on as it is
+        if len(layer.sources) > 1:
+            channels = self.plan.in_channels if first == INPUT else _result(kept, first).shape[1]
+        norm = NormGate(
+            *(read.mean, read.var, weight, bias, rng, addend),
+            *(channels, eps, -1 if addend is None else int(second), dropout, int(number)),
+        )
+        groups = len(read.mean) if before.norm is not None else int(trains and before.trains_bias)
+        args = (self.arena.weight(layer), None, read.raw, layer.stride, layer.taps.padding)
+        about(self, layer.name, "data gradient", len(dz))
+        if layer.transposed:
+            dx, *sums = operators.conv(dz, *args, activation, slope, groups, *norm)
+        else:
+            dx, *sums = operators.conv_transpose(dz, None, *args, *layer.in_size, activation, slope, groups, *norm)
+        before_norm[last.node] = BeforeNorm(dx[:, channels:], *sums)
+        if channels:
+            _add(gradients, first, dx[:, :channels])
 
     def _data_gradient(
         self,

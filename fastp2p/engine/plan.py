@@ -119,6 +119,28 @@ class Plan:
                 return node
         return None
 
+    def completes(self) -> dict[int, Source]:
+        """By a layer's place, its last source, where this layer's data gradient completes what comes to a layer before.
+
+        That one normalises or activates in a pass of its own, so dz follows from it. Its result is read there alone,
+        and its other result, if it has one, later in the forward pass, so that gradient has come before.
+        """
+        readers: dict[int, list[Source]] = {}  # by the node that is read: (place of the reader, slot)
+        reading = [(place, source) for place, node in enumerate(self.nodes) for source in node.sources]
+        for place, source in [*reading, *((len(self.nodes), source) for source in self.outputs)]:
+            readers.setdefault(source.node, []).append(Source(place, source.slot))
+        found = {}
+        for place, node in enumerate(self.nodes):
+            source = node.sources[-1]
+            before = self.nodes[source.node] if source != INPUT else None
+            if not (isinstance(node, Layer) and isinstance(before, Layer)) or before.activation_in_conv:
+                continue
+            others = [reader for reader in readers[source.node] if reader != Source(place, source.slot)]
+            alone = len(others) == len(readers[source.node]) - 1
+            if alone and all(reader.node > place and reader.slot != source.slot for reader in others):
+                found[place] = source
+        return found
+
     def output_layer(self, number: int = 0) -> Layer | None:
         """The layer that makes an output of the network; None where a link or the input is the output."""
         source = self.outputs[number]

@@ -9,6 +9,7 @@ from fastp2p.ops.conv_wgrad import conv_wgrad, conv_wgrad_ref
 from fastp2p.ops.conv_wgrad_adam import conv_wgrad_adam, conv_wgrad_adam_ref
 from fastp2p.ops.library import operators, served_by
 from fastp2p.ops.norm_act import norm_act, norm_act_backward_ref, norm_act_ref
+from fastp2p.ops.norm_dx import norm_dx, norm_dx_ref
 from fastp2p.ops.norm_stats import norm_stats, norm_stats_ref
 from fastp2p.ops.patch_loss import patch_loss, patch_loss_ref
 from fastp2p.ops.running_stats import running_stats, running_stats_ref
@@ -31,6 +32,8 @@ __all__ = [
     "norm_act",
     "norm_act_backward_ref",
     "norm_act_ref",
+    "norm_dx",
+    "norm_dx_ref",
     "norm_stats",
     "norm_stats_ref",
     "operators",

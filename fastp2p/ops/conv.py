@@ -8,9 +8,11 @@ from torch import Tensor
 
 from fastp2p.conv_shape import conv_size
 from fastp2p.errors import InputError
+from fastp2p.norm_gate import NormGate
 from fastp2p.ops import library
 from fastp2p.ops.activation import Activation, activate, activation_index, derivative
 from fastp2p.ops.library import check_devices, describe
+from fastp2p.ops.norm_gate import SCHEMA, dz_and_sums, fake_sums
 from fastp2p.ops.norm_stats import check_stat_groups, fake_stats, norm_stats_ref
 from fastp2p.ops.operands import Work
 
@@ -25,9 +27,14 @@ def conv_ref(
     activation: int,
     slope: float,
     stat_groups: int,
+    *norm: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The specification of `conv`."""
     out = F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), stride, padding)  # bias rounded as well
+    gated = NormGate(*norm)
+    if gated.gate_mean is not None:
+        assert gate is not None
+        return dz_and_sums(out, gate, gated, activation, slope, stat_groups)
     out = activate(out, activation, slope) if gate is None else out * derivative(gate, activation, slope)
     out = out.contiguous(memory_format=torch.channels_last)
     return out, *norm_stats_ref(out, stat_groups)
@@ -43,15 +50,19 @@ def _fake(
     activation: int,
     slope: float,
     stat_groups: int,
+    *norm: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     height, width = (conv_size(x.shape[d], weight.shape[d], stride, padding) for d in (2, 3))
     shape = (x.shape[0], weight.shape[0], height, width)
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    if NormGate(*norm).gate_mean is not None:
+        assert gate is not None
+        return out, *fake_sums(gate, stat_groups)
     return out, *fake_stats(out, stat_groups)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weight, bias, gate, ctx.stride, ctx.padding, ctx.activation, ctx.slope, _ = inputs
+    x, weight, bias, gate, ctx.stride, ctx.padding, ctx.activation, ctx.slope, *_ = inputs
     out, mean, var = output
     ctx.gated, ctx.bias_dtype = gate is not None, None if bias is None else bias.dtype
     ctx.mark_non_differentiable(mean, var)
@@ -74,17 +85,18 @@ def _backward(ctx: Any, dout: Tensor, _mean: Tensor, _var: Tensor) -> tuple[Tens
         dweight = torch.ops.fastp2p.conv_wgrad(dz, None, x, *kernel_size, ctx.stride, ctx.padding, weight.dtype)
     if ctx.needs_input_grad[2]:
         dbias = dz.sum((0, 2, 3), dtype=ctx.bias_dtype)
-    return dx, dweight, dbias, None, None, None, None, None, None
+    return dx, dweight, dbias, *[None] * (6 + len(NormGate._fields))
 
 
 library.define(
     "conv",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? gate, int stride, int padding, int activation, float slope, "
-    "SymInt stat_groups) -> (Tensor, Tensor, Tensor)",
+    "SymInt stat_groups, "
+    f"{SCHEMA}) -> (Tensor, Tensor, Tensor)",
     reference=conv_ref,
     fake=_fake,
     work=Work(
-        maps=("x", "gate"),
+        maps=("x", "gate", "addend"),
         weights=("weight",),
         results=("maps", "vectors", "vectors"),
         flop=lambda args, results: 2 * results[0].pixels * args["weight"].elements,

@@ -8,10 +8,12 @@ from torch import Tensor
 
 from fastp2p.conv_shape import conv_transpose_size
 from fastp2p.errors import InputError
+from fastp2p.norm_gate import NormGate
 from fastp2p.ops import library
 from fastp2p.ops.activation import Activation, activate, activation_index, derivative
 from fastp2p.ops.conv import check_extras, check_window
 from fastp2p.ops.library import check_devices, describe
+from fastp2p.ops.norm_gate import SCHEMA, dz_and_sums, fake_sums
 from fastp2p.ops.norm_stats import check_stat_groups, fake_stats, norm_stats_ref
 from fastp2p.ops.operands import Work
 
@@ -29,6 +31,7 @@ def conv_transpose_ref(
     activation: int,
     slope: float,
     stat_groups: int,
+    *norm: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The specification of `conv_transpose`."""
     both = x if x2 is None else torch.cat([x, x2], dim=1)
@@ -36,6 +39,10 @@ def conv_transpose_ref(
     output_padding = (height - smallest[0], width - smallest[1])
     bias = None if bias is None else bias.to(x.dtype)
     out = F.conv_transpose2d(both, weight, bias, stride, padding, output_padding)
+    gated = NormGate(*norm)
+    if gated.gate_mean is not None:
+        assert gate is not None
+        return dz_and_sums(out, gate, gated, activation, slope, stat_groups)
     out = activate(out, activation, slope) if gate is None else out * derivative(gate, activation, slope)
     out = out.contiguous(memory_format=torch.channels_last)
     return out, *norm_stats_ref(out, stat_groups)
@@ -54,14 +61,18 @@ def _fake(
     activation: int,
     slope: float,
     stat_groups: int,
+    *norm: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = (x.shape[0], weight.shape[1], height, width)
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    if NormGate(*norm).gate_mean is not None:
+        assert gate is not None
+        return out, *fake_sums(gate, stat_groups)
     return out, *fake_stats(out, stat_groups)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, x2, weight, bias, gate, ctx.stride, ctx.padding, _, _, ctx.activation, ctx.slope, _ = inputs
+    x, x2, weight, bias, gate, ctx.stride, ctx.padding, _, _, ctx.activation, ctx.slope, *_ = inputs
     out, mean, var = output
     ctx.gated, ctx.bias_dtype = gate is not None, None if bias is None else bias.dtype
     ctx.mark_non_differentiable(mean, var)
@@ -87,17 +98,18 @@ def _backward(ctx: Any, dout: Tensor, _mean: Tensor, _var: Tensor) -> tuple[Tens
         dweight = torch.ops.fastp2p.conv_wgrad(x, x2, dz, *kernel_size, ctx.stride, ctx.padding, weight.dtype)
     if ctx.needs_input_grad[3]:
         dbias = dz.sum((0, 2, 3), dtype=ctx.bias_dtype)
-    return dx, dx2, dweight, dbias, *[None] * 8
+    return dx, dx2, dweight, dbias, *[None] * (8 + len(NormGate._fields))
 
 
 library.define(
     "conv_transpose",
     "(Tensor x, Tensor? x2, Tensor weight, Tensor? bias, Tensor? gate, int stride, int padding, SymInt height, "
-    "SymInt width, int activation, float slope, SymInt stat_groups) -> (Tensor, Tensor, Tensor)",
+    "SymInt width, int activation, float slope, SymInt stat_groups, "
+    f"{SCHEMA}) -> (Tensor, Tensor, Tensor)",
     reference=conv_transpose_ref,
     fake=_fake,
     work=Work(
-        maps=("x", "x2", "gate"),
+        maps=("x", "x2", "gate", "addend"),
         weights=("weight",),
         results=("maps", "vectors", "vectors"),
         flop=lambda args, results: 2 * args["x"].pixels * args["weight"].elements,

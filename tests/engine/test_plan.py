@@ -1,5 +1,7 @@
 """The plan is the network: layers, sizes, readers, and the work counted as PyTorch counts it."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -84,3 +86,36 @@ def test_table_can_be_read():
     assert "e8" in table
     assert "512→512 4x4 s2 (2x2 live)" in table
     assert "BatchNorm relu dropout 0.5" in table
+
+
+def test_which_data_gradients_complete_what_comes_to_a_norm():
+    """The encoder's, whose second results the decoder has read by then, and the decoder's, of the way from below."""
+    G, D = named(UnetGenerator(), 3, (256, 256)), named(PatchDiscriminator(), 6, (256, 256))
+    names = [node.name for node in G.nodes]
+    found = {names[place]: (names[source.node], source.slot) for place, source in G.completes().items()}
+    expected = {f"e{i}": (f"e{i - 1}", 0) for i in range(2, 9)} | {f"d{i}": (f"d{i + 1}", 0) for i in range(1, 8)}
+    assert found == expected
+    assert {D.nodes[place].name: source.node for place, source in D.completes().items()} == {"c3": 1, "c4": 2, "c5": 3}
+
+
+class Block(nn.Module):
+    """A convolution, norm and ReLU, whose result the readers read."""
+
+    def __init__(self, *readers: str):
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+        self.convolutions = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for reader in readers if reader == "conv")
+        self.is_output = "output" in readers
+
+    def forward(self, x: torch.Tensor) -> Any:
+        x = self.first(x)
+        results = [conv(x) for conv in self.convolutions]
+        if self.is_output:
+            return x, *results
+        return sum(results[1:], results[0])
+
+
+def test_what_others_read_is_not_completed_by_one():
+    assert len(plan_network(Block("conv"), 3, (8, 8)).completes()) == 1
+    for readers in (("conv", "conv"), ("conv", "output")):
+        assert plan_network(Block(*readers), 3, (8, 8)).completes() == {}

@@ -107,7 +107,7 @@ def test_whole_rows_need_no_single_elements():
     }
     assert rows == {"conv e4 bf16": True, "conv_transpose d1 bf16": False}
     assert not cases["conv e4 bf16"].copies_rows({"WHOLE_BLOCKS": False})
-    assert not cases["norm_stats merge"].copies_rows({})
+    assert not cases["norm_stats bf16"].copies_rows({})
 
 
 def test_the_summary():
@@ -158,7 +158,7 @@ def test_a_cache_of_binaries_alone_will_do(monkeypatch: pytest.MonkeyPatch, tmp_
     """make gpu-cache keeps no PTX: what is found there is compiled again, to be read."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TRITON_STORE_BINARY_ONLY", "1")
-    (case,) = (case for case in compile_check.all_cases() if case.name == "norm_stats merge")
+    (case,) = (case for case in compile_check.all_cases() if case.name == "norm_stats bf16")
     assert not compile_check.compile_case(case, case.configs[0], 90, True).faults
     assert triton.knobs.compilation.store_binary_only
 

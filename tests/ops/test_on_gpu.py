@@ -57,6 +57,10 @@ def norm_act_backward(dy: Tensor, dy2: Tensor, *inputs: Tensor) -> Outputs:
 CALLS: dict[str, tuple[Callable[[int], list[Tensor]], Callable[..., Any]]] = {
     "adam": (lambda s: [*adam_state(s, 5000), normal(s, 5000, dtype=torch.float32)], adam_in_order),
     "augment": (image_batch, lambda *t: operators.augment(*t, 16, 3, torch.bfloat16)),
+    "batch_norm_act": (
+        lambda s: [*norm_inputs(s), *torch.rand(2, 24, generator=generator(s))],
+        lambda *t: operators.batch_norm_act(*t, 0.1, 1e-5, 2, 0.2, 1, 0.5, 3),
+    ),
     "conv": (
         lambda s: [normal(s, 1, 32, 10, 6), normal(s + 1, 24, 32, 4, 4)],
         lambda x, w: operators.conv(x, w, None, None, 2, 1, 2, 0.2, 1),
@@ -65,6 +69,14 @@ CALLS: dict[str, tuple[Callable[[int], list[Tensor]], Callable[..., Any]]] = {
     "norm_act_backward": (
         lambda s: [normal(s + 5, 4, 24, 9, 7), normal(s + 6, 4, 24, 9, 7), *norm_inputs(s)],
         norm_act_backward,
+    ),
+    "norm_dx": (
+        lambda s: [
+            normal(s + 5, 4, 24, 9, 7),
+            *norm_inputs(s)[:4],
+            *(normal(s + i, 2, 24, dtype=torch.float32) for i in (7, 8)),
+        ],
+        lambda *t: operators.norm_dx(*t, 1e-5),
     ),
     "norm_stats": (lambda s: [normal(s, 4, 65, 19, 11)], lambda x: operators.norm_stats(x, 2)),
     "patch_loss": (lambda s: [normal(s, 2, 3, 40, 40)], lambda x: operators.patch_loss(x, None, 0, 1.0, 1.0, False)),
