@@ -102,25 +102,52 @@ def outer_product(
         tap = column // n_inner
         tap_y = (tap // KW)[None, :]
         tap_x = (tap % KW)[None, :]
-    inner_column = column - tap * n_inner
-
+    # From a block of pixels to the next, positions move by BLOCK_K in x, y and images, with a carry at most: a division
+    # takes some twenty instructions, and the loop would make four of them for each pixel
     blocks = tl.cdiv(pixels, BLOCK_K)
     per_split = tl.cdiv(blocks, SPLIT)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for block in range(split * per_split, tl.minimum(split * per_split + per_split, blocks)):
-        pixel = block * BLOCK_K + tl.arange(0, BLOCK_K)
-        pixel_inside = pixel < pixels
-        a_offset = pixel.to(tl.int64)[None, :] * outer_stride + row[:, None]
-        a = tl.load(outer_ptr + a_offset, mask=rows_inside[:, None] & pixel_inside[None, :], other=0.0)
+    first = split * per_split
+    lane = tl.arange(0, BLOCK_K)
+    pixel = first * BLOCK_K + lane
+    x = pixel % outer_width * STRIDE - PADDING  # in inner, at tap 0
+    y = pixel // outer_width % outer_height * STRIDE - PADDING
+    image = (pixel // (outer_width * outer_height)).to(tl.int64)
+    right = outer_width * STRIDE
+    bottom = outer_height * STRIDE
+    step_x = BLOCK_K % outer_width * STRIDE
+    step_y = BLOCK_K // outer_width % outer_height * STRIDE
+    step_image = BLOCK_K // (outer_width * outer_height)
+    # A pixel's place in inner, from its start, and what moves it: elements
+    row_step = width.to(tl.int64) * inner_stride
+    image_step = height * row_step
+    place = image * image_step + y * row_step + x * inner_stride
+    step = step_image * image_step + step_y * row_step + step_x * inner_stride
+    next_row = STRIDE * row_step - right * inner_stride
+    next_image = image_step - bottom * row_step
 
-        y = (pixel // outer_width % outer_height * STRIDE - PADDING)[:, None] + tap_y
-        x = (pixel % outer_width * STRIDE - PADDING)[:, None] + tap_x
-        image = (pixel // (outer_width * outer_height)).to(tl.int64)[:, None]
-        visible = pixel_inside[:, None] & within(y, height) & within(x, width) & (column < columns)[None, :]
-        b_offset = ((image * height + y) * width + x) * inner_stride + inner_column[None, :]
-        b = tl.load(inner_ptr + b_offset, mask=visible, other=0.0)
+    tap_offset = (tap_y * width + tap_x) * inner_stride + (column - tap * n_inner)[None, :]
+    inside = rows_inside[:, None] & (column < columns)[None, :]
+    a_offset = lane[None, :] * outer_stride + row[:, None]
+    outer_ptr += first.to(tl.int64) * BLOCK_K * outer_stride
+    left = pixels - first * BLOCK_K
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for _ in range(first, tl.minimum(first + per_split, blocks)):
+        a = tl.load(outer_ptr + a_offset, mask=rows_inside[:, None] & (lane < left)[None, :], other=0.0)
+        visible = within(y[:, None] + tap_y, height) & within(x[:, None] + tap_x, width) & (column < columns)[None, :]
+        b_offset = place[:, None] + tap_offset
+        b = tl.load(inner_ptr + b_offset, mask=visible & (lane < left)[:, None], other=0.0)
         acc = dot(a, b, acc, PRECISION)
-    return acc, weight_row, column, tap_y, rows_inside[:, None] & (column < columns)[None, :]
+
+        outer_ptr += BLOCK_K * outer_stride
+        left -= BLOCK_K
+        x += step_x
+        past_right = x >= right - PADDING
+        x = tl.where(past_right, x - right, x)
+        y += tl.where(past_right, step_y + STRIDE, step_y)
+        past_bottom = y >= bottom - PADDING
+        y = tl.where(past_bottom, y - bottom, y)
+        place += tl.where(past_right, step + next_row, step) + tl.where(past_bottom, next_image, 0)
+    return acc, weight_row, column, tap_y, inside
 
 
 LAUNCH_FACTS = {"_conv_wgrad_kernel": LaunchFacts(over("pixels", "BLOCK_K", "SPLIT"), multiplies=True)}
