@@ -68,6 +68,17 @@ def _conv_wgrad_kernel(
 
 
 @triton.jit
+def rows_of(row_block, n_outer, n_outer2, TWO_INPUTS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """A block's first row in its outer tensor, its rows, and whether that is the second, whose blocks come last."""
+    first_blocks = tl.cdiv(n_outer, BLOCK_M)
+    second = row_block >= first_blocks
+    if TWO_INPUTS:
+        row_block = tl.where(second, row_block - first_blocks, row_block)
+        n_outer = tl.where(second, n_outer2, n_outer)
+    return row_block * BLOCK_M, n_outer, second
+
+
+@triton.jit
 def outer_product(
     tile, split, outer_ptr, outer2_ptr, inner_ptr, pixels, height, width, outer_height, outer_width,
     n_outer, n_outer2, n_inner, outer_stride, outer2_stride, inner_stride,
@@ -82,14 +93,11 @@ def outer_product(
     columns = KH * KW * n_inner
     column_blocks = tl.cdiv(columns, BLOCK_N)
     column = tile % column_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    first_row = tile // column_blocks * BLOCK_M
+    first_row, rows, second = rows_of(tile // column_blocks, n_outer, n_outer2, TWO_INPUTS, BLOCK_M)
     row = first_row + tl.arange(0, BLOCK_M)
-    rows_inside = row < n_outer
+    rows_inside = row < rows
     weight_row = row
-    if TWO_INPUTS:  # the blocks of rows of outer come first, then those of outer2
-        second = first_row >= tl.cdiv(n_outer, BLOCK_M) * BLOCK_M
-        row = tl.where(second, row - tl.cdiv(n_outer, BLOCK_M) * BLOCK_M, row)
-        rows_inside = row < tl.where(second, n_outer2, n_outer)
+    if TWO_INPUTS:
         weight_row = tl.where(second, n_outer + row, row)
         outer_ptr = tl.where(second, outer2_ptr, outer_ptr)
         outer_stride = tl.where(second, outer2_stride, outer_stride)

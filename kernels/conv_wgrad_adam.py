@@ -4,24 +4,32 @@ The gradient is a product of rank P, the batch's pixels; for the deep layers P i
 tile anew costs less than writing it and reading it back: 24 bytes a weight (and 2 for the low-precision copy) against
 32 for conv_wgrad and adam apart. Each program owns its tile. Of a slice of the taps, whose rows have gaps, the weight
 and its moments are addressed by strides. Layers of many pixels and few weights have too few tiles for that: there the
-sum is split, as conv_wgrad splits it, and the kernel that adds the partial sums in a fixed order does Adam's step on
-them, for 8 SPLIT bytes a weight more. Float32 throughout, after the product of the activations.
+sum is split, as conv_wgrad splits it, and the last program to arrive adds a tile's partial sums in a fixed order, for
+8 SPLIT bytes a weight more. Of many splits it adds those of shares, which the last program of each share has added.
+Adam holds three numbers and a gradient per weight in registers; a large tile goes to memory, and Adam takes it back in
+pieces. Float32 throughout, after the product of the activations.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastp2p.kernels import gemm, tile_rule
 from fastp2p.kernels.adam import adam_update
+from fastp2p.kernels.arrival import counters, is_last
 from fastp2p.kernels.compile_check import Case
-from fastp2p.kernels.conv_wgrad import launch_arguments, layer_cases, outer_product, partial_sums, tiles, whole_blocks
-from fastp2p.kernels.launch_facts import LaunchFacts, over
+from fastp2p.kernels.conv_wgrad import launch_arguments, layer_cases, outer_product, rows_of, tiles, whole_blocks
+from fastp2p.kernels.launch_facts import Arguments, LaunchFacts, over
 from fastp2p.kernels.layer_shapes import LAYERS, Layer
+
+ONE_SHARE = 16  # splits whose sums one program adds; of more, programs add shares, and the last one those
+TOGETHER = tl.constexpr(4)  # loads under way at once
 
 
 @triton.jit(do_not_specialize=gemm.GEOMETRY)
@@ -40,6 +48,8 @@ def _conv_wgrad_adam_kernel(
     outer_stride,
     outer2_stride,
     inner_stride,
+    workspace_ptr,  # (SPLIT, n_outer + n_outer2, KH, KW, n_inner) float32, of split sums and of large tiles
+    counter_ptr,  # (tiles, shares + 1) int32, likewise
     param_ptr,  # (n_outer + n_outer2, KH, KW, n_inner) float32, as the next two
     exp_avg_ptr,
     exp_avg_sq_ptr,
@@ -62,75 +72,130 @@ def _conv_wgrad_adam_kernel(
     TWO_INPUTS: tl.constexpr,
     WHOLE_BLOCKS: tl.constexpr,
     PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SHARE: tl.constexpr,  # splits whose sums one program adds
+    ROWS: tl.constexpr,  # the tile's, that Adam takes at once
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    tile = tl.program_id(0) // SPLIT
+    split = tl.program_id(0) % SPLIT
     grad, row, column, kernel_row, inside = outer_product(
-        tl.program_id(0), 0, outer_ptr, outer2_ptr, inner_ptr, pixels, height, width, outer_height,
+        tile, split, outer_ptr, outer2_ptr, inner_ptr, pixels, height, width, outer_height,
         outer_width, n_outer, n_outer2, n_inner, outer_stride, outer2_stride, inner_stride,
-        KH, KW, STRIDE, PADDING, TWO_INPUTS, WHOLE_BLOCKS, PRECISION, 1, BLOCK_M, BLOCK_N, BLOCK_K,
+        KH, KW, STRIDE, PADDING, TWO_INPUTS, WHOLE_BLOCKS, PRECISION, SPLIT, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    low_offset = row.to(tl.int64)[:, None] * (KH * KW * n_inner) + column[None, :]
-    offset = low_offset
-    if SLICED:
-        offset = row.to(tl.int64)[:, None] * row_stride + (column[None, :] + kernel_row * kernel_row_gap)
-    adam_update(
-        grad, offset, low_offset, inside, param_ptr, exp_avg_ptr, exp_avg_sq_ptr, low_precision_ptr, lr_ptr, powers_ptr,
-        beta1, beta2, one_minus_beta1, one_minus_beta2, eps, WRITE_LOW_PRECISION,
-    )  # fmt: skip
+    columns = KH * KW * n_inner
+    low_offset = row.to(tl.int64)[:, None] * columns + column[None, :]
+    if SPLIT == 1 and ROWS == BLOCK_M:
+        offset = low_offset
+        if SLICED:
+            offset = row.to(tl.int64)[:, None] * row_stride + (column[None, :] + kernel_row * kernel_row_gap)
+        adam_update(
+            grad, offset, low_offset, inside, param_ptr, exp_avg_ptr, exp_avg_sq_ptr, low_precision_ptr, lr_ptr,
+            powers_ptr, beta1, beta2, one_minus_beta1, one_minus_beta2, eps, WRITE_LOW_PRECISION,
+        )  # fmt: skip
+    else:
+        SHARES: tl.constexpr = (SPLIT + SHARE - 1) // SHARE
+        weights = (n_outer + n_outer2).to(tl.int64) * columns
+        tl.store(workspace_ptr + split * weights + low_offset, grad, mask=inside)
+        counter_ptr += tile * (SHARES + 1)
+        mine = split // SHARE
+        first = mine * SHARE
+        end = tl.minimum(first + SHARE, SPLIT)
+        first_row, rows, second = rows_of(tile // tl.cdiv(columns, BLOCK_N), n_outer, n_outer2, TWO_INPUTS, BLOCK_M)
+        before = tl.where(second, n_outer, 0)  # rows of the weight
+        done = is_last(counter_ptr + mine, end - first)
+        step = weights
+        if SHARES > 1:
+            if done:
+                for piece in range(0, BLOCK_M, ROWS):
+                    at, there = piece_of(first_row + piece, rows, before, column, columns, ROWS)
+                    share_sums = sum_splits(workspace_ptr + at, weights, first, end, there)
+                    tl.debug_barrier()  # all threads have read what this replaces
+                    tl.store(workspace_ptr + at + first * weights, share_sums, mask=there)
+                done = is_last(counter_ptr + SHARES, SHARES)
+            step = SHARE * weights
+            first = 0
+            end = SHARES
+        if done:
+            for piece in range(0, BLOCK_M, ROWS):
+                at, there = piece_of(first_row + piece, rows, before, column, columns, ROWS)
+                param_at = at
+                if SLICED:
+                    piece_row = (before + first_row + piece + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+                    param_at = piece_row * row_stride + (column[None, :] + kernel_row * kernel_row_gap)
+                adam_update(
+                    sum_splits(workspace_ptr + at, step, first, end, there), param_at, at, there, param_ptr,
+                    exp_avg_ptr, exp_avg_sq_ptr, low_precision_ptr, lr_ptr, powers_ptr,
+                    beta1, beta2, one_minus_beta1, one_minus_beta2, eps, WRITE_LOW_PRECISION,
+                )  # fmt: skip
 
 
 @triton.jit
-def _reduce_adam_kernel(
-    workspace_ptr,  # (splits, weights) float32
-    param_ptr,  # (weights,) float32, as the next two
-    exp_avg_ptr,
-    exp_avg_sq_ptr,
-    low_precision_ptr,  # (weights,) bfloat16 or float16; param_ptr again when there is none
-    lr_ptr,  # () float32
-    powers_ptr,  # (2,) float64
-    weights,
-    splits,
-    beta1,
-    beta2,
-    one_minus_beta1,  # rounded once, from float64
-    one_minus_beta2,
-    eps,
-    WRITE_LOW_PRECISION: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The sums of a split weight gradient in a fixed order, and Adam on the spot."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < weights
-    sums = tl.zeros((BLOCK_S, BLOCK), tl.float32)
-    for first in range(0, splits, BLOCK_S):
-        split = first + tl.arange(0, BLOCK_S)
-        at = workspace_ptr + split.to(tl.int64)[:, None] * weights + i[None, :]
-        sums += tl.load(at, mask=(split < splits)[:, None] & inside[None, :], other=0.0)
-    adam_update(
-        tl.sum(sums, axis=0), i, i, inside, param_ptr, exp_avg_ptr, exp_avg_sq_ptr, low_precision_ptr, lr_ptr,
-        powers_ptr, beta1, beta2, one_minus_beta1, one_minus_beta2, eps, WRITE_LOW_PRECISION,
-    )  # fmt: skip
+def piece_of(first_row, rows, before, column, columns, ROWS: tl.constexpr):
+    """Where some rows of a tile lie in the dense weight, (ROWS, BLOCK_N) int64, and which of them exist.
+
+    `before` rows of the weight come before those of this outer tensor, which has `rows`.
+    """
+    row = first_row + tl.arange(0, ROWS)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    return (before + row).to(tl.int64)[:, None] * columns + column[None, :], inside
 
 
-_ADAM = ("param_ptr", "exp_avg_ptr", "exp_avg_sq_ptr")  # what both update
+@triton.jit
+def sum_splits(at, step, first, end, inside):
+    """The partial sums from first up to end at these pointers, step elements apart, in their order."""
+    sums = tl.zeros(at.shape, tl.float32)
+    for some in range(first, end, TOGETHER):
+        for i in tl.static_range(TOGETHER):
+            there = inside & (some + i < end)
+            sums += tl.load(at + (some + i) * step, mask=there, other=0.0, cache_modifier=".cg")
+    return sums
+
+
+def share_of(split: int) -> int:
+    """How many splits' sums one program adds: all, or of many about their square root."""
+    share: int = split if split <= ONE_SHARE else triton.next_power_of_2(math.isqrt(split - 1) + 1)
+    return share
+
+
+def adam_rows(config: Mapping[str, int]) -> int:
+    """How many rows of a tile Adam takes at once."""
+    rows: int = min(config["BLOCK_M"], ADAM_TILE // config["BLOCK_N"])
+    return rows
+
+
+def merge_steps(args: Arguments) -> int:
+    """The iterations of the program that finishes a tile last, over pieces and over the sums of others."""
+    split, share = args["SPLIT"], args["SHARE"]
+    pieces: int = args["BLOCK_M"] // args["ROWS"]
+    if split == 1:  # a large tile alone
+        return pieces if pieces > 1 else 0
+    shares = triton.cdiv(split, share)
+    steps: int = triton.cdiv(share, TOGETHER) + (triton.cdiv(shares, TOGETHER) if shares > 1 else 0)
+    return pieces * steps
+
+
 LAUNCH_FACTS = {
-    "_conv_wgrad_adam_kernel": LaunchFacts(over("pixels", "BLOCK_K"), updates=_ADAM, multiplies=True),
-    "_reduce_adam_kernel": LaunchFacts(over("splits", "BLOCK_S"), updates=_ADAM),
+    "_conv_wgrad_adam_kernel": LaunchFacts(
+        over("pixels", "BLOCK_K", "SPLIT"),
+        merge_steps,
+        updates=("param_ptr", "exp_avg_ptr", "exp_avg_sq_ptr"),
+        multiplies=True,
+    )
 }
-
-
-REDUCE_CONFIG = {"BLOCK_S": 16, "BLOCK": 64, "num_warps": 4}
 MANY_PIXELS = 512  # from here on the rule splits sums
-LARGEST_TILE = 64 * 64  # beside the sums, Adam holds three numbers and a gradient per weight in registers
+ADAM_TILE = 64 * 64  # elements of a tile that Adam takes at once
+LARGEST_TILE = 64 * 64
 DEEP = ("e4", "e5", "e6", "e7", "e8", "d8", "d7", "d6", "d5", "d4")  # at batch size 1 at most 256 pixels each
 
 
 def compile_cases() -> Iterator[Case]:
     """The deep layers of the generator, without and with a low-precision copy, and of the deepest the middle taps."""
-    types = dict.fromkeys(("param_ptr", "exp_avg_ptr", "exp_avg_sq_ptr", "lr_ptr"), "*fp32") | {"powers_ptr": "*fp64"}
+    types = dict.fromkeys(("param_ptr", "exp_avg_ptr", "exp_avg_sq_ptr", "lr_ptr"), "*fp32")
+    types |= {"powers_ptr": "*fp64", "workspace_ptr": "*fp32", "counter_ptr": "*i32"}
     types |= dict.fromkeys(("beta1", "beta2", "one_minus_beta1", "one_minus_beta2", "eps"), "fp32")
     types |= dict.fromkeys(("row_stride", "kernel_row_gap"), "i32")
     pointers = ["outer_ptr", "outer2_ptr", "inner_ptr", "low_precision_ptr"]
@@ -144,16 +209,18 @@ def compile_cases() -> Iterator[Case]:
         yield replace(case, name=f"{case.name} sliced", sizes=case.sizes | strides)
     types["low_precision_ptr"] = "*fp32"
     yield from _layer_cases(deepest, pointers, types, {"WRITE_LOW_PRECISION": 0, "SLICED": 0})
-    types = types | dict.fromkeys(("workspace_ptr",), "*fp32") | dict.fromkeys(("weights", "splits"), "i32")
-    for low_precision in ("bf16", "fp16", "fp32"):
-        constants = {"WRITE_LOW_PRECISION": int(low_precision != "fp32")}
-        types["low_precision_ptr"] = f"*{low_precision}"
-        yield Case(f"conv_wgrad_adam reduce {low_precision}", _reduce_adam_kernel, types, constants, [REDUCE_CONFIG])
 
 
 def _layer_cases(layer: Layer, pointers: list[str], types: dict[str, str], constants: dict[str, int]) -> Iterator[Case]:
     for case in layer_cases(layer, _conv_wgrad_adam_kernel, pointers, types, constants, LARGEST_TILE):
-        yield replace(case, sizes={"row_stride": 0, "kernel_row_gap": 0} | case.sizes)
+        split = case.constants["SPLIT"]
+        if split > 1 and constants["SLICED"]:
+            continue
+        shared = case.constants | {"SHARE": max(1, split // 2)}  # in two levels where it is split
+        configs = [config | {"ROWS": adam_rows(config)} for config in case.configs]
+        yield replace(
+            case, sizes={"row_stride": 0, "kernel_row_gap": 0} | case.sizes, constants=shared, configs=configs
+        )
 
 
 def _gaps(param: Tensor) -> tuple[int, int]:
@@ -209,20 +276,19 @@ def conv_wgrad_adam(
     numbers = (beta1, beta2, 1 - beta1, 1 - beta2, eps)
     adam = (param, exp_avg, exp_avg_sq)
     writes_low = low_precision is not None
-    if config["SPLIT"] > 1:
-        assert not is_sliced(param), "a slice of the taps whose sums are split"
-        workspace = partial_sums(tensors, sizes, (kh, kw), stride, padding, config)
-        _reduce_adam_kernel[(triton.cdiv(m * n, REDUCE_CONFIG["BLOCK"]),)](
-            *(workspace, *adam, low, lr, powers.contiguous(), m * n, config["SPLIT"], *numbers),
-            WRITE_LOW_PRECISION=writes_low,
-            **REDUCE_CONFIG,
-        )
-        return
     row_stride, gap = _gaps(param)
-    sliced = is_sliced(param)
-    _conv_wgrad_adam_kernel[(tiles(m - n_outer2, n_outer2, n, config),)](
+    sliced, split, rows = is_sliced(param), config["SPLIT"], adam_rows(config)
+    assert split == 1 or not sliced, "a slice of the taps whose sums are split"
+    n_tiles, share = tiles(m - n_outer2, n_outer2, n, config), share_of(split)
+    workspace, count = param, param  # neither is touched
+    if split > 1 or rows < config["BLOCK_M"]:
+        workspace = torch.empty(split, m, n, dtype=torch.float32, device=param.device)
+        count = counters(n_tiles * (triton.cdiv(split, share) + 1), param)
+    _conv_wgrad_adam_kernel[(n_tiles * split,)](
         *tensors,
         *sizes,
+        workspace,
+        count,
         *adam,
         row_stride if sliced else 0,
         gap,
@@ -239,5 +305,7 @@ def conv_wgrad_adam(
         TWO_INPUTS=n_outer2 > 0,
         WHOLE_BLOCKS=whole_blocks(n_inner, config),
         PRECISION=gemm.precision(inner.dtype),
-        **{name: value for name, value in config.items() if name != "SPLIT"},
+        SHARE=share,
+        ROWS=rows,
+        **config,
     )

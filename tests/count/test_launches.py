@@ -25,7 +25,7 @@ launch_facts = pytest.importorskip("fastp2p.kernels.launch_facts")
 launches = pytest.importorskip("fastp2p.kernels.launches", reason="needs triton")
 
 # The paper's step in bfloat16 on an H100, by batch size: nodes, and the longest chain of them, at the most
-MOST = {1: (163, 138), 16: (163, 138), 64: (163, 138)}
+MOST = {1: (153, 134), 16: (153, 134), 64: (153, 134)}
 
 
 def paper_step(dtype: torch.dtype = torch.bfloat16) -> FusedStep:
@@ -146,7 +146,7 @@ def test_every_kernel_tells_of_its_launches():
     from fastp2p.kernels.compile_check import all_cases
 
     kernels = {(case.kernel.fn.__module__, case.kernel.fn.__name__) for case in all_cases()}
-    assert len(kernels) > 12
+    assert len(kernels) >= 12
     for module, kernel in kernels:
         facts = launch_facts.facts_of(module, kernel)
         (function,) = {case.kernel for case in all_cases() if case.kernel.fn.__name__ == kernel

@@ -1,4 +1,5 @@
 import itertools
+import sys
 
 import pytest
 import torch
@@ -231,6 +232,44 @@ def test_sums_over_many_pixels_are_split(low_precision: torch.dtype | None):
     fused.fused()
     apart.apart()
     assert_same_step(fused, apart)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("split", [17, 25])
+def test_many_splits_are_added_in_shares(split: int, monkeypatch: pytest.MonkeyPatch):
+    """The last share has one split of its eight."""
+    from fastp2p.kernels import conv_wgrad_adam as kernel
+
+    shape = conv_shape(1, 3, 32, 48, 20, 4, 2, 1)
+    fused, apart = (State(shape, torch.float32, None) for _ in range(2))
+    tile = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "num_warps": 2, "num_stages": 1, "SPLIT": split}
+    steps = kernel.merge_steps(tile | {"SHARE": kernel.share_of(split), "ROWS": kernel.adam_rows(tile)})
+    made = set()
+
+    def noted(*ends: int) -> range:
+        if sys._getframe(1).f_code.co_name == "sum_splits":
+            made.add(len(range(*ends)))
+        return range(*ends)
+
+    monkeypatch.setattr(kernel, "range", noted, raising=False)  # the interpreter's loops
+    buffers = (fused.param, fused.exp_avg, fused.exp_avg_sq, *fused.scalars.values(), 0.5, 0.999, 1e-8)
+    outer, outer2 = fused.outer.split([3, 17], 1)
+    kernel.conv_wgrad_adam(outer, outer2, fused.inner, *buffers, shape.stride, shape.padding, config=tile)
+    apart.apart()
+    assert_same_step(fused, apart)
+    assert steps == 2 + 1  # of a share, and of the shares
+    assert not INTERPRETED or sorted(made) == [1, 2]
+
+
+@pytest.mark.kernels
+def test_a_large_tile_is_updated_in_pieces():
+    from fastp2p.kernels import conv_wgrad_adam as kernel
+
+    tile = {"BLOCK_M": 128, "BLOCK_N": 128, "SPLIT": 1}
+    rows = kernel.adam_rows(tile)
+    assert rows == 32
+    assert kernel.merge_steps(tile | {"SHARE": 1, "ROWS": rows}) == 4
+    assert kernel.merge_steps(tile | {"SPLIT": 8, "SHARE": 8, "ROWS": rows}) == 4 * 2
 
 
 @pytest.mark.kernels
