@@ -174,11 +174,13 @@ class Launches(OnAStep):
 
     summary: bool = False
     """Show the sums by part and by kernel alone, without the list."""
+    predict: bool = False
+    """Add the time that each should take: predicted by a model, not measured."""
     json: bool = False
     """Print JSON instead of tables."""
 
     def run(self) -> None:
-        result = count_step_launches(self.config)
+        result = count_step_launches(self.config, predict=self.predict)
         print(json.dumps(result.as_dict(), indent=1) if self.json else result.table(summary=self.summary))
 
 

@@ -39,7 +39,9 @@ class Launch:
     flop: int  # the FLOPs of the operator's matrix product, at the launch that does it
     chain: str  # main, or the branch beside it
     depth: int  # launches that come one after the other up to this one, itself included
+    after: tuple[int, ...]  # the numbers, from 0, of those that it waits for; what these wait for is not repeated
     config: dict[str, Any]  # tile, split, warps and stages of a Triton kernel
+    gathers: bool  # it loads an operand of its product element by element
 
 
 @dataclass(frozen=True)
@@ -119,12 +121,12 @@ class _Notes(TorchDispatchMode):
         self.noted: list[tuple[int | None, bool, dict[str, Any]]] = []  # number of the call, multiplies, the rest
         self.call: int | None = None  # the number of the operator's call that is being launched
         self.names: dict[Branch | None, str] = {None: MAIN}
-        self.depths: dict[Branch | None, int] = {None: 0}
+        self.ends: dict[Branch | None, dict[int, None]] = {None: {}}  # the launches that the next one waits for
         self.chains: list[Branch | None] = [None]  # the current one last
 
     def fork(self, branch: Branch) -> None:
         self.names.setdefault(branch, f"branch {len(self.names)}")
-        self.depths[branch] = max(self.depths.get(branch, 0), self.depths[self.chains[-1]])
+        self.ends[branch] = self.ends.get(branch, {}) | self.ends[self.chains[-1]]
         self.chains.append(branch)
 
     def back(self) -> None:
@@ -132,7 +134,7 @@ class _Notes(TorchDispatchMode):
 
     def join(self, branch: Branch) -> None:
         current = self.chains[-1]
-        self.depths[current] = max(self.depths[current], self.depths.get(branch, 0))
+        self.ends[current] = self.ends[current] | self.ends.get(branch, {})
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -154,25 +156,15 @@ class _Notes(TorchDispatchMode):
 
     def kernel(self, launch: Any) -> None:
         """Note a `KernelLaunch`."""
-        facts, args = launch.facts, launch.arguments
-        left_alone = {name for name, constant in facts.only_with.items() if not args[constant]}
-        tensors = [value for name, value in args.items() if name not in left_alone]
-        n_bytes = _bytes(tensors) + sum(_bytes([args[name]]) for name in facts.updates if name not in left_alone)
-        self._note(
-            launch.name,
-            programs=launch.programs,
-            iterations=int(facts.iterations(args)),
-            merges=int(facts.merges(args)),
-            n_bytes=n_bytes,
-            config=launch.config,
-            multiplies=facts.multiplies,
-        )
+        self._note(launch.name, multiplies=launch.facts.multiplies, **told_by(launch))
 
     def _note(self, kernel: str, *, multiplies: bool = False, **told: Any) -> None:
-        current = self.chains[-1]
-        self.depths[current] += 1
-        nothing: dict[str, Any] = {"programs": None, "iterations": None, "merges": None, "config": {}}
-        where = {"part": self.recorder.part, "chain": self.names[current], "depth": self.depths[current]}
+        current, number = self.chains[-1], len(self.noted)
+        after = tuple(self.ends[current])
+        depth = 1 + max((self.noted[i][2]["depth"] for i in after), default=0)
+        self.ends[current] = {number: None}
+        nothing: dict[str, Any] = {"programs": None, "iterations": None, "merges": None, "config": {}, "gathers": False}
+        where = {"part": self.recorder.part, "chain": self.names[current], "depth": depth, "after": after}
         self.noted.append((self.call, multiplies, {"kernel": kernel} | nothing | told | where))
 
     def launches(self, recorder: Recorder) -> list[Launch]:
@@ -187,6 +179,21 @@ class _Notes(TorchDispatchMode):
             name, operator = ("", "") if call is None else (call.name, call.operator)
             found.append(Launch(name=name, operator=operator, flop=flop, **told))
         return found
+
+
+def told_by(launch: Any) -> dict[str, Any]:
+    """What a `KernelLaunch` itself tells for a `Launch`: its programs, iterations, merges, bytes and configuration."""
+    facts, args = launch.facts, launch.arguments
+    left_alone = {name for name, constant in facts.only_with.items() if not args[constant]}
+    tensors = [value for name, value in args.items() if name not in left_alone]
+    return {
+        "programs": launch.programs,
+        "iterations": int(facts.iterations(args)),
+        "merges": int(facts.merges(args)),
+        "n_bytes": _bytes(tensors) + sum(_bytes([args[name]]) for name in facts.updates if name not in left_alone),
+        "config": launch.config,
+        "gathers": not args.get("WHOLE_BLOCKS", True),
+    }
 
 
 def _launches(func: Any, args: tuple[Any, ...], result: Any) -> bool:

@@ -59,6 +59,29 @@ def test_table():
         assert line.split()[1:4] == [str(n) for n in (count.nodes, count.main, count.beside)]
 
 
+def test_predicted_times_stand_beside_the_counts(capsys: pytest.CaptureFixture[str]):
+    result = count_step_launches(small(), predict=True)
+    lines, counted = result.table().splitlines(), count_step_launches(small()).table().splitlines()
+    (heads,) = (line for line in lines if line.startswith("launches, in order"))
+    assert heads.endswith("predicted us, H100  predicted us, H200  bound by")
+    for number, one in enumerate(result.predicted["H100"].launches, 1):
+        (line,) = (line for line in lines if line.startswith("  ") and line.split()[0] == str(number))
+        assert line.split()[-3] == f"{1e6 * one.total:.1f}"
+        assert line.split()[-1] == one.bound_by
+    for gpu, step in result.predicted.items():
+        (line,) = (line for line in lines if f"a step on an {gpu}" in line)
+        assert line == f"predicted, not measured: {1e3 * step.total:.2f} ms a step on an {gpu}, bound by its path:"
+    assert not any("predicted" in line for line in counted)
+
+    assert main(["launches", *SMALL, "--predict", "--json"]) == 0
+    read = json.loads(capsys.readouterr().out)
+    assert set(read["predicted"]) == {"H100", "H200"}
+    for step in read["predicted"].values():
+        assert len(step["launches"]) == len(read["launches"])
+        assert 0 < step["path"] <= step["total"] <= sum(launch["seconds"] for launch in step["launches"])
+        assert sum(step["path_by_term"].values()) == pytest.approx(step["path"])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -66,6 +89,7 @@ def test_table():
         (["--engine", "layers"], "engine: got layers, whose launches autograd makes; expected fused"),
         (["--engine", "reference"], "engine: got reference, whose launches autograd makes; expected fused"),
         (["--precision", "fp64"], "launches: got a step in float64"),
+        (["--precision", "fp32", "--predict"], "predict: got precision fp32, expected one of bf16, fp16"),
     ],
 )
 def test_wrong_input(capsys: pytest.CaptureFixture[str], options: list[str], message: str):

@@ -194,16 +194,16 @@ class TwoBranches:
 
 def test_depths_follow_forks_and_joins():
     step: Any = TwoBranches()
-    found = [(launch.kernel, launch.chain, launch.depth) for launch in count_launches(step, 1)]
+    found = [(launch.kernel, launch.chain, launch.depth, launch.after) for launch in count_launches(step, 1)]
     assert found == [
-        ("aten::add_", MAIN, 1),
-        ("aten::add", "branch 1", 2),
-        ("aten::add", "branch 1", 3),
-        ("aten::add", "branch 2", 4),
-        ("aten::add_", MAIN, 2),
-        ("aten::add", "branch 1", 4),
-        ("aten::add_", MAIN, 5),
-        ("aten::add_", MAIN, 6),
+        ("aten::add_", MAIN, 1, ()),
+        ("aten::add", "branch 1", 2, (0,)),
+        ("aten::add", "branch 1", 3, (1,)),
+        ("aten::add", "branch 2", 4, (2,)),
+        ("aten::add_", MAIN, 2, (0,)),
+        ("aten::add", "branch 1", 4, (2, 4)),
+        ("aten::add_", MAIN, 5, (4, 3)),
+        ("aten::add_", MAIN, 6, (6, 5)),
     ]
 
 
