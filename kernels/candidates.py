@@ -96,7 +96,7 @@ def candidates(product: Product) -> list[Config]:
 
 def _most_splits(product: Product, config: Config) -> int:
     """The most parts that a sum is split into, each of LEAST_BLOCKS / 2 blocks at least."""
-    if not (product.may_split and may_split(config)):
+    if not product.may_split or (product.param is None and not may_split(config)):
         return 1
     blocks = product.k // config["BLOCK_K"]
     return max(1, 2 * blocks // int(tile_rule.LEAST_BLOCKS))

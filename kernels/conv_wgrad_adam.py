@@ -187,20 +187,21 @@ LAUNCH_FACTS = {
     )
 }
 MANY_PIXELS = 512  # from here on the rule splits sums
-ADAM_TILE = 64 * 64  # elements of a tile that Adam takes at once
-LARGEST_TILE = 64 * 64
+ADAM_TILE = 64 * 64  # elements of a tile that Adam takes at once, and of the rule's where it does not split
+LARGEST_TILE = 128 * 128
 DEEP = ("e4", "e5", "e6", "e7", "e8", "d8", "d7", "d6", "d5", "d4")  # at batch size 1 at most 256 pixels each
+SHALLOW = ("D1", "d2")  # many pixels, with and without whole blocks
 
 
 def compile_cases() -> Iterator[Case]:
-    """The deep layers of the generator, without and with a low-precision copy, and of the deepest the middle taps."""
+    """The generator's deep layers and two others, with and without a low-precision copy, and a slice of the taps."""
     types = dict.fromkeys(("param_ptr", "exp_avg_ptr", "exp_avg_sq_ptr", "lr_ptr"), "*fp32")
     types |= {"powers_ptr": "*fp64", "workspace_ptr": "*fp32", "counter_ptr": "*i32"}
     types |= dict.fromkeys(("beta1", "beta2", "one_minus_beta1", "one_minus_beta2", "eps"), "fp32")
     types |= dict.fromkeys(("row_stride", "kernel_row_gap"), "i32")
     pointers = ["outer_ptr", "outer2_ptr", "inner_ptr", "low_precision_ptr"]
     for layer in LAYERS:
-        if layer.name in DEEP:
+        if layer.name in (*DEEP, *SHALLOW):
             yield from _layer_cases(layer, pointers, types, {"WRITE_LOW_PRECISION": 1, "SLICED": 0})
     deepest = next(layer for layer in LAYERS if layer.name == "e8")
     middle = {"WRITE_LOW_PRECISION": 1, "SLICED": 1, "KH": 2, "KW": 2, "PADDING": 0}
@@ -212,12 +213,14 @@ def compile_cases() -> Iterator[Case]:
 
 
 def _layer_cases(layer: Layer, pointers: list[str], types: dict[str, str], constants: dict[str, int]) -> Iterator[Case]:
+    of_any: list[dict[str, Any]] = []
     for case in layer_cases(layer, _conv_wgrad_adam_kernel, pointers, types, constants, LARGEST_TILE):
         split = case.constants["SPLIT"]
+        of_any = of_any if split > 1 else case.configs  # a split is of large tiles as well
         if split > 1 and constants["SLICED"]:
             continue
         shared = case.constants | {"SHARE": max(1, split // 2)}  # in two levels where it is split
-        configs = [config | {"ROWS": adam_rows(config)} for config in case.configs]
+        configs = [config | {"ROWS": adam_rows(config)} for config in of_any]
         yield replace(
             case, sizes={"row_stride": 0, "kernel_row_gap": 0} | case.sizes, constants=shared, configs=configs
         )
@@ -237,7 +240,7 @@ def is_sliced(param: Tensor) -> bool:
 
 def largest_tile(param: Tensor) -> int:
     """Elements of a tile; where neither rows nor taps are aligned each has an address of its own, and 64 x 64 spill."""
-    return LARGEST_TILE // 2 if is_sliced(param) and param.shape[1] % 16 else LARGEST_TILE
+    return ADAM_TILE // 2 if is_sliced(param) and param.shape[1] % 16 else LARGEST_TILE
 
 
 def choose_config(m: int, n: int, k: int, param: Tensor, like: Tensor) -> dict[str, int]:
@@ -245,7 +248,13 @@ def choose_config(m: int, n: int, k: int, param: Tensor, like: Tensor) -> dict[s
     whole = tile_rule.is_whole(param.shape[1])
     long = k >= MANY_PIXELS and not is_sliced(param)
     config: dict[str, int] = tile_rule.choose_config(
-        m, n, k, like, whole=whole, largest=largest_tile(param), always_splits=long
+        m,
+        n,
+        k,
+        like,
+        whole=whole,
+        largest=min(largest_tile(param), LARGEST_TILE if long else ADAM_TILE),
+        always_splits=long,
     )
     return config if long else config | {"SPLIT": 1}
 

@@ -77,7 +77,8 @@ def choose_config(
     By rule, not timed: the least work first, padding included, unless more than LEAST_USE processors to a program would
     be idle; then the largest tile. The sums of small tiles are split until every processor has a program, into no fewer
     than LEAST_BLOCKS blocks each. With `always_splits` a sum is so long that it may be split for any tile: the largest
-    is taken that pads no more than MOST_PADDING, and its sum is split until every processor has two programs.
+    is taken that pads no more than MOST_PADDING, up to 64x64 unless two programs a processor have LONG_LOOP blocks of a
+    larger one each. Its sum is split until every processor has two programs, and none has more than LONGEST_LOOP.
     """
     device = like.device.index if like.is_cuda else None
     return {**_choose_config(m, n, k, like.dtype.itemsize, device, whole, products, largest, always_splits)}
@@ -86,7 +87,9 @@ def choose_config(
 LEAST_USE = 4  # one processor in four must have a program before a larger tile is preferred
 LEAST_BLOCKS = 4  # a split sum has at least so many, to be worth its partial sums
 MOST_PADDING = 1.5  # times what the least padded tile computes
-MOST_SPLITS = 128  # a long sum has at most so many. On an H200 128 beat 64 in every layer that has them
+MOST_SPLITS = 128  # for want of tiles. On an H200 128 beat 64 in every layer that has them
+LONG_LOOP = 32  # blocks; not timed: a tile of more than 64x64 is alone on its processor, and begins and ends so
+LONGEST_LOOP = 256  # blocks of a long sum that one program adds
 
 
 @functools.cache
@@ -111,9 +114,20 @@ def _choose_config(
     tiles = candidates(m, n, itemsize, whole=whole, largest=largest, shared_limit=shared_limit)
     if long:
         area = {i: programs(c) * c["BLOCK_M"] * c["BLOCK_N"] for i, c in enumerate(tiles)}
-        config = tiles[next(i for i in area if area[i] <= MOST_PADDING * min(area.values()))]
-        split = min(triton.cdiv(2 * processors, programs(config)), MOST_SPLITS)
-        return config | {"SPLIT": max(1, min(split, k // config["BLOCK_K"] // LEAST_BLOCKS))}
+
+        def loops(config: dict[str, int]) -> int:
+            """Blocks that each of two programs a processor would have."""
+            return programs(config) * (k // config["BLOCK_K"]) // (2 * processors)
+
+        config = next(
+            c
+            for i, c in enumerate(tiles)
+            if area[i] <= MOST_PADDING * min(area.values())
+            and (c["BLOCK_M"] * c["BLOCK_N"] <= 64 * 64 or loops(c) >= LONG_LOOP)
+        )
+        blocks = triton.cdiv(k, config["BLOCK_K"])
+        split = min(triton.cdiv(2 * processors, programs(config)), MOST_SPLITS, max(1, blocks // LEAST_BLOCKS))
+        return config | {"SPLIT": max(split, triton.cdiv(blocks, LONGEST_LOOP))}
     config = min(tiles, key=cost)
     split = 1
     if may_split(config):

@@ -50,6 +50,16 @@ def test_no_more_launches_than_there_were(step: FusedStep, images: int):
     assert count.main + count.beside == count.nodes == len(found)
 
 
+@pytest.mark.parametrize(("images", "serial", "merges"), [(1, 64, 8), (16, 256, 32), (64, 256, 32)])
+def test_weight_gradients_fill_the_gpu(step: FusedStep, images: int, serial: int, merges: int):
+    """No layer has fewer programs than an H100 has processors, less four, or a longer loop than this."""
+    found = [launch for launch in count_launches(step, images) if "conv_wgrad" in launch.kernel]
+    assert len(found) == 21  # a launch for each layer of both networks
+    assert min(launch.programs for launch in found) >= 128
+    assert max(launch.iterations for launch in found) <= serial
+    assert max(launch.merges for launch in found) <= merges
+
+
 def test_each_product_is_counted_once(step: FusedStep):
     """The FLOPs are those of the step's operators, call by call."""
     by_launches = [launch.flop for launch in count_launches(step, 1) if launch.flop]

@@ -257,7 +257,7 @@ def test_many_splits_are_added_in_shares(split: int, monkeypatch: pytest.MonkeyP
     kernel.conv_wgrad_adam(outer, outer2, fused.inner, *buffers, shape.stride, shape.padding, config=tile)
     apart.apart()
     assert_same_step(fused, apart)
-    assert steps == 2 + 1  # of a share, and of the shares
+    assert steps == 2 + 1  # one share's, then the shares'
     assert not INTERPRETED or sorted(made) == [1, 2]
 
 
