@@ -26,7 +26,7 @@ from fastp2p.kernels import gemm, tile_rule
 from fastp2p.kernels.compile_check import Case
 from fastp2p.kernels.gemm import dot, finish, finish_steps
 from fastp2p.kernels.launch_facts import Arguments, LaunchFacts
-from fastp2p.kernels.layer_shapes import EPILOGUES, LAYERS, gemm_cases
+from fastp2p.kernels.layer_shapes import EPILOGUES, LAYERS, fitting, gemm_cases
 from fastp2p.kernels.layout import pixel_rows, within
 from fastp2p.kernels.norm_epilogue import GateArguments
 from fastp2p.norm_gate import NormGate
@@ -192,10 +192,11 @@ def conv(
     rows = pixels // groups
     whole = tile_rule.is_whole(n_in)
     config = config or tile_rule.choose_config(rows, n_out, kh * kw * n_in, x, whole=whole, products=groups)
-    tiles, channel_blocks = triton.cdiv(rows, config["BLOCK_M"]), triton.cdiv(n_out, config["BLOCK_N"])
     gate_norm = NormGate(*norm)
-    buffers = gemm.Buffers.new(out, config["SPLIT"], stat_groups, tiles, channel_blocks, gate_norm)
     gated = GateArguments.new(gate_norm, x)
+    config = fitting(config, gated.constants)
+    tiles, channel_blocks = triton.cdiv(rows, config["BLOCK_M"]), triton.cdiv(n_out, config["BLOCK_N"])
+    buffers = gemm.Buffers.new(out, config["SPLIT"], stat_groups, tiles, channel_blocks, gate_norm)
     _conv_kernel[(groups * tiles * channel_blocks * config["SPLIT"],)](
         x,
         weight,

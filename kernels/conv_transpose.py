@@ -25,7 +25,7 @@ from fastp2p.kernels import gemm, tile_rule
 from fastp2p.kernels.compile_check import Case
 from fastp2p.kernels.gemm import dot, finish, finish_steps
 from fastp2p.kernels.launch_facts import Arguments, LaunchFacts
-from fastp2p.kernels.layer_shapes import EPILOGUES, LAYERS, gemm_cases
+from fastp2p.kernels.layer_shapes import EPILOGUES, LAYERS, fitting, gemm_cases
 from fastp2p.kernels.layout import pixel_rows, within
 from fastp2p.kernels.norm_epilogue import GateArguments
 from fastp2p.norm_gate import NormGate
@@ -245,10 +245,11 @@ def conv_transpose(
     rows = n // groups * triton.cdiv(height, stride) * triton.cdiv(width, stride)
     whole = tile_rule.is_whole(n_in, n_in2)
     config = config or tile_rule.choose_config(rows, n_out, sum_of_a_phase, x, whole=whole, products=phases * groups)
-    tiles, channel_blocks = triton.cdiv(rows, config["BLOCK_M"]), triton.cdiv(n_out, config["BLOCK_N"])
     gate_norm = NormGate(*norm)
-    buffers = gemm.Buffers.new(out, config["SPLIT"], stat_groups, tiles * phases, channel_blocks, gate_norm)
     gated = GateArguments.new(gate_norm, x)
+    config = fitting(config, gated.constants)
+    tiles, channel_blocks = triton.cdiv(rows, config["BLOCK_M"]), triton.cdiv(n_out, config["BLOCK_N"])
+    buffers = gemm.Buffers.new(out, config["SPLIT"], stat_groups, tiles * phases, channel_blocks, gate_norm)
     _conv_transpose_kernel[(groups * tiles * phases * channel_blocks * config["SPLIT"],)](
         x,
         x2,

@@ -114,6 +114,22 @@ def may_split(config: dict[str, int]) -> bool:
     return config["BLOCK_M"] * config["BLOCK_N"] <= 128 * 64
 
 
+def fitting(config: dict[str, int], epilogue: dict[str, int]) -> dict[str, int]:
+    """A tile whose registers hold the epilogue too: of a dropout or a second gradient the largest spill by a kilobyte.
+
+    Tiles of 128 x 128 are halved, and those of 64 x 64 have eight warps.
+
+    Args:
+        epilogue: its compile-time arguments.
+    """
+    m, n = config["BLOCK_M"], config["BLOCK_N"]
+    if epilogue.get("SECOND", -1) < 0 and not epilogue.get("DROP_BELOW", 0):
+        return config
+    if m * n > 128 * 64:
+        return config | {"BLOCK_N": 64}
+    return config | {"num_warps": 8} if m == n == 64 else config
+
+
 # All layers are compiled in bfloat16. In float32 one of each kind is: the others differ from them in no more than which
 # sizes are multiples of 16. float16 takes the way of bfloat16 and TF32 that of float32, each with another instruction.
 FLOAT32_LAYERS = ("e1", "e2", "e4", "e8", "d8", "d4", "d1", "D1", "D4", "D5")
@@ -149,7 +165,8 @@ def gemm_cases(
     dtypes = ["bf16"] + ["fp16"] * rare + ["fp32"] * (layer.name in FLOAT32_LAYERS)
     for dtype in dtypes:
         itemsize = 4 if dtype == "fp32" else 2
-        configs = [config | {"WHOLE_BLOCKS": whole_blocks(config)} for config in tiles(itemsize)]
+        fitted = [fitting(config, constants) for config in tiles(itemsize)]
+        configs = [config | {"WHOLE_BLOCKS": whole_blocks(config)} for config in fitted]
         types = dict.fromkeys((*GEOMETRY, *sizes), "i32") | dict.fromkeys(pointers, f"*{dtype}")
         types |= (
             STATS_TYPES

@@ -62,7 +62,8 @@ def norm_epilogue(
     there = within(column, columns)
     at = group.to(tl.int64) * columns + column
     mean = tl.load(gate_mean_ptr + at, mask=there, other=0.0)[None, :]
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.load(gate_var_ptr + at, mask=there, other=1.0) + eps))[None, :]
+    rstd_of_columns = tl.div_rn(1.0, tl.sqrt_rn(tl.load(gate_var_ptr + at, mask=there, other=1.0) + eps))
+    rstd = rstd_of_columns[None, :]
     scale = rstd
     bias = tl.zeros_like(mean)
     if HAS_AFFINE:
@@ -89,7 +90,9 @@ def norm_epilogue(
     if HAS_STATS:
         dz = tl.where(inside, stored.to(tl.float32), 0.0)
         sum_dz = tl.sum(dz, axis=0)
-        sum_dz_xhat = tl.sum(dz * (centred * rstd), axis=0)
+        # Read again: it lies in the cache, and large tiles have no registers to keep it
+        centred = tl.load(gate_ptr + element, mask=inside, other=0.0).to(tl.float32) - mean
+        sum_dz_xhat = tl.sum(dz * centred, axis=0) * rstd_of_columns
         store_sums(
             sum_dz, sum_dz_xhat, group, 1, tile, tiles, share, column, channel_block, channel_blocks, columns,
             partial_ptr, sum_dz_ptr, sum_dz_xhat_ptr, sum_dz_ptr, sum_dz_xhat_ptr, counter_ptr, False, BLOCK_N,

@@ -31,8 +31,8 @@ GATHER_CYCLES = 13.0  # a processor's, for a warp's load of single elements
 
 # Instructions that a warp issues for a block of the sum, about as in sm_90's machine code, which a test reads: in any
 # case, for a copy of 16 bytes a thread of the gathered operand, and for one of the other operand
-WHOLE, WHOLE_WGRAD = (68, 20, 7), (230, 51, 0)
-ELEMENTWISE, ELEMENT, ELEMENT_WGRAD = 60, 16, 95  # in any case, and for a thread's load of one element
+WHOLE, WHOLE_WGRAD = (68, 20, 7), (27, 35, 12)
+ELEMENTWISE, ELEMENT, ELEMENT_WGRAD = 60, 16, 30  # in any case, and for a thread's load of one element
 REGISTERS, REGISTERS_AN_ELEMENT, MOST_REGISTERS = 100, 1.5, 255  # a thread's: about, and for its part of the tile
 ITEMSIZE = 2  # bytes of the operands' element
 
