@@ -1,6 +1,7 @@
 """The tiles of the GEMMs, and the choice among them by rule."""
 
 import functools
+import math
 
 import triton
 from torch import Tensor
@@ -74,8 +75,8 @@ def choose_config(
 ) -> dict[str, int]:
     """A tile for so many (m, k) x (k, n) products of like's dtype, and SPLIT, over how many programs a sum is split.
 
-    By rule, not timed: the least work first, padding included, unless more than LEAST_USE processors to a program would
-    be idle; then the largest tile. The sums of small tiles are split until every processor has a program, into no fewer
+    By rule: the least of padded area times the tile's effort times waves, by the split that the tile will
+    get; of equals the largest. The sums of small tiles are split until every processor has a program, into no fewer
     than LEAST_BLOCKS blocks each. With `always_splits` a sum is so long that it may be split for any tile: the largest
     is taken that pads no more than MOST_PADDING, up to 64x64 unless two programs a processor have LONG_LOOP blocks of a
     larger one each. Its sum is split until every processor has two programs, and none has more than LONGEST_LOOP.
@@ -84,7 +85,31 @@ def choose_config(
     return {**_choose_config(m, n, k, like.dtype.itemsize, device, whole, products, largest, always_splits)}
 
 
-LEAST_USE = 4  # one processor in four must have a program before a larger tile is preferred
+# By a tile's rows and columns: what the loop issues beside its products, in their time: compile-check's issue / matrix
+# of conv on sm_90 in bfloat16, medians of tiles whose blocks have one tap each. The largest has 0.7: its products bind.
+EFFORT = {
+    (128, 128): 1.0,
+    (128, 64): 1.3,
+    (64, 64): 2.1,
+    (32, 64): 2.8,
+    (128, 16): 3.5,
+    (64, 16): 3.5,
+    (16, 64): 3.5,
+    (16, 16): 6.1,
+}
+# The same where elements are gathered one by one; but (64, 64), which has 5 there, took 0.7 of (128, 64)'s time on an
+# H200, in the layers of three and six channels (results of 2026-11-27).
+GATHERED_EFFORT = {
+    (128, 128): 5.0,
+    (128, 64): 5.0,
+    (64, 64): 3.6,
+    (32, 64): 6.0,
+    (128, 16): 20.0,
+    (64, 16): 20.0,
+    (16, 64): 8.0,
+    (16, 16): 22.0,
+}
+NEARLY_ALL = 0.9  # where that part of the processors has a program, no sum is split for the rest
 LEAST_BLOCKS = 4  # a split sum has at least so many, to be worth its partial sums
 MOST_PADDING = 1.5  # times what the least padded tile computes
 MOST_SPLITS = 128  # for want of tiles. On an H200 128 beat 64 in every layer that has them
@@ -105,11 +130,18 @@ def _choose_config(
         tiles: int = triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"])
         return products * tiles
 
-    def cost(config: dict[str, int]) -> tuple[int, int]:
-        tile = config["BLOCK_M"] * config["BLOCK_N"]
-        n_programs = programs(config)
-        waves = -(-n_programs // processors)
-        return max(n_programs * tile, waves * processors * tile // LEAST_USE), -tile
+    def splits(config: dict[str, int]) -> int:
+        if not may_split(config) or programs(config) >= NEARLY_ALL * processors:
+            return 1
+        return min(-(-processors // programs(config)), max(1, k // config["BLOCK_K"] // LEAST_BLOCKS))
+
+    def cost(config: dict[str, int]) -> tuple[float, int]:
+        rows, columns = config["BLOCK_M"], config["BLOCK_N"]
+        waves = programs(config) * splits(config) / processors
+        alone = rows * columns > 128 * 64  # on its processor, so that a last wave takes as long as a full one
+        waves = math.ceil(waves) if alone else max(1.0, waves)
+        effort = (EFFORT if whole else GATHERED_EFFORT)[rows, columns]
+        return waves * rows * columns * effort / splits(config), -rows * columns
 
     tiles = candidates(m, n, itemsize, whole=whole, largest=largest, shared_limit=shared_limit)
     if long:
@@ -129,7 +161,4 @@ def _choose_config(
         split = min(triton.cdiv(2 * processors, programs(config)), MOST_SPLITS, max(1, blocks // LEAST_BLOCKS))
         return config | {"SPLIT": max(split, triton.cdiv(blocks, LONGEST_LOOP))}
     config = min(tiles, key=cost)
-    split = 1
-    if may_split(config):
-        split = min(-(-processors // programs(config)), max(1, k // config["BLOCK_K"] // LEAST_BLOCKS))
-    return config | {"SPLIT": split}
+    return config | {"SPLIT": splits(config)}
