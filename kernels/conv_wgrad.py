@@ -184,18 +184,24 @@ def layer_cases(
     sizes = {"n_outer": n_outer, "n_outer2": n_outer2, "n_inner": n_inner}
     sizes |= {"outer_stride": n_outer, "outer2_stride": n_outer2 or n_outer, "inner_stride": n_inner}
     constants = layer.window | {"TWO_INPUTS": int(n_outer2 > 0)}
+    whole = tile_rule.is_whole(n_inner)
+    candidates = partial(tile_rule.candidates, shape.rows, shape.columns, whole=whole, largest=largest_tile)
     yield from gemm_cases(
         layer,
         kernel,
         pointers,
         sizes,
         constants | (more_constants or {}),
-        tiles=partial(
-            tile_rule.candidates, shape.rows, shape.columns, whole=tile_rule.is_whole(n_inner), largest=largest_tile
-        ),
+        tiles=lambda itemsize: [fitting(n_inner, config) for config in candidates(itemsize)],
         whole_blocks=partial(whole_blocks, n_inner),
         more_types=more_types,
     )
+
+
+def fitting(n_inner: int, config: dict[str, int]) -> dict[str, int]:
+    """A tile whose registers hold its gathered elements and their places: of 64 x 64 with four warps some spill."""
+    gathers = not whole_blocks(n_inner, config)
+    return config | {"num_warps": 8} if gathers and config["BLOCK_M"] == config["BLOCK_N"] == 64 else config
 
 
 def whole_blocks(n_inner: int, config: dict[str, int]) -> bool:
@@ -272,7 +278,8 @@ def conv_wgrad(
     kernel_size = (kernel_height, kernel_width)
     tensors, sizes, (m, n, k) = launch_arguments(outer, outer2, inner, kernel_size)
     n_inner = sizes[7]
-    config = config or tile_rule.choose_config(m, n, k, inner, whole=tile_rule.is_whole(n_inner))
+    whole = tile_rule.is_whole(n_inner)
+    config = fitting(n_inner, config or tile_rule.choose_config(m, n, k, inner, whole=whole))
     shape = (m, n_inner, kernel_height, kernel_width)
     dweight = torch.empty(shape, dtype=dtype, device=inner.device, memory_format=torch.channels_last)
     if config["SPLIT"] > 1:

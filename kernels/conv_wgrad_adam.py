@@ -24,7 +24,15 @@ from fastp2p.kernels import gemm, tile_rule
 from fastp2p.kernels.adam import adam_update
 from fastp2p.kernels.arrival import counters, is_last
 from fastp2p.kernels.compile_check import Case
-from fastp2p.kernels.conv_wgrad import launch_arguments, layer_cases, outer_product, rows_of, tiles, whole_blocks
+from fastp2p.kernels.conv_wgrad import (
+    fitting,
+    launch_arguments,
+    layer_cases,
+    outer_product,
+    rows_of,
+    tiles,
+    whole_blocks,
+)
 from fastp2p.kernels.launch_facts import Arguments, LaunchFacts, over
 from fastp2p.kernels.layer_shapes import LAYERS, Layer
 
@@ -280,7 +288,7 @@ def conv_wgrad_adam(
     kh, kw = param.shape[2:]
     tensors, sizes, (m, n, k) = launch_arguments(outer, outer2, inner, (kh, kw))
     n_outer2, n_inner = sizes[6:8]
-    config = config or choose_config(m, n, k, param, inner)
+    config = fitting(n_inner, config or choose_config(m, n, k, param, inner))
     low = param if low_precision is None else low_precision
     numbers = (beta1, beta2, 1 - beta1, 1 - beta2, eps)
     adam = (param, exp_avg, exp_avg_sq)

@@ -38,8 +38,8 @@ def test_the_trace_has_parts_and_operators(profiled: Profile):
         "conv",
         "conv_transpose",
         "conv_wgrad_adam",
-        "norm_act",
-        "norm_act_backward",
+        "batch_norm_act",
+        "norm_dx",
         "patch_loss",
         "adam",
     ):

@@ -51,8 +51,10 @@ def test_the_kernels_that_divide_are_among_them():
     assert dividing == {
         "adam",
         "augment",
+        "batch_norm_act",
         "conv",
         "norm_act",
+        "norm_dx",
         "norm_stats",
         "patch_loss",
         "reduce",

@@ -52,6 +52,7 @@ def described(operator: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return operator, tuple(args[0].shape), tuple(args[2].shape), window[1]
     tensors = args[:1] if operator == "conv" else args[:2]
     bias, gate, _, padding, *rest = args[len(tensors) + 1 :]
+    rest = rest[: 3 if operator == "conv" else 5]  # a norm that a gradient flows on into is timed as a gate
     activation, slope, groups = rest[-3:]
     slope = slope if activation == 2 else None  # others do not look at it
     shapes = [None if t is None else tuple(t.shape) for t in tensors]
