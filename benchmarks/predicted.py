@@ -1,6 +1,6 @@
 """Predicted times of products beside those that a GPU took: how far `fastp2p launches --predict` is to be trusted.
 
-    python benchmarks/predicted.py [FOLDER ...] [--fit]    # of benchmarks/results, with a kernels.json; no GPU needed
+    python benchmarks/predicted.py [FOLDER ...] [--fit]    # folders in benchmarks/results; needs no GPU
 
 Of each problem without statistics that the tuner measured there it takes the tiles whose whole call is one launch. It
 prints the quotients predicted by measured, 1 where both agree: their number, and quartiles, by kernel, by batch size

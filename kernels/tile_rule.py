@@ -85,8 +85,9 @@ def choose_config(
     return {**_choose_config(m, n, k, like.dtype.itemsize, device, whole, products, largest, always_splits)}
 
 
-# By a tile's rows and columns: what the loop issues beside its products, in their time: compile-check's issue / matrix
-# of conv on sm_90 in bfloat16, medians of tiles whose blocks have one tap each. The largest has 0.7: its products bind.
+# By a tile's rows and columns: how long its loop issues other instructions, in the time of its products. The numbers
+# are compile-check's issue / matrix for sm_90 in bfloat16: medians over conv's tiles whose blocks have one tap each.
+# The largest tile has 0.7 there, so its products bind, and it counts as 1.
 EFFORT = {
     (128, 128): 1.0,
     (128, 64): 1.3,
@@ -97,8 +98,8 @@ EFFORT = {
     (16, 64): 3.5,
     (16, 16): 6.1,
 }
-# The same where elements are gathered one by one; but (64, 64), which has 5 there, took 0.7 of (128, 64)'s time on an
-# H200, in the layers of three and six channels (results of 2026-11-27).
+# The same where a program gathers single elements. The tile (64, 64) has 5 there as well, but took 0.7 of the time of
+# (128, 64) on an H200, in the layers of three and six channels (results of 2026-11-27).
 GATHERED_EFFORT = {
     (128, 128): 5.0,
     (128, 64): 5.0,
