@@ -228,10 +228,10 @@ def _reduce_kernel(
     offset = pixel[:, None] * n_out + channel[None, :]
     inside = row_inside[:, None] & (channel < n_out)[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for first in range(0, splits, 4):
+    for start in range(0, splits, 4):
         for split in tl.static_range(4):  # four loads under way at once; of few tiles, so that int32 holds every offset
-            at = workspace_ptr + (first + split) * pixels * n_out + offset
-            acc += tl.load(at, mask=inside & (first + split < splits), other=0.0)
+            at = workspace_ptr + (start + split) * pixels * n_out + offset
+            acc += tl.load(at, mask=inside & (start + split < splits), other=0.0)
     close(
         acc, pixel, row_inside, channel, n_out, out_ptr, bias_ptr, gate_ptr, slope,
         group, tile % tiles, tiles, share, channel_block, channel_blocks, partial_ptr, mean_ptr, var_ptr, counter_ptr,

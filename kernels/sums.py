@@ -22,7 +22,7 @@ def store_sums(
     one,  # (BLOCK_C,) float32, this part's first sum
     other,  # (BLOCK_C,) float32, its second
     group,
-    groups,
+    groups,  # read where there are totals
     part,  # among the group's
     parts,  # a group's
     share,  # parts that one program adds
@@ -35,16 +35,15 @@ def store_sums(
     other_ptr,  # (G, C) float32
     total_one_ptr,  # (C,) float32: the first sum over all groups
     total_other_ptr,  # (C,) float32: the second
-    counter_ptr,  # (channel_blocks, G * (shares + 1) + 1) int32
+    counter_ptr,  # (G, channel_blocks, shares + 1) int32, and after them (channel_blocks,) for the totals
     HAS_TOTALS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """A part's sums; the last part of a share adds the share's, the last share the group's, the last group all."""
     shares = tl.cdiv(parts, share)
     inside = within(channel, n_channels)
-    counter_ptr += channel_block * (groups * (shares + 1) + 1)
-    all_groups_ptr = counter_ptr + groups * (shares + 1)
-    counter_ptr += group * (shares + 1)
+    all_groups_ptr = counter_ptr + groups * channel_blocks * (shares + 1) + channel_block
+    counter_ptr += (group * channel_blocks + channel_block) * (shares + 1)
     partial_ptr += group.to(tl.int64) * (parts + shares) * 2 * n_channels
     at = partial_ptr + part.to(tl.int64) * 2 * n_channels + channel
     tl.store(at, one, mask=inside)

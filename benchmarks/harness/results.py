@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastp2p.environment import slug
 from harness.machine import TOLERATED_SHARE, describe, name_of
 
 NOTES = [
@@ -37,6 +36,8 @@ def head(*, gpu: bool, rehearsal: bool) -> Row:
 
 def new_path(content: Row, folder: Path) -> Path:
     """MACHINE-DATE.json in the folder, which is made if need be; an earlier run of the day stays."""
+    from fastp2p.environment import slug
+
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"{slug(name_of(content))}-{content['date'][:10]}"
     names = (folder / f"{stem}{suffix}.json" for suffix in ["", *(f"-{i}" for i in range(2, 1000))])

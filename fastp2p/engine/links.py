@@ -30,7 +30,9 @@ def _pool(window: Any, x: Tensor) -> Tensor:
 
 def _pool_backward(window: Any, dy: Tensor, x: Tensor) -> tuple[Tensor]:
     kernel, stride, padding, counts = window
-    return (aten.avg_pool2d_backward(dy, x, kernel, stride, padding, False, counts, None),)
+    # PyTorch's CUDA kernel for channels_last gives wrong numbers where it pads (pytorch/pytorch#188344); this one does not
+    operands = dy.contiguous(), x.contiguous()
+    return (aten.avg_pool2d_backward(*operands, kernel, stride, padding, False, counts, None),)
 
 
 KINDS: dict[str, Kind] = {

@@ -48,6 +48,13 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
+def test_it_begins_where_fastp2p_is_not_installed():
+    """The GPU machine gets it from the cache, which the script unpacks."""
+    code = "import sys; sys.modules['fastp2p'] = None; import gpu_first, gpu_cache; gpu_first.main"
+    folder = Path(gpu_first.__file__).parent
+    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True)
+
+
 def test_a_stage_that_fails_costs_itself_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """One crashes after it has written, one hangs and ignores SIGTERM; what all have written is there."""
     monkeypatch.setattr(gpu_first, "GRACE_S", 0.5)

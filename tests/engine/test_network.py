@@ -228,6 +228,8 @@ def test_taps_that_are_no_neighbours_are_all_kept():
             y = conv(torch.zeros(1, 2, side, side, dtype=torch.float64))
         except RuntimeError:
             continue  # no such size
+        if y.numel() == 0:
+            continue  # cuDNN refuses none
         layer = plan_network(conv, 2, (side, side)).layers[0]
         if layer.taps.are_all(layer.weight):
             continue

@@ -39,9 +39,11 @@ def test_round_trip(make: Callable[[], nn.Module], channels_last: bool):
         for m, output in zip((model, back), outputs, strict=True):
             m.zero_grad()
             total(output).backward()
+        # On a GPU some of PyTorch's own gradients, such as reflect padding's, are added as threads arrive; and a bias
+        # before a norm has no gradient but the rounding of the others
+        largest = max(p.grad.abs().max().item() for p in model.parameters())
         for one, other in zip(back.parameters(), model.parameters(), strict=True):
-            # On a GPU some of PyTorch's own gradients, such as reflect padding's, are added as threads arrive
-            tolerance = 1e-10 * other.grad.abs().max().item() if one.is_cuda else 0
+            tolerance = 1e-10 * largest if one.is_cuda else 0
             torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=tolerance)
     fuse_it(back)
     assert_same_training(model.train(), back.train(), x)

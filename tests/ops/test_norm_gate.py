@@ -12,6 +12,7 @@ from fastp2p import ops
 from fastp2p.norm_gate import NormGate
 from fastp2p.ops import norm_act_backward_ref, norm_dx_ref
 from fastp2p.ops.activation import ACTIVATIONS
+from fastp2p.ops.library import INTERPRETED
 
 operators = torch.ops.fastp2p
 LRELU, RELU = ACTIVATIONS.index("leaky_relu"), ACTIVATIONS.index("relu")
@@ -132,6 +133,33 @@ def test_every_configuration(operator: str, split: int, dtype: torch.dtype):
     args = arguments(operator, Case(2, 13, True, 0.0), dtype)
     for config in configurations(dtype):
         assert_close(launch(*args, config=config | {"SPLIT": split}), operator, args)
+
+
+@pytest.mark.kernels
+@pytest.mark.skipif(not INTERPRETED, reason="it replaces a function that kernels call")
+@pytest.mark.parametrize("one_share", [64, 2])
+@pytest.mark.parametrize("operator", ["conv", "conv_transpose"])
+def test_groups_and_columns_of_tiles_count_apart(operator: str, one_share: int, monkeypatch: pytest.MonkeyPatch):
+    """Four groups, five columns of tiles, one share or several: no two sums count on one place.
+
+    The interpreter runs programs one after the other, so a place that two share would not show in the sums.
+    """
+    from helpers.counting import count_on
+
+    from fastp2p.kernels import conv, conv_transpose, gemm, norm_stats, sums
+
+    counted = torch.zeros(4096, dtype=torch.int32)
+    monkeypatch.setattr(norm_stats, "ONE_SHARE", one_share)
+    monkeypatch.setattr(gemm, "counters", lambda n, like: counted[:n])
+    monkeypatch.setattr(sums, "is_last", count_on)
+    launch = conv.conv if operator == "conv" else conv_transpose.conv_transpose
+    config = next(c for c in configurations(torch.float32) if c["BLOCK_M"] == c["BLOCK_N"] == 16)
+    launch(*arguments(operator, Case(4, 0, True, 0.0), channels=67), config=config | {"SPLIT": 1})
+    tiles = 3 if operator == "conv" else 4  # a group's: of 36 pixels, or of four phases with 9 each
+    share = norm_stats.share_of(tiles)
+    sizes = [share] * (tiles // share) + [tiles % share] * (tiles % share > 0)
+    sizes += [len(sizes)] if len(sizes) > 1 else []
+    assert sorted(counted[counted > 0].tolist()) == sorted(sizes * 4 * 5)
 
 
 @pytest.mark.kernels
