@@ -30,7 +30,7 @@ def _pool(window: Any, x: Tensor) -> Tensor:
 
 def _pool_backward(window: Any, dy: Tensor, x: Tensor) -> tuple[Tensor]:
     kernel, stride, padding, counts = window
-    # PyTorch's CUDA kernel for channels_last gives wrong numbers where it pads (pytorch/pytorch#188344); this one does not
+    # where it pads, PyTorch's CUDA kernel for channels_last gives wrong numbers (pytorch/pytorch#188344)
     operands = dy.contiguous(), x.contiguous()
     return (aten.avg_pool2d_backward(*operands, kernel, stride, padding, False, counts, None),)
 
