@@ -84,17 +84,19 @@ def pretending(target: Target) -> Iterator[None]:
         get_current_stream=lambda device: 0,
     )
     fix_keys()
-    before = driver._active, tile_rule.SHARED_BYTES_WHEN_INTERPRETED, tile_rule.PROCESSORS_WHEN_INTERPRETED
+    facts = {
+        "SHARED_BYTES_WHEN_INTERPRETED": target.shared_bytes,
+        "PROCESSORS_WHEN_INTERPRETED": target.processors,
+        "CAPABILITY_WHEN_INTERPRETED": target.capability,
+    }
+    before, active = {name: getattr(tile_rule, name) for name in facts}, driver._active
     driver.set_active(fake)
-    tile_rule.SHARED_BYTES_WHEN_INTERPRETED, tile_rule.PROCESSORS_WHEN_INTERPRETED = (
-        target.shared_bytes,
-        target.processors,
-    )
+    vars(tile_rule).update(facts)
     tile_rule._choose_config.cache_clear()
     try:
         yield
     finally:
-        active, tile_rule.SHARED_BYTES_WHEN_INTERPRETED, tile_rule.PROCESSORS_WHEN_INTERPRETED = before
+        vars(tile_rule).update(before)
         driver.set_active(active)
         tile_rule._choose_config.cache_clear()
 

@@ -1,9 +1,10 @@
 """Our convolutions by ATen's (on a GPU cuDNN's), with our passes for what follows them.
 
 The tuner's other candidate: a fused convolution that is slower than cuDNN by more than a pass over its result loses in
-spite of its fusion. Bias, activation or gate, and the statistics are one pass in place, that of split sums: 2 bytes an
-element read and 2 written in bfloat16, accumulated in float32, nothing where nothing follows. Unlike in our own kernels
-the product is rounded to the activations' dtype before that, and a weight gradient before Adam, as PyTorch rounds them.
+spite of its fusion. What follows it is one pass in place, or none: bias, activation or gate, with statistics; or the
+way into a norm, with its sums. In bfloat16 that reads 2 bytes an element and writes 2; statistics alone write none.
+Unlike in our own kernels the product is rounded to the activations' dtype before that, and a weight gradient before
+Adam, as PyTorch rounds them.
 """
 
 import contextlib
@@ -16,6 +17,8 @@ from torch import Tensor
 from fastp2p.conv_shape import conv_transpose_size
 from fastp2p.kernels import gemm
 from fastp2p.kernels.adam import adam
+from fastp2p.kernels.norm_act_backward import dz_in_place
+from fastp2p.kernels.norm_stats import norm_stats
 from fastp2p.norm_gate import NormGate
 
 
@@ -146,9 +149,11 @@ def _finish(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Bias, activation or gate in place, and the statistics: one pass, or none."""
     channels = out.shape[1]
-    if bias is None and activation == 0 and not stat_groups and norm.gate_mean is None:
-        none = out.new_empty((0, channels), dtype=torch.float32)
-        return out, none, none.clone()
+    if norm.gate_mean is not None and stat_groups:
+        assert gate is not None
+        return out, *dz_in_place(out, gate, norm, activation, slope)
+    if bias is None and activation == 0 and norm.gate_mean is None:
+        return out, *norm_stats(out, stat_groups)
     mean, var = gemm.reduce_splits(
         _flat(out).view(1, -1, channels),
         out,

@@ -10,8 +10,9 @@ from torch import Tensor
 from triton.runtime.errors import PTXASError
 
 from fastp2p.conv_shape import ConvShape
-from fastp2p.kernels import conv_wgrad_adam, tile_rule
+from fastp2p.kernels import conv_wgrad_adam, fold, tile_rule
 from fastp2p.kernels.layer_shapes import may_split
+from fastp2p.norm_gate import NormGate
 
 Config = dict[str, int]
 # What refuses a configuration: the launcher, Triton itself, and the assembler behind it
@@ -32,6 +33,7 @@ class Product:
     largest: int = 128 * 128  # tile, in elements
     may_split: bool = True  # over several programs
     param: Tensor | None = None  # the weight that conv_wgrad_adam updates
+    few: Tensor | None = None  # the weight of a transposed convolution that fold.is_for
 
 
 def product_of(operator: str, args: tuple[Any, ...]) -> Product:
@@ -46,7 +48,12 @@ def product_of(operator: str, args: tuple[Any, ...]) -> Product:
         pixels = shape.images // groups * math.prod(triton.cdiv(side, shape.stride) for side in shape.large)
         k = shape.rows * math.prod(triton.cdiv(side, shape.stride) for side in shape.kernel)
         whole = tile_rule.is_whole(shape.outer, shape.outer2)
-        return Product(pixels, shape.inner, k, like, whole, products=groups * shape.stride**2)
+        few = (
+            args[2]
+            if fold.is_for(args[2], shape.stride, shape.padding, args[11], NormGate(*args[12:]).gate_mean)
+            else None
+        )
+        return Product(pixels, shape.inner, k, like, whole, products=groups * shape.stride**2, few=few)
     product = Product(shape.rows, shape.columns, shape.pixels, like, tile_rule.is_whole(shape.inner))
     if operator == "conv_wgrad":
         return product
@@ -59,7 +66,9 @@ def by_rule(product: Product) -> Config:
     """What a launch takes that is given no configuration."""
     m, n, k, like = product.m, product.n, product.k, product.like
     config: Config
-    if product.param is not None:
+    if product.few is not None:
+        config = fold.config_for(like, product.few)
+    elif product.param is not None:
         config = conv_wgrad_adam.choose_config(m, n, k, product.param, like)
     else:
         config = tile_rule.choose_config(m, n, k, like, whole=product.whole, products=product.products)
@@ -75,6 +84,9 @@ def candidates(product: Product) -> list[Config]:
         processors = properties.multi_processor_count
         limit = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
     found = [rule]
+    if product.few is not None:  # by phases as well
+        few = replace(product, few=None)
+        found.append(by_rule(few))
     for split in (1, rule["SPLIT"] // 2, rule["SPLIT"] * 2):
         if 1 <= split <= _most_splits(product, rule):
             found.append(rule | {"SPLIT": split})
@@ -96,7 +108,7 @@ def candidates(product: Product) -> list[Config]:
 
 def _most_splits(product: Product, config: Config) -> int:
     """The most parts that a sum is split into, each of LEAST_BLOCKS / 2 blocks at least."""
-    if not product.may_split or (product.param is None and not may_split(config)):
+    if "FOLD" in config or not product.may_split or (product.param is None and not may_split(config)):
         return 1
     blocks = product.k // config["BLOCK_K"]
     return max(1, 2 * blocks // int(tile_rule.LEAST_BLOCKS))

@@ -159,6 +159,14 @@ def shared_bytes(config: dict[str, int], itemsize: int) -> int:
     return config["num_stages"] * operands + 4096
 
 
+TWO_PROGRAMS = {"maxnreg": 128}  # the registers of a thread that let a Hopper GPU's processor hold two of eight warps
+
+
+def on_target(config: dict[str, Any], capability: int) -> dict[str, Any]:
+    """A GEMM's tile for a compute capability: other GPUs spill by TWO_PROGRAMS, and have not been measured."""
+    return config | {"maxnreg": 255} if capability != 90 and config.items() >= TWO_PROGRAMS.items() else config
+
+
 def all_cases() -> list[Case]:
     """The cases of every kernel file: what its `compile_cases` yields."""
     files = (importlib.import_module(f"fastp2p.kernels.{name}") for name in KERNEL_FILES)
@@ -250,7 +258,7 @@ def programs(cases: list[Case], capabilities: Iterable[int] = tuple(TARGETS)) ->
         for capability in capabilities:
             fitting = [config for config in case.configs if case.fits(config, capability)]
             assert fitting, f"{case.name} has no configuration for sm_{capability}"
-            for config in fitting:
+            for config in [on_target(config, capability) for config in fitting]:
                 for aligned in (True,) if case.sizes else (True, False):
                     program = case.program(config, capability, aligned)
                     if program not in seen:

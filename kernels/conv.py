@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastp2p.conv_shape import conv_size
 from fastp2p.kernels import gemm, tile_rule
-from fastp2p.kernels.compile_check import Case
+from fastp2p.kernels.compile_check import Case, on_target
 from fastp2p.kernels.gemm import dot, finish, finish_steps
 from fastp2p.kernels.launch_facts import Arguments, LaunchFacts
 from fastp2p.kernels.layer_shapes import EPILOGUES, LAYERS, fitting, gemm_cases
@@ -121,8 +121,9 @@ def _conv_kernel(
         b = tl.load(weight_ptr + channel[None, :] * n_sum + k[:, None], mask=weight_inside, other=0.0)
         acc = dot(a, b, acc, PRECISION)
 
+    count = tl.minimum(rows - tile % tiles * BLOCK_M, BLOCK_M)
     finish(
-        acc, pixel.to(tl.int64), row_inside, channel, n_out, out_ptr, bias_ptr, gate_ptr, slope,
+        acc, pixel.to(tl.int64), row_inside, count, channel, n_out, out_ptr, bias_ptr, gate_ptr, slope,
         split, pixels, workspace_ptr,
         tile // tiles, tile % tiles, tiles, share, channel_block, channel_blocks,
         partial_ptr, mean_ptr, var_ptr, counter_ptr,
@@ -194,7 +195,8 @@ def conv(
     config = config or tile_rule.choose_config(rows, n_out, kh * kw * n_in, x, whole=whole, products=groups)
     gate_norm = NormGate(*norm)
     gated = GateArguments.new(gate_norm, x)
-    config = fitting(config, gated.constants)
+    flags = gemm.epilogue_flags(activation, bias, gate, stat_groups, gated)
+    config = on_target(fitting(config, flags, transposed=False), tile_rule.capability_of(x))
     tiles, channel_blocks = triton.cdiv(rows, config["BLOCK_M"]), triton.cdiv(n_out, config["BLOCK_N"])
     buffers = gemm.Buffers.new(out, config["SPLIT"], stat_groups, tiles, channel_blocks, gate_norm)
     _conv_kernel[(groups * tiles * channel_blocks * config["SPLIT"],)](
@@ -223,7 +225,7 @@ def conv(
         STRIDE=stride,
         PADDING=padding,
         WHOLE_BLOCKS=_whole_blocks(n_in, config),
-        **gemm.epilogue_flags(activation, bias, gate, stat_groups, gated),
+        **flags,
         PRECISION=gemm.precision(x.dtype),
         **config,
     )

@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastp2p.kernels import gemm, tile_rule
-from fastp2p.kernels.compile_check import Case
+from fastp2p.kernels import fold, gemm, tile_rule
+from fastp2p.kernels.compile_check import Case, on_target
 from fastp2p.kernels.gemm import dot, finish, finish_steps
 from fastp2p.kernels.launch_facts import Arguments, LaunchFacts
 from fastp2p.kernels.layer_shapes import EPILOGUES, LAYERS, fitting, gemm_cases
@@ -127,8 +127,11 @@ def _conv_transpose_kernel(
         )  # fmt: skip
 
     pixel = (image.to(tl.int64) * out_height + out_y) * out_width + out_x
+    count = tl.minimum(rows - tile % tiles * BLOCK_M, BLOCK_M)
+    if (out_height % STRIDE != 0) | (out_width % STRIDE != 0):  # some phases have fewer rows or columns
+        count = tl.sum(row_inside.to(tl.int32), axis=0)
     finish(
-        acc, pixel, row_inside, channel, n_out, out_ptr, bias_ptr, gate_ptr, slope,
+        acc, pixel, row_inside, count, channel, n_out, out_ptr, bias_ptr, gate_ptr, slope,
         split, pixels, workspace_ptr,
         tile // tiles, tile % tiles * (STRIDE * STRIDE) + phase, tiles * (STRIDE * STRIDE), share,
         channel_block, channel_blocks, partial_ptr, mean_ptr, var_ptr, counter_ptr,
@@ -243,11 +246,20 @@ def conv_transpose(
     pixels, phases, groups = n * height * width, stride * stride, max(1, stat_groups)
     sum_of_a_phase = triton.cdiv(kh, stride) * triton.cdiv(kw, stride) * (n_in + n_in2)
     rows = n // groups * triton.cdiv(height, stride) * triton.cdiv(width, stride)
+    gate_norm = NormGate(*norm)
+    window = {"KH": kh, "KW": kw, "STRIDE": stride, "PADDING": padding}
+    if config is None and fold.is_for(weight, stride, padding, stat_groups, gate_norm.gate_mean):
+        config = fold.config_for(x, weight)
+    if config and "FOLD" in config:
+        strides = (pixel_stride, pixel_stride2)
+        fold.fold(x, x2, weight, bias, gate, out, strides, window, activation, slope, config, two_inputs=n_in2 > 0)
+        nothing = torch.empty(0, n_out, dtype=torch.float32, device=x.device)
+        return out, nothing, nothing.clone()
     whole = tile_rule.is_whole(n_in, n_in2)
     config = config or tile_rule.choose_config(rows, n_out, sum_of_a_phase, x, whole=whole, products=phases * groups)
-    gate_norm = NormGate(*norm)
     gated = GateArguments.new(gate_norm, x)
-    config = fitting(config, gated.constants)
+    flags = gemm.epilogue_flags(activation, bias, gate, stat_groups, gated)
+    config = on_target(fitting(config, flags, transposed=True), tile_rule.capability_of(x))
     tiles, channel_blocks = triton.cdiv(rows, config["BLOCK_M"]), triton.cdiv(n_out, config["BLOCK_N"])
     buffers = gemm.Buffers.new(out, config["SPLIT"], stat_groups, tiles * phases, channel_blocks, gate_norm)
     _conv_transpose_kernel[(groups * tiles * phases * channel_blocks * config["SPLIT"],)](
@@ -275,13 +287,10 @@ def conv_transpose(
         slope,
         *gated.tensors,
         *gated.numbers,
-        KH=kh,
-        KW=kw,
-        STRIDE=stride,
-        PADDING=padding,
+        **window,
         TWO_INPUTS=n_in2 > 0,
         WHOLE_BLOCKS=_whole_blocks(n_in, n_in2, config),
-        **gemm.epilogue_flags(activation, bias, gate, stat_groups, gated),
+        **flags,
         PRECISION=gemm.precision(x.dtype),
         **config,
     )

@@ -57,7 +57,7 @@ def _conv_wgrad_kernel(
     BLOCK_K: tl.constexpr,
 ):
     split = tl.program_id(0) % SPLIT
-    acc, row, column, _, inside = outer_product(
+    acc, row, column, inside = outer_product(
         tl.program_id(0) // SPLIT, split, outer_ptr, outer2_ptr, inner_ptr, pixels, height, width, outer_height,
         outer_width, n_outer, n_outer2, n_inner, outer_stride, outer2_stride, inner_stride,
         KH, KW, STRIDE, PADDING, TWO_INPUTS, WHOLE_BLOCKS, PRECISION, SPLIT, BLOCK_M, BLOCK_N, BLOCK_K,
@@ -88,7 +88,7 @@ def outer_product(
 ):  # fmt: skip
     """One tile of dweight, or this split's share: the float32 sums, and where in the weight they belong.
 
-    That is the rows (BLOCK_M,), the columns (BLOCK_N,), the columns' kernel rows, one or (1, BLOCK_N), and which exist.
+    That is the rows (BLOCK_M,), the columns (BLOCK_N,), and which exist.
     """
     columns = KH * KW * n_inner
     column_blocks = tl.cdiv(columns, BLOCK_N)
@@ -155,7 +155,7 @@ def outer_product(
         past_bottom = y >= bottom - PADDING
         y = tl.where(past_bottom, y - bottom, y)
         place += tl.where(past_right, step + next_row, step) + tl.where(past_bottom, next_image, 0)
-    return acc, weight_row, column, tap_y, inside
+    return acc, weight_row, column, inside
 
 
 LAUNCH_FACTS = {"_conv_wgrad_kernel": LaunchFacts(over("pixels", "BLOCK_K", "SPLIT"), multiplies=True)}

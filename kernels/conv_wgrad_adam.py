@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastp2p.kernels import gemm, tile_rule
-from fastp2p.kernels.adam import adam_update
+from fastp2p.kernels.adam import adam_update, load_state
 from fastp2p.kernels.arrival import counters, is_last
 from fastp2p.kernels.compile_check import Case
 from fastp2p.kernels.conv_wgrad import (
@@ -89,37 +89,46 @@ def _conv_wgrad_adam_kernel(
 ):
     tile = tl.program_id(0) // SPLIT
     split = tl.program_id(0) % SPLIT
-    grad, row, column, kernel_row, inside = outer_product(
+    columns = KH * KW * n_inner
+    column_blocks = tl.cdiv(columns, BLOCK_N)
+    first_row, rows, second = rows_of(tile // column_blocks, n_outer, n_outer2, TWO_INPUTS, BLOCK_M)
+    before = tl.where(second, n_outer, 0)  # rows of the weight
+    first_column = tile % column_blocks * BLOCK_N
+    grad, row, column, inside = outer_product(
         tile, split, outer_ptr, outer2_ptr, inner_ptr, pixels, height, width, outer_height,
         outer_width, n_outer, n_outer2, n_inner, outer_stride, outer2_stride, inner_stride,
         KH, KW, STRIDE, PADDING, TWO_INPUTS, WHOLE_BLOCKS, PRECISION, SPLIT, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    columns = KH * KW * n_inner
-    low_offset = row.to(tl.int64)[:, None] * columns + column[None, :]
     if SPLIT == 1 and ROWS == BLOCK_M:
-        offset = low_offset
-        if SLICED:
-            offset = row.to(tl.int64)[:, None] * row_stride + (column[None, :] + kernel_row * kernel_row_gap)
+        # In one row, which has a layout of its own: else the compiler brings all three into the product's, and back
+        at, there, param_at = piece_of(
+            first_row, rows, before, first_column, columns, row_stride, kernel_row_gap, KW * n_inner, SLICED, BLOCK_M,
+            BLOCK_N,
+        )  # fmt: skip
+        param, exp_avg, exp_avg_sq = load_state(param_at, there, param_ptr, exp_avg_ptr, exp_avg_sq_ptr)
         adam_update(
-            grad, offset, low_offset, inside, param_ptr, exp_avg_ptr, exp_avg_sq_ptr, low_precision_ptr, lr_ptr,
-            powers_ptr, beta1, beta2, one_minus_beta1, one_minus_beta2, eps, WRITE_LOW_PRECISION,
+            tl.reshape(grad, (BLOCK_M * BLOCK_N,)), param, exp_avg, exp_avg_sq, param_at, at, there, param_ptr,
+            exp_avg_ptr, exp_avg_sq_ptr, low_precision_ptr, lr_ptr, powers_ptr,
+            beta1, beta2, one_minus_beta1, one_minus_beta2, eps, WRITE_LOW_PRECISION,
         )  # fmt: skip
     else:
         SHARES: tl.constexpr = (SPLIT + SHARE - 1) // SHARE
         weights = (n_outer + n_outer2).to(tl.int64) * columns
+        low_offset = row.to(tl.int64)[:, None] * columns + column[None, :]
         tl.store(workspace_ptr + split * weights + low_offset, grad, mask=inside)
         counter_ptr += tile * (SHARES + 1)
         mine = split // SHARE
         first = mine * SHARE
         end = tl.minimum(first + SHARE, SPLIT)
-        first_row, rows, second = rows_of(tile // tl.cdiv(columns, BLOCK_N), n_outer, n_outer2, TWO_INPUTS, BLOCK_M)
-        before = tl.where(second, n_outer, 0)  # rows of the weight
         done = is_last(counter_ptr + mine, end - first)
         step = weights
         if SHARES > 1:
             if done:
                 for piece in range(0, BLOCK_M, ROWS):
-                    at, there = piece_of(first_row + piece, rows, before, column, columns, ROWS)
+                    at, there, _ = piece_of(
+                        first_row + piece, rows, before, first_column, columns, row_stride, kernel_row_gap,
+                        KW * n_inner, False, ROWS, BLOCK_N,
+                    )  # fmt: skip
                     share_sums = sum_splits(workspace_ptr + at, weights, first, end, there)
                     tl.debug_barrier()  # all threads have read what this replaces
                     tl.store(workspace_ptr + at + first * weights, share_sums, mask=there)
@@ -129,27 +138,36 @@ def _conv_wgrad_adam_kernel(
             end = SHARES
         if done:
             for piece in range(0, BLOCK_M, ROWS):
-                at, there = piece_of(first_row + piece, rows, before, column, columns, ROWS)
-                param_at = at
-                if SLICED:
-                    piece_row = (before + first_row + piece + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-                    param_at = piece_row * row_stride + (column[None, :] + kernel_row * kernel_row_gap)
+                at, there, param_at = piece_of(
+                    first_row + piece, rows, before, first_column, columns, row_stride, kernel_row_gap, KW * n_inner,
+                    SLICED, ROWS, BLOCK_N,
+                )  # fmt: skip
+                param, exp_avg, exp_avg_sq = load_state(param_at, there, param_ptr, exp_avg_ptr, exp_avg_sq_ptr)
                 adam_update(
-                    sum_splits(workspace_ptr + at, step, first, end, there), param_at, at, there, param_ptr,
-                    exp_avg_ptr, exp_avg_sq_ptr, low_precision_ptr, lr_ptr, powers_ptr,
+                    sum_splits(workspace_ptr + at, step, first, end, there), param, exp_avg, exp_avg_sq, param_at, at,
+                    there, param_ptr, exp_avg_ptr, exp_avg_sq_ptr, low_precision_ptr, lr_ptr, powers_ptr,
                     beta1, beta2, one_minus_beta1, one_minus_beta2, eps, WRITE_LOW_PRECISION,
                 )  # fmt: skip
 
 
 @triton.jit
-def piece_of(first_row, rows, before, column, columns, ROWS: tl.constexpr):
-    """Where some rows of a tile lie in the dense weight, (ROWS, BLOCK_N) int64, and which of them exist.
+def piece_of(
+    first_row, rows, before, first_column, columns, row_stride, kernel_row_gap, kernel_row_columns,
+    SLICED: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Some rows of a tile, (ROWS * BLOCK_N,): where they lie in the dense weight, which exist, and where in param.
 
     `before` rows of the weight come before those of this outer tensor, which has `rows`.
     """
-    row = first_row + tl.arange(0, ROWS)
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
-    return (before + row).to(tl.int64)[:, None] * columns + column[None, :], inside
+    i = tl.arange(0, ROWS * BLOCK_N)
+    row = first_row + i // BLOCK_N
+    column = first_column + i % BLOCK_N
+    inside = (row < rows) & (column < columns)
+    row = (before + row).to(tl.int64)
+    at = row * columns + column
+    if SLICED:
+        return at, inside, row * row_stride + (column + column // kernel_row_columns * kernel_row_gap)
+    return at, inside, at
 
 
 @triton.jit
@@ -197,6 +215,7 @@ LAUNCH_FACTS = {
 MANY_PIXELS = 512  # from here on the rule splits sums
 ADAM_TILE = 64 * 64  # elements of a tile that Adam takes at once, and of the rule's where it does not split
 LARGEST_TILE = 128 * 128
+SLICED_TILE = 32 * 64
 DEEP = ("e4", "e5", "e6", "e7", "e8", "d8", "d7", "d6", "d5", "d4")  # at batch size 1 at most 256 pixels each
 SHALLOW = ("D1", "d2")  # many pixels, with and without whole blocks
 
@@ -222,7 +241,8 @@ def compile_cases() -> Iterator[Case]:
 
 def _layer_cases(layer: Layer, pointers: list[str], types: dict[str, str], constants: dict[str, int]) -> Iterator[Case]:
     of_any: list[dict[str, Any]] = []
-    for case in layer_cases(layer, _conv_wgrad_adam_kernel, pointers, types, constants, LARGEST_TILE):
+    largest = SLICED_TILE if constants["SLICED"] else LARGEST_TILE
+    for case in layer_cases(layer, _conv_wgrad_adam_kernel, pointers, types, constants, largest):
         split = case.constants["SPLIT"]
         of_any = of_any if split > 1 else case.configs  # a split is of large tiles as well
         if split > 1 and constants["SLICED"]:
@@ -247,8 +267,8 @@ def is_sliced(param: Tensor) -> bool:
 
 
 def largest_tile(param: Tensor) -> int:
-    """Elements of a tile; where neither rows nor taps are aligned each has an address of its own, and 64 x 64 spill."""
-    return ADAM_TILE // 2 if is_sliced(param) and param.shape[1] % 16 else LARGEST_TILE
+    """Elements of a tile; of a slice each has an address of its own, and 64 x 64 spill."""
+    return SLICED_TILE if is_sliced(param) else LARGEST_TILE
 
 
 def choose_config(m: int, n: int, k: int, param: Tensor, like: Tensor) -> dict[str, int]:

@@ -23,7 +23,7 @@ from fastp2p.norm_gate import NO_NORM, NormGate
 # Triton's interpreter computes bfloat16 dots wrongly; it gets float32, of the same values.
 WIDEN = tl.constexpr(triton.knobs.runtime.interpret)
 REDUCE_CONFIGS = [
-    {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4} | MAY_USE_ALL_REGISTERS,
+    {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 8} | MAY_USE_ALL_REGISTERS,
     {"BLOCK_M": 8, "BLOCK_N": 32, "num_warps": 2} | MAY_USE_ALL_REGISTERS,  # small maps: more programs
 ]
 FEW_PROGRAMS = 64  # by the first of them
@@ -43,6 +43,7 @@ def epilogue(
     acc,  # (BLOCK_M, BLOCK_N) float32
     pixel,  # (BLOCK_M,) int64, rows of out
     row_inside,  # (BLOCK_M,)
+    count,  # rows inside
     channel,  # (BLOCK_N,)
     n_out,
     out_ptr,  # (pixels, n_out)
@@ -78,8 +79,8 @@ def epilogue(
     tl.store(out_ptr + offset, stored, mask=inside)
     if HAS_STATS:
         store_stats(
-            stored.to(tl.float32), row_inside, group, tile, tiles, share, channel, channel_block, channel_blocks, n_out,
-            partial_ptr, mean_ptr, var_ptr, counter_ptr, BLOCK_N,
+            stored.to(tl.float32), row_inside, count, group, tile, tiles, share, channel, channel_block, channel_blocks,
+            n_out, partial_ptr, mean_ptr, var_ptr, counter_ptr, out_ptr.dtype.element_ty == tl.float32, BLOCK_N,
         )  # fmt: skip
 
 
@@ -113,7 +114,7 @@ def add_splits(
 
 @triton.jit
 def close(
-    acc, pixel, row_inside, channel, n_out, out_ptr, bias_ptr, gate_ptr, slope,
+    acc, pixel, row_inside, count, channel, n_out, out_ptr, bias_ptr, gate_ptr, slope,
     group, tile, tiles, share, channel_block, channel_blocks, partial_ptr, mean_ptr, var_ptr, counter_ptr,
     gate_mean_ptr, gate_var_ptr, gate_weight_ptr, gate_bias_ptr, rng_ptr, addend_ptr,
     first, addend_stride, eps, layer, keep_scale,
@@ -132,7 +133,7 @@ def close(
         )  # fmt: skip
     else:
         epilogue(
-            acc, pixel, row_inside, channel, n_out, out_ptr, bias_ptr, gate_ptr, slope,
+            acc, pixel, row_inside, count, channel, n_out, out_ptr, bias_ptr, gate_ptr, slope,
             group, tile, tiles, share, channel_block, channel_blocks, partial_ptr, mean_ptr, var_ptr, counter_ptr,
             ACTIVATION, HAS_BIAS, HAS_GATE, HAS_STATS, BLOCK_N,
         )  # fmt: skip
@@ -140,7 +141,7 @@ def close(
 
 @triton.jit
 def finish(
-    acc, pixel, row_inside, channel, n_out, out_ptr, bias_ptr, gate_ptr, slope,
+    acc, pixel, row_inside, count, channel, n_out, out_ptr, bias_ptr, gate_ptr, slope,
     split, pixels, workspace_ptr,
     group, tile, tiles, share, channel_block, channel_blocks, partial_ptr, mean_ptr, var_ptr, counter_ptr,
     gate_mean_ptr, gate_var_ptr, gate_weight_ptr, gate_bias_ptr, rng_ptr, addend_ptr,
@@ -161,7 +162,7 @@ def finish(
         )
         if whole:
             close(
-                acc, pixel, row_inside, channel, n_out, out_ptr, bias_ptr, gate_ptr, slope,
+                acc, pixel, row_inside, count, channel, n_out, out_ptr, bias_ptr, gate_ptr, slope,
                 group, tile, tiles, share, channel_block, channel_blocks, partial_ptr, mean_ptr, var_ptr, counter_ptr,
                 gate_mean_ptr, gate_var_ptr, gate_weight_ptr, gate_bias_ptr, rng_ptr, addend_ptr,
                 first, addend_stride, eps, layer, keep_scale,
@@ -169,7 +170,7 @@ def finish(
             )  # fmt: skip
     else:
         close(
-            acc, pixel, row_inside, channel, n_out, out_ptr, bias_ptr, gate_ptr, slope,
+            acc, pixel, row_inside, count, channel, n_out, out_ptr, bias_ptr, gate_ptr, slope,
             group, tile, tiles, share, channel_block, channel_blocks, partial_ptr, mean_ptr, var_ptr, counter_ptr,
             gate_mean_ptr, gate_var_ptr, gate_weight_ptr, gate_bias_ptr, rng_ptr, addend_ptr,
             first, addend_stride, eps, layer, keep_scale,
@@ -223,6 +224,7 @@ def _reduce_kernel(
     channel = channel_block * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tile % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     row_inside = row < rows
+    count = tl.minimum(rows - tile % tiles * BLOCK_M, BLOCK_M)
     group = tile // tiles
     pixel = group.to(tl.int64) * rows + row
     offset = pixel[:, None] * n_out + channel[None, :]
@@ -233,7 +235,7 @@ def _reduce_kernel(
             at = workspace_ptr + (start + split) * pixels * n_out + offset
             acc += tl.load(at, mask=inside & (start + split < splits), other=0.0)
     close(
-        acc, pixel, row_inside, channel, n_out, out_ptr, bias_ptr, gate_ptr, slope,
+        acc, pixel, row_inside, count, channel, n_out, out_ptr, bias_ptr, gate_ptr, slope,
         group, tile % tiles, tiles, share, channel_block, channel_blocks, partial_ptr, mean_ptr, var_ptr, counter_ptr,
         gate_mean_ptr, gate_var_ptr, gate_weight_ptr, gate_bias_ptr, rng_ptr, addend_ptr,
         first, addend_stride, eps, layer, keep_scale,
@@ -365,12 +367,17 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def compile_cases() -> Iterator[Case]:
-    """The reduction, plain for weight gradients and with the epilogues of the networks' layers; in place after ATen."""
+    """The reduction, plain for weight gradients and with the epilogues of the networks' layers; in place after ATen.
+
+    Those into a norm with sums have kernels of their own.
+    """
     for dtype in ("fp32", "bf16", "fp16"):
         types = STATS_TYPES | GATE_TYPES | {"workspace_ptr": "*fp32", "slope": "fp32"}
         types |= dict.fromkeys(("out_ptr", "gate_ptr", "addend_ptr"), f"*{dtype}") | {"bias_ptr": "*fp32"}
         types |= dict.fromkeys(("pixels", "rows", "tiles", "share", "n_out", "splits"), "i32")
         for name, flags in EPILOGUES.items():
+            if flags["HAS_NORM"] and flags["HAS_STATS"]:
+                continue
             yield Case(f"reduce {name} {dtype}", _reduce_kernel, types, flags, REDUCE_CONFIGS)
             if dtype != "fp32":
                 types_in_place = types | {"workspace_ptr": f"*{dtype}"}

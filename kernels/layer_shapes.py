@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastp2p.conv_shape import ConvShape
-from fastp2p.kernels.compile_check import Case
+from fastp2p.kernels.compile_check import TWO_PROGRAMS, Case
 
 # A kernel's integer arguments that say where pixels lie. Launches do not specialise on them: whether a side is 1 or a
 # multiple of 16 helps no program, and every layer would be compiled anew.
@@ -114,26 +114,46 @@ def may_split(config: dict[str, int]) -> bool:
     return config["BLOCK_M"] * config["BLOCK_N"] <= 128 * 64
 
 
-def fitting(config: dict[str, int], epilogue: dict[str, int]) -> dict[str, int]:
-    """A tile whose registers hold the epilogue too: of a dropout or a second gradient the largest spill by a kilobyte.
+def fitting(config: dict[str, int], epilogue: dict[str, int], *, transposed: bool) -> dict[str, int]:
+    """A tile whose registers hold the epilogue too, and two programs of eight warps a processor where they can.
 
-    Tiles of 128 x 128 are halved, and those of 64 x 64 have eight warps.
+    A dropout or a second gradient makes the largest tiles spill by a kilobyte: those of 128 x 128 are halved, and those
+    of 64 x 64 have eight warps. A program alone on its processor leaves it idle during its epilogue: on an H200
+    statistics made e2's forward pass of 64 images 2.5 times as long, by a tile that lost its neighbour to them.
 
     Args:
         epilogue: its compile-time arguments.
+        transposed: whether the kernel is conv_transpose's, which needs more registers.
     """
     m, n = config["BLOCK_M"], config["BLOCK_N"]
-    if epilogue.get("SECOND", -1) < 0 and not epilogue.get("DROP_BELOW", 0):
+    plain = config["BLOCK_K"] >= 64 and config.get("SPLIT", 1) == 1  # neither gathered nor float32 nor split
+    drops, second = epilogue["DROP_BELOW"] > 0, epilogue["SECOND"] >= 0
+    if drops or second:
+        if m * n > 128 * 64:
+            return config | {"BLOCK_N": 64}
+        if m == n == 64:
+            config = config | {"num_warps": 8}
+            return config if drops or not plain else config | TWO_PROGRAMS
         return config
-    if m * n > 128 * 64:
-        return config | {"BLOCK_N": 64}
-    return config | {"num_warps": 8} if m == n == 64 else config
+    many = epilogue["HAS_NORM"] or (epilogue["HAS_BIAS"] and epilogue["HAS_STATS"]) or (transposed and m * n > 128 * 64)
+    return config | TWO_PROGRAMS if config["num_warps"] == 8 and plain and not many else config
 
 
 # All layers are compiled in bfloat16. In float32 one of each kind is: the others differ from them in no more than which
 # sizes are multiples of 16. float16 takes the way of bfloat16 and TF32 that of float32, each with another instruction.
 FLOAT32_LAYERS = ("e1", "e2", "e4", "e8", "d8", "d4", "d1", "D1", "D4", "D5")
 FLOAT16_AND_TF32_LAYERS = ("e1", "e4", "d4", "D5")
+
+
+SPLIT_CASE = 4  # over so many programs compile_cases split sums
+
+
+def _fitted(tiles: list[dict[str, int]], kernel: str, constants: dict[str, int], split: int) -> list[dict[str, int]]:
+    """The tiles as a launch takes them; weight gradients have no such epilogues."""
+    if "HAS_NORM" not in constants:
+        return tiles
+    fitted = (fitting(tile | {"SPLIT": split}, constants, transposed=kernel == "conv_transpose") for tile in tiles)
+    return [{name: value for name, value in tile.items() if name != "SPLIT"} for tile in fitted]
 
 
 def gemm_cases(
@@ -165,8 +185,9 @@ def gemm_cases(
     dtypes = ["bf16"] + ["fp16"] * rare + ["fp32"] * (layer.name in FLOAT32_LAYERS)
     for dtype in dtypes:
         itemsize = 4 if dtype == "fp32" else 2
-        fitted = [fitting(config, constants) for config in tiles(itemsize)]
-        configs = [config | {"WHOLE_BLOCKS": whole_blocks(config)} for config in fitted]
+        whole, split = (_fitted(tiles(itemsize), name, constants, split) for split in (1, SPLIT_CASE))
+        configs = [config | {"WHOLE_BLOCKS": whole_blocks(config)} for config in whole]
+        small = [config | {"WHOLE_BLOCKS": whole_blocks(config)} for config in split if may_split(config)]
         types = dict.fromkeys((*GEOMETRY, *sizes), "i32") | dict.fromkeys(pointers, f"*{dtype}")
         types |= (
             STATS_TYPES
@@ -183,7 +204,7 @@ def gemm_cases(
             yield Case(label, kernel, types, flags | {"SPLIT": 1}, configs, sizes, itemsize)
             if precision == "tf32" or dtype == "fp16":
                 continue  # what differs, the plain float32 store, is that of the other dtypes
-            split_types, small = types, [c for c in configs if may_split(c)]
+            split_types = types
             if "workspace_ptr" not in kernel.arg_names:
                 split_types = types | {"out_ptr": "*fp32"}
-            yield Case(f"{label} split", kernel, split_types, flags | {"SPLIT": 4}, small, sizes, itemsize)
+            yield Case(f"{label} split", kernel, split_types, flags | {"SPLIT": SPLIT_CASE}, small, sizes, itemsize)

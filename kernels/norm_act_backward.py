@@ -23,7 +23,8 @@ from fastp2p.kernels.compile_check import Case
 from fastp2p.kernels.launch_facts import LaunchFacts, over
 from fastp2p.kernels.layout import pixel_rows
 from fastp2p.kernels.norm_tile import CONFIGS, TYPES, USES, columns, dropout_factor, flags_of, rows_of, tiling, vectors
-from fastp2p.kernels.sums import SumsBuffers, store_sums, sum_steps
+from fastp2p.kernels.sums import SumsBuffers, store_sums, sum_steps, sums_of
+from fastp2p.norm_gate import NormGate
 
 SUM_PROGRAMS = 1024  # about so many at most leave partial sums: enough to fill a large GPU, few enough to add
 
@@ -33,7 +34,7 @@ def _backward_kernel(
     dy_ptr,  # (G * rows, C), rows dy_stride apart
     dy2_ptr,  # (G * rows, C), rows dy2_stride apart; dy_ptr again when there is no second gradient
     x_ptr,  # (G * rows, C), rows x_stride apart
-    dx_ptr,  # (G * rows, C)
+    dx_ptr,  # (G * rows, C), rows dx_stride apart
     partial_ptr,  # these six as in store_sums
     sum_dz_ptr,  # the second pass reads it
     sum_dz_xhat_ptr,  # and this
@@ -53,6 +54,7 @@ def _backward_kernel(
     dy_stride,
     dy2_stride,
     x_stride,
+    dx_stride,
     inverse_rows,
     eps,
     slope,
@@ -65,6 +67,7 @@ def _backward_kernel(
     DROP_BELOW: tl.constexpr,
     WRITE_sums_ptrs: tl.constexpr,  # the first pass
     WRITE_DX: tl.constexpr,  # the second; with fixed statistics one pass is both
+    DZ: tl.constexpr,  # what is written as dx is dz, whose sums are those of what is stored
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -100,18 +103,21 @@ def _backward_kernel(
             dz += dy2 * derivative(activate(z, slope, SECOND), slope, SECOND)
         if DROP_BELOW > 0:
             dz *= dropout_factor(rng_ptr, row * n_channels + channel, layer, keep_scale, DROP_BELOW)
-        if WRITE_DX:
+        if DZ:
+            dz = dz.to(dx_ptr.dtype.element_ty)
+            tl.store(dx_ptr + row * dx_stride + channel, dz, mask=inside)
+            dz = dz.to(tl.float32)
+        elif WRITE_DX:
             dx = dz
             if not WRITE_sums_ptrs:
                 dx = dz - mean_dz - centred * projection
-            tl.store(dx_ptr + row * n_channels + channel, dx * scale, mask=inside)
+            tl.store(dx_ptr + row * dx_stride + channel, dx * scale, mask=inside)
         if WRITE_sums_ptrs:
             sum_dz += tl.where(inside, dz, 0.0)
             sum_dz_centred += tl.where(inside, dz * centred, 0.0)
 
     if WRITE_sums_ptrs:
-        dbias = tl.sum(sum_dz, axis=0)
-        dweight = tl.sum(sum_dz_centred * rstd, axis=0)
+        dbias, dweight = sums_of(sum_dz, sum_dz_centred * rstd)
         store_sums(
             dbias, dweight, group, groups, program % programs, programs, share, column, channel_block, channel_blocks,
             n_channels, partial_ptr, sum_dz_ptr, sum_dz_xhat_ptr, dbias_ptr, dweight_ptr, counter_ptr, True, BLOCK_C,
@@ -130,16 +136,18 @@ LAUNCH_FACTS = {
 def compile_cases() -> Iterator[Case]:
     """What a U-Net and its discriminator use, in each precision; the passes one by one."""
     sums_ptrs = ("partial_ptr", "sum_dz_ptr", "sum_dz_xhat_ptr", "dbias_ptr", "dweight_ptr")
-    sums, dx, both = ({"WRITE_sums_ptrs": w, "WRITE_DX": d} for w, d in ((1, 0), (0, 1), (1, 1)))
+    sums, dx, both = ({"WRITE_sums_ptrs": w, "WRITE_DX": d, "DZ": 0} for w, d in ((1, 0), (0, 1), (1, 1)))
+    dz = both | {"DZ": 1}
     for dtype in ("fp32", "bf16", "fp16"):
         types = dict.fromkeys(("x_ptr", "dy_ptr", "dy2_ptr", "dx_ptr"), f"*{dtype}") | TYPES
         types |= dict.fromkeys(sums_ptrs, "*fp32")
         types |= {"counter_ptr": "*i32", "inverse_rows": "fp32"}
-        types |= dict.fromkeys(("programs", "share", "dy_stride", "dy2_stride"), "i32")
+        types |= dict.fromkeys(("programs", "share", "dy_stride", "dy2_stride", "dx_stride"), "i32")
         for use, (activation, second, drop) in USES.items():
             flags = {"HAS_WEIGHT": 1, "HAS_BIAS": 1, "ACTIVATION": activation, "SECOND": second, "DROP_BELOW": drop}
             yield Case(f"norm_act sums {use} {dtype}", _backward_kernel, types, flags | sums, CONFIGS)
             yield Case(f"norm_act dx {use} {dtype}", _backward_kernel, types, flags | dx, CONFIGS)
+            yield Case(f"norm_act dz {use} {dtype}", _backward_kernel, types, flags | dz, CONFIGS[:1])
         flags |= {"ACTIVATION": 2, "SECOND": 1, "DROP_BELOW": 0}
         yield Case(f"norm_act fixed {dtype}", _backward_kernel, types, flags | both, CONFIGS)
 
@@ -196,6 +204,7 @@ def norm_act_backward(
             dy_stride,
             dy_other_stride,
             x_stride,
+            n_channels,
             1 / rows,
             eps,
             slope,
@@ -203,6 +212,7 @@ def norm_act_backward(
             1 / (1 - dropout),
             WRITE_sums_ptrs=write_sums,
             WRITE_DX=write_dx,
+            DZ=False,
             **flags,
         )
 
@@ -210,3 +220,58 @@ def norm_act_backward(
     if not fixed_stats:
         launch(tiles, write_sums=False, write_dx=True)
     return dx, dweight, dbias
+
+
+def dz_in_place(
+    dy: Tensor, x: Tensor, norm: NormGate, activation: int, slope: float, config: dict[str, Any] = CONFIGS[0]
+) -> tuple[Tensor, Tensor]:
+    """What `gemm.norm_epilogue` leaves, of a gradient that is in memory already: dz in its place, and the norm's sums.
+
+    Args:
+        dy: (N, first + C, H, W), rows of pixels; its channels from norm.first on are written.
+        x: (N, C, H, W), the norm's input.
+    """
+    assert norm.gate_mean is not None
+    assert norm.gate_var is not None
+    dy = dy[:, norm.first :]
+    (x, x_stride), (addend, addend_stride) = pixel_rows(x), pixel_rows(dy if norm.addend is None else norm.addend)
+    dz, dy_stride = pixel_rows(dy)
+    assert dz is dy, "a gradient whose pixels are no rows"
+    groups, n_channels = norm.gate_mean.shape
+    rows, tiles, channel_blocks = tiling(x, groups, config)
+    programs = min(tiles, max(1, SUM_PROGRAMS // (groups * channel_blocks)))
+    sums = SumsBuffers.new(groups, programs, n_channels, channel_blocks, x.device)
+    totals = (torch.empty(n_channels, dtype=torch.float32, device=x.device) for _ in range(2))
+    _backward_kernel[(groups * programs * channel_blocks,)](
+        dy,
+        addend,
+        x,
+        dz,
+        sums.partial,
+        sums.one,
+        sums.other,
+        *totals,
+        counters(sums.n_counters, x),
+        *vectors(norm.gate_mean, norm.gate_var, norm.gate_weight, norm.gate_bias, norm.rng),
+        rows,
+        groups,
+        programs,
+        sums.share,
+        n_channels,
+        dy_stride,
+        addend_stride,
+        x_stride,
+        dy_stride,
+        1 / rows,
+        norm.eps,
+        slope,
+        norm.layer,
+        1 / (1 - norm.dropout),
+        WRITE_sums_ptrs=True,
+        WRITE_DX=True,
+        DZ=True,
+        SECOND=-1 if norm.addend is None else norm.second,
+        **flags_of(norm.gate_weight, norm.gate_bias, norm.rng, activation, norm.dropout),
+        **config,
+    )
+    return sums.one, sums.other

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fastp2p.kernels.activation import activate, derivative
 from fastp2p.kernels.layout import pixel_rows, within
-from fastp2p.kernels.norm_tile import drop_below, dropout_factor
-from fastp2p.kernels.sums import store_sums
+from fastp2p.kernels.norm_tile import drop_below, dropout_factor, rstd_of
+from fastp2p.kernels.sums import store_sums, sums_of
 from fastp2p.norm_gate import NormGate
 
 
@@ -62,8 +62,7 @@ def norm_epilogue(
     there = within(column, columns)
     at = group.to(tl.int64) * columns + column
     mean = tl.load(gate_mean_ptr + at, mask=there, other=0.0)[None, :]
-    rstd_of_columns = tl.div_rn(1.0, tl.sqrt_rn(tl.load(gate_var_ptr + at, mask=there, other=1.0) + eps))
-    rstd = rstd_of_columns[None, :]
+    rstd = rstd_of(tl.load(gate_var_ptr + at, mask=there, other=1.0), eps)[None, :]
     scale = rstd
     bias = tl.zeros_like(mean)
     if HAS_AFFINE:
@@ -89,10 +88,9 @@ def norm_epilogue(
     )
     if HAS_STATS:
         dz = tl.where(inside, stored.to(tl.float32), 0.0)
-        sum_dz = tl.sum(dz, axis=0)
         # Read again: it lies in the cache, and large tiles have no registers to keep it
         centred = tl.load(gate_ptr + element, mask=inside, other=0.0).to(tl.float32) - mean
-        sum_dz_xhat = tl.sum(dz * centred, axis=0) * rstd_of_columns
+        sum_dz, sum_dz_xhat = sums_of(dz, dz * centred * rstd)
         store_sums(
             sum_dz, sum_dz_xhat, group, 1, tile, tiles, share, column, channel_block, channel_blocks, columns,
             partial_ptr, sum_dz_ptr, sum_dz_xhat_ptr, sum_dz_ptr, sum_dz_xhat_ptr, counter_ptr, False, BLOCK_N,

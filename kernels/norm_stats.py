@@ -1,13 +1,14 @@
 """norm_stats in Triton: per-channel mean and M2 of tiles of pixels, and their merge, in one launch.
 
 Reads x once: 2 bytes an element in bfloat16. The GEMMs make the same tile statistics in their epilogues, from values
-that are still in registers, and share the merge: then x is not read at all. One program takes a tile of pixels by
+that are still in registers, and share the merge: then x is not read at all. One program takes some tiles of pixels by
 channels of one statistics group; the last to arrive merges (Chan, Golub and LeVeque 1979) all tiles in a fixed order,
 so the same input gives the same bits. Many tiles are merged in two levels, since one program takes them one after the
 other.
 Everything is float32 around means: no sum of squares of raw values, which would cancel.
-Divisions are correctly rounded, where a GPU's plain ones are off by 2 ulp: a sum that is exact has an exact mean, and
-equal values have no variance.
+
+A GEMM's epilogue runs once in each program, and at batch size 1 alone on its processor, so each of its instructions
+waits for the one before: on an H200 statistics took 5 us of an 18 us convolution, and their merge 5 us more.
 """
 
 import math
@@ -22,7 +23,7 @@ from torch import Tensor
 from fastp2p.kernels.arrival import counters, is_last
 from fastp2p.kernels.compile_check import Case
 from fastp2p.kernels.launch_facts import Arguments, LaunchFacts
-from fastp2p.kernels.layout import pixel_rows
+from fastp2p.kernels.layout import pixel_rows, within
 
 CONFIGS = [
     {"BLOCK_M": 64, "BLOCK_C": 64, "num_warps": 8},
@@ -30,67 +31,102 @@ CONFIGS = [
     {"BLOCK_M": 32, "BLOCK_C": 128, "num_warps": 4},
     {"BLOCK_M": 1024, "BLOCK_C": 4, "num_warps": 4},
 ]
+PROGRAMS = 1024  # about so many at most: enough to fill a large GPU, and what each does once is little beside its tiles
 ONE_SHARE = 64  # tiles of a group that one program merges; of more, programs merge shares, and the last one those
 
 
-@triton.jit
-def store_partial(
-    partial_ptr,  # (3, C) float32, this tile's: mean, M2, count
-    values,  # (BLOCK_M, BLOCK_C) float32, as stored
-    row_inside,  # (BLOCK_M,)
-    channel,  # (BLOCK_C,)
-    n_channels,
-):
-    """Mean, M2 and number of a tile's rows; a tile without any leaves zeros.
+@triton.constexpr_function
+def rows_at_once(block_c):
+    """How many rows of partial results, of so many channels, one step of a merge takes."""
+    return max(1, min(32, 2048 // block_c))
 
-    The mean is corrected by the mean of the deviations from it, so that a spread far below the mean keeps its digits.
+
+@triton.jit
+def tile_stats(values, row_inside, count, EXACT: tl.constexpr):
+    """Mean and M2, (BLOCK_C,) each, of a tile's `count` rows; zeros without any.
+
+    Deviations are taken from a mean that may be off by a rounding, so no division need be exact. With EXACT their own
+    mean corrects it and M2. It makes a difference where a spread is less than a millionth of the mean; values of 16
+    bits have no such spread, and each sum is a hundred instructions in the epilogue of a GEMM.
+
+    Args:
+        values: (BLOCK_M, BLOCK_C) float32, as stored.
+        row_inside: (BLOCK_M,).
+        count: those inside, float32.
     """
-    count = tl.sum(row_inside.to(tl.float32), axis=0)
-    at_least_one = tl.maximum(count, 1.0)
-    mean = tl.div_rn(tl.sum(tl.where(row_inside[:, None], values, 0.0), axis=0), at_least_one)
-    deviation = tl.where(row_inside[:, None], values - mean[None, :], 0.0)
-    left_over = tl.div_rn(tl.sum(deviation, axis=0), at_least_one)  # what rounding kept from the mean
-    m2 = tl.sum(deviation * deviation, axis=0) - left_over * left_over * count
-    inside = channel < n_channels
-    tl.store(partial_ptr + channel, mean + left_over, mask=inside)
-    tl.store(partial_ptr + n_channels + channel, tl.where(m2 < 0.0, 0.0, m2), mask=inside)
-    tl.store(partial_ptr + 2 * n_channels + channel, count + tl.zeros_like(mean), mask=inside)
+    inverse = tl.div_rn(1.0, tl.maximum(count, 1.0))
+    near = tl.sum(tl.where(row_inside[:, None], values, 0.0), axis=0) * inverse
+    deviation = tl.where(row_inside[:, None], values - near[None, :], 0.0)
+    if EXACT:
+        left_over, squares = tl.split(tl.sum(tl.join(deviation, deviation * deviation), axis=0))
+        mean, m2 = corrected(near, left_over, squares, inverse)
+    else:
+        mean, m2 = near, tl.sum(deviation * deviation, axis=0)
+    return mean, m2
 
 
 @triton.jit
-def merge_rows(partial_ptr, first, end, channel, n_channels, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Mean, M2 and count, (BLOCK_C,) each, of the partial statistics in rows first to end of (rows, 3, C)."""
-    inside = channel < n_channels
-    count = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
-    mean = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
-    m2 = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
-    for block in range(first, end, BLOCK_T):  # each place of the block for itself: no step waits for a sum over it
-        row = block + tl.arange(0, BLOCK_T)
-        at = partial_ptr + row.to(tl.int64)[:, None] * 3 * n_channels + channel[None, :]
-        mask = (row < end)[:, None] & inside[None, :]
-        row_mean = tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
-        row_m2 = tl.load(at + n_channels, mask=mask, other=0.0, cache_modifier=".cg")
-        row_count = tl.load(at + 2 * n_channels, mask=mask, other=0.0, cache_modifier=".cg")
-        weight = tl.div_rn(row_count, tl.maximum(count + row_count, 1.0))
-        delta = row_mean - mean
-        mean += delta * weight
-        m2 += row_m2 + delta * delta * (count * weight)
-        count += row_count
+def corrected(near, left_over, squares, inverse):
+    """Mean and M2 from the sums of deviations from a value near the mean, and of their squares."""
+    off = left_over * inverse
+    m2 = squares - left_over * off
+    return near + off, tl.where(m2 < 0.0, 0.0, m2)  # by rounding
 
+
+@triton.jit
+def store_pair(pair_ptr, one, other, channel, n_channels):
+    """Two values a channel, (BLOCK_C,) each, into (2, C)."""
+    at = pair_ptr + tl.arange(0, 2)[:, None] * n_channels + channel[None, :]
+    tl.store(at, tl.trans(tl.join(one, other)), mask=within(channel, n_channels)[None, :])
+
+
+@triton.jit
+def load_pairs(pair_ptr, row, there, channel, n_channels):
+    """Rows of (rows, 2, C) that another program may have stored, (len(row), BLOCK_C) twice; 0 where there are none."""
+    at = pair_ptr + 2 * row.to(tl.int64)[:, None] * n_channels + channel[None, :]
+    mask = there[:, None] & within(channel, n_channels)[None, :]
+    one = tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
+    return one, tl.load(at + n_channels, mask=mask, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def merge_block(mean, m2, count):
+    """Mean, M2, (BLOCK_C,) each, and count of all rows, from each row's: (rows, BLOCK_C) twice, and (rows,)."""
     total = tl.sum(count, axis=0)
-    at_least_one = tl.maximum(total, 1.0)
-    merged = tl.div_rn(tl.sum(count * mean, axis=0), at_least_one)
-    spread = mean - merged[None, :]
-    left_over = tl.div_rn(tl.sum(count * spread, axis=0), at_least_one)  # what rounding kept from the mean
-    m2_merged = tl.sum(m2 + count * spread * spread, axis=0) - left_over * left_over * total
-    m2_merged = tl.where(m2_merged < 0.0, 0.0, m2_merged)  # by rounding
-    return merged + left_over, m2_merged, total
+    inverse = tl.div_rn(1.0, tl.maximum(total, 1.0))
+    near = tl.sum(count[:, None] * mean, axis=0) * inverse
+    deviation = mean - near[None, :]
+    weighted = count[:, None] * deviation
+    left_over, squares = tl.split(tl.sum(tl.join(weighted, m2 + weighted * deviation), axis=0))
+    mean, m2 = corrected(near, left_over, squares, inverse)
+    return mean, m2, total
+
+
+@triton.jit
+def merge_rows(partial_ptr, count_ptr, first, end, channel, n_channels, BLOCK_C: tl.constexpr):
+    """Mean, M2, (BLOCK_C,) each, and count of the partial statistics in rows first to end of (rows, 2, C)."""
+    BLOCK_T: tl.constexpr = rows_at_once(BLOCK_C)
+    count = 0.0
+    mean = tl.zeros((BLOCK_C,), tl.float32)
+    m2 = tl.zeros((BLOCK_C,), tl.float32)
+    for block in range(first, end, BLOCK_T):
+        row = block + tl.arange(0, BLOCK_T)
+        row_mean, row_m2 = load_pairs(partial_ptr, row, row < end, channel, n_channels)
+        rows = tl.load(count_ptr + row, mask=row < end, other=0.0, cache_modifier=".cg")
+        here, m2_here, rows_here = merge_block(row_mean, row_m2, rows)
+        weight = tl.div_rn(rows_here, tl.maximum(count + rows_here, 1.0))
+        delta = here - mean
+        mean += delta * weight
+        m2 += m2_here + delta * delta * (count * weight)
+        count += rows_here
+    return mean, m2, count
 
 
 @triton.jit
 def store_stats(
     values,  # (BLOCK_M, BLOCK_C) float32, as stored
     row_inside,  # (BLOCK_M,)
+    count,  # rows inside
     group,
     tile,  # among the group's
     tiles,  # a group's
@@ -99,34 +135,52 @@ def store_stats(
     channel_block,
     channel_blocks,
     n_channels,
-    partial_ptr,  # (G, tiles + shares, 3, C) float32
+    partial_ptr,  # (G, C + channel_blocks, tiles + shares, 2) float32: (tiles + shares, 2, C), and after them counts
     mean_ptr,  # (G, C) float32
     var_ptr,  # (G, C) float32, biased
     counter_ptr,  # (G, channel_blocks, shares + 1) int32
+    EXACT: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """A tile's statistics; the last tile of a share merges those of the share, the last share those of the group."""
-    BLOCK_T: tl.constexpr = 1024 // BLOCK_C  # twice as many spill where a program has two warps
-    shares = tl.cdiv(tiles, share)
+    count = count.to(tl.float32)
+    mean, m2 = tile_stats(values, row_inside, count, EXACT)
+    merge_tiles(
+        mean, m2, count, group, tile, tiles, share, channel, channel_block, channel_blocks, n_channels,
+        partial_ptr, mean_ptr, var_ptr, counter_ptr, BLOCK_C,
+    )  # fmt: skip
+
+
+@triton.jit
+def merge_tiles(
+    mean, m2, count, group, tile, tiles, share, channel, channel_block, channel_blocks, n_channels,
+    partial_ptr, mean_ptr, var_ptr, counter_ptr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """What store_stats does with a tile's mean and M2, (BLOCK_C,) each, and count."""
     group = group.to(tl.int64)
-    partial_ptr += group * (tiles + shares) * 3 * n_channels
-    store_partial(partial_ptr + tile.to(tl.int64) * 3 * n_channels, values, row_inside, channel, n_channels)
-    counter_ptr += (group * channel_blocks + channel_block) * (shares + 1)
-    mine = tile // share
-    first = mine * share
-    end = tl.minimum(first + share, tiles)
-    if is_last(counter_ptr + mine, end - first):
-        mean, m2, count = merge_rows(partial_ptr, first, end, channel, n_channels, BLOCK_T, BLOCK_C)
-        if shares == 1:
-            store_merged(mean, m2, count, group, channel, n_channels, mean_ptr, var_ptr)
-        else:
-            at = partial_ptr + (tiles + mine).to(tl.int64) * 3 * n_channels + channel
-            tl.store(at, mean, mask=channel < n_channels)
-            tl.store(at + n_channels, m2, mask=channel < n_channels)
-            tl.store(at + 2 * n_channels, count, mask=channel < n_channels)
-            if is_last(counter_ptr + shares, shares):
-                mean, m2, count = merge_rows(partial_ptr, tiles, tiles + shares, channel, n_channels, BLOCK_T, BLOCK_C)
-                store_merged(mean, m2, count, group, channel, n_channels, mean_ptr, var_ptr)
+    if tiles == 1:
+        store_merged(mean, m2, count, group, channel, n_channels, mean_ptr, var_ptr)
+    else:
+        shares = tl.cdiv(tiles, share)
+        rows = tiles + shares
+        partial_ptr += 2 * (group * rows * (n_channels + channel_blocks))
+        count_ptr = partial_ptr + 2 * (rows * (n_channels + channel_block)).to(tl.int64)
+        counter_ptr += (group * channel_blocks + channel_block) * (shares + 1)
+        store_pair(partial_ptr + 2 * n_channels * tile.to(tl.int64), mean, m2, channel, n_channels)
+        tl.store(count_ptr + tile, count)
+        mine = tile // share
+        first = mine * share
+        end = tl.minimum(first + share, tiles)
+        if is_last(counter_ptr + mine, end - first):
+            mean, m2, merged = merge_rows(partial_ptr, count_ptr, first, end, channel, n_channels, BLOCK_C)
+            if shares == 1:
+                store_merged(mean, m2, merged, group, channel, n_channels, mean_ptr, var_ptr)
+            else:
+                store_pair(partial_ptr + 2 * n_channels * (tiles + mine).to(tl.int64), mean, m2, channel, n_channels)
+                tl.store(count_ptr + tiles + mine, merged)
+                if is_last(counter_ptr + shares, shares):
+                    mean, m2, merged = merge_rows(partial_ptr, count_ptr, tiles, rows, channel, n_channels, BLOCK_C)
+                    store_merged(mean, m2, merged, group, channel, n_channels, mean_ptr, var_ptr)
 
 
 @triton.jit
@@ -134,10 +188,10 @@ def store_merged(mean, m2, count, group, channel, n_channels, mean_ptr, var_ptr)
     """A group's mean and biased variance."""
     at = group * n_channels + channel
     tl.store(mean_ptr + at, mean, mask=channel < n_channels)
-    tl.store(var_ptr + at, tl.div_rn(m2, tl.maximum(count, 1.0)), mask=channel < n_channels)
+    tl.store(var_ptr + at, m2 * tl.div_rn(1.0, tl.maximum(count, 1.0)), mask=channel < n_channels)
 
 
-@triton.jit(do_not_specialize=["rows", "tiles", "share"])
+@triton.jit(do_not_specialize=["rows", "parts", "tiles", "share"])
 def _norm_stats_kernel(
     x_ptr,  # (G * rows, C), rows pixel_stride apart
     partial_ptr,  # these four as in store_stats
@@ -145,37 +199,63 @@ def _norm_stats_kernel(
     var_ptr,
     counter_ptr,
     rows,  # a group's
-    tiles,  # a group's
-    share,
+    parts,  # a group's
+    tiles,  # a part's
+    share,  # parts whose statistics one program merges
     n_channels,
     pixel_stride,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     channel_blocks = tl.cdiv(n_channels, BLOCK_C)
-    tile = tl.program_id(0) // channel_blocks  # over all groups
+    part = tl.program_id(0) // channel_blocks  # over all groups
     channel_block = tl.program_id(0) % channel_blocks
     channel = channel_block * BLOCK_C + tl.arange(0, BLOCK_C)
-    group = tile // tiles
-    row = tile % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_inside = row < rows
-    offset = (group.to(tl.int64) * rows + row)[:, None] * pixel_stride + channel[None, :]
-    x = tl.load(x_ptr + offset, mask=row_inside[:, None] & (channel < n_channels)[None, :], other=0.0).to(tl.float32)
-    store_stats(
-        x, row_inside, group, tile % tiles, tiles, share, channel, channel_block, channel_blocks, n_channels,
+    group = part // parts
+    part = part % parts
+    first = part * tiles * BLOCK_M
+    end = tl.minimum(first + tiles * BLOCK_M, rows)
+    x_ptr += group.to(tl.int64) * rows * pixel_stride
+    mean, inside = _tile(x_ptr, first, end, channel, n_channels, pixel_stride, BLOCK_M)
+    rows_seen = inside.to(tl.float32)
+    m2 = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    tiles_seen = 1.0
+    for row in range(first + BLOCK_M, end, BLOCK_M):  # Welford's, each place of the tile for itself
+        x, inside = _tile(x_ptr, row, end, channel, n_channels, pixel_stride, BLOCK_M)
+        tiles_seen += 1.0
+        delta = tl.where(inside[:, None], x - mean, 0.0)
+        mean += delta * tl.div_rn(1.0, tiles_seen)
+        m2 += delta * tl.where(inside[:, None], x - mean, 0.0)
+        rows_seen += inside.to(tl.float32)
+    mean, m2, count = merge_block(mean, m2, rows_seen)
+    merge_tiles(
+        mean, m2, count, group, part, parts, share, channel, channel_block, channel_blocks, n_channels,
         partial_ptr, mean_ptr, var_ptr, counter_ptr, BLOCK_C,
     )  # fmt: skip
 
 
+@triton.jit
+def _tile(x_ptr, first, end, channel, n_channels, pixel_stride, BLOCK_M: tl.constexpr):
+    """Rows from first on, (BLOCK_M, BLOCK_C) float32, zeros from `end` on; and which are before that."""
+    row = first + tl.arange(0, BLOCK_M)
+    inside = row < end
+    at = x_ptr + row.to(tl.int64)[:, None] * pixel_stride + channel[None, :]
+    return tl.load(at, mask=inside[:, None] & (channel < n_channels)[None, :], other=0.0).to(tl.float32), inside
+
+
 def merge_steps(args: Arguments, tiles: int, block_c: int) -> int:
     """The iterations of merge_rows in the program that merges last, of so many tiles in a group."""
-    block_t, share = 1024 // block_c, args["share"]
+    if tiles == 1:
+        return 0
+    block_t, share = rows_at_once(block_c), args["share"]
     steps: int = triton.cdiv(min(share, tiles), block_t)
     return steps + (triton.cdiv(triton.cdiv(tiles, share), block_t) if tiles > share else 0)
 
 
 LAUNCH_FACTS = {
-    "_norm_stats_kernel": LaunchFacts(merges=lambda args: merge_steps(args, args["tiles"], args["BLOCK_C"]))
+    "_norm_stats_kernel": LaunchFacts(
+        lambda args: args["tiles"], lambda args: merge_steps(args, args["parts"], args["BLOCK_C"])
+    )
 }
 
 
@@ -184,7 +264,7 @@ def compile_cases() -> Iterator[Case]:
     for dtype in ("fp32", "bf16", "fp16"):
         types = {"x_ptr": f"*{dtype}", "counter_ptr": "*i32"}
         types |= dict.fromkeys(("partial_ptr", "mean_ptr", "var_ptr"), "*fp32")
-        types |= dict.fromkeys(("rows", "tiles", "share", "n_channels", "pixel_stride"), "i32")
+        types |= dict.fromkeys(("rows", "parts", "tiles", "share", "n_channels", "pixel_stride"), "i32")
         yield Case(f"norm_stats {dtype}", _norm_stats_kernel, types, {}, CONFIGS)
 
 
@@ -201,7 +281,7 @@ def share_of(tiles: int) -> int:
 class StatsBuffers(NamedTuple):
     """Where a launch leaves statistics, and what it needs on the way."""
 
-    partial: Tensor  # (stat_groups, tiles + shares, 3, C) float32
+    partial: Tensor  # (stat_groups, C + channel_blocks, tiles + shares, 2) float32, as store_stats has it
     mean: Tensor  # (stat_groups, C) float32
     var: Tensor
     share: int
@@ -216,8 +296,8 @@ class StatsBuffers(NamedTuple):
         """
         share = share_of(tiles)
         shares = triton.cdiv(tiles, share)
-        rows = tiles + shares
-        partial = torch.empty(stat_groups, rows, 3, channels, dtype=torch.float32, device=device)
+        shape = (stat_groups, channels + channel_blocks, tiles + shares, 2)
+        partial = torch.empty(shape, dtype=torch.float32, device=device)
         mean, var = (torch.empty(stat_groups, channels, dtype=torch.float32, device=device) for _ in range(2))
         return cls(partial, mean, var, share, stat_groups * channel_blocks * (shares + 1))
 
@@ -229,16 +309,19 @@ def norm_stats(x: Tensor, stat_groups: int, config: dict[str, Any] | None = None
     config = config or choose_config(channels)
     rows = x.numel() // channels // max(1, stat_groups)  # a group's
     tiles, channel_blocks = triton.cdiv(rows, config["BLOCK_M"]), triton.cdiv(channels, config["BLOCK_C"])
-    stats = StatsBuffers.new(stat_groups, tiles, channels, channel_blocks, x.device)
+    tiles_of_part = triton.cdiv(tiles, max(1, PROGRAMS // (max(1, stat_groups) * channel_blocks)))
+    parts = triton.cdiv(tiles, tiles_of_part)
+    stats = StatsBuffers.new(stat_groups, parts, channels, channel_blocks, x.device)
     if stat_groups:
-        _norm_stats_kernel[(stat_groups * tiles * channel_blocks,)](
+        _norm_stats_kernel[(stat_groups * parts * channel_blocks,)](
             x,
             stats.partial,
             stats.mean,
             stats.var,
             counters(stats.n_counters, x),
             rows,
-            tiles,
+            parts,
+            tiles_of_part,
             stats.share,
             channels,
             pixel_stride,

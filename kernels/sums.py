@@ -14,7 +14,7 @@ from torch import Tensor
 from fastp2p.kernels.arrival import is_last
 from fastp2p.kernels.launch_facts import Arguments
 from fastp2p.kernels.layout import within
-from fastp2p.kernels.norm_stats import share_of
+from fastp2p.kernels.norm_stats import load_pairs, rows_at_once, share_of, store_pair
 
 
 @triton.jit
@@ -41,38 +41,35 @@ def store_sums(
 ):
     """A part's sums; the last part of a share adds the share's, the last share the group's, the last group all."""
     shares = tl.cdiv(parts, share)
-    inside = within(channel, n_channels)
     all_groups_ptr = counter_ptr + groups * channel_blocks * (shares + 1) + channel_block
-    counter_ptr += (group * channel_blocks + channel_block) * (shares + 1)
-    partial_ptr += group.to(tl.int64) * (parts + shares) * 2 * n_channels
-    at = partial_ptr + part.to(tl.int64) * 2 * n_channels + channel
-    tl.store(at, one, mask=inside)
-    tl.store(at + n_channels, other, mask=inside)
-    mine = part // share
-    first = mine * share
-    end = tl.minimum(first + share, parts)
-    if is_last(counter_ptr + mine, end - first):
-        one, other = add_rows(
-            partial_ptr, partial_ptr + n_channels, 2 * n_channels, first, end, channel, n_channels, BLOCK_C
-        )
-        if shares == 1:
-            store_group(
-                one, other, group, groups, channel, n_channels, one_ptr, other_ptr, total_one_ptr, total_other_ptr,
-                all_groups_ptr, HAS_TOTALS, BLOCK_C,
-            )  # fmt: skip
-        else:
-            at = partial_ptr + (parts + mine).to(tl.int64) * 2 * n_channels + channel
-            tl.store(at, one, mask=inside)
-            tl.store(at + n_channels, other, mask=inside)
-            if is_last(counter_ptr + shares, shares):
-                one, other = add_rows(
-                    partial_ptr, partial_ptr + n_channels, 2 * n_channels, parts, parts + shares, channel, n_channels,
-                    BLOCK_C,
-                )  # fmt: skip
+    if parts == 1:
+        store_group(
+            one, other, group, groups, channel, n_channels, one_ptr, other_ptr, total_one_ptr, total_other_ptr,
+            all_groups_ptr, HAS_TOTALS, BLOCK_C,
+        )  # fmt: skip
+    else:
+        counter_ptr += (group * channel_blocks + channel_block) * (shares + 1)
+        partial_ptr += 2 * (group.to(tl.int64) * (parts + shares) * n_channels)
+        store_pair(partial_ptr + 2 * (part.to(tl.int64) * n_channels), one, other, channel, n_channels)
+        mine = part // share
+        first = mine * share
+        end = tl.minimum(first + share, parts)
+        if is_last(counter_ptr + mine, end - first):
+            one, other = add_rows(partial_ptr, first, end, channel, n_channels, BLOCK_C)
+            if shares == 1:
                 store_group(
                     one, other, group, groups, channel, n_channels, one_ptr, other_ptr, total_one_ptr, total_other_ptr,
                     all_groups_ptr, HAS_TOTALS, BLOCK_C,
                 )  # fmt: skip
+            else:
+                at = partial_ptr + 2 * ((parts + mine).to(tl.int64) * n_channels)
+                store_pair(at, one, other, channel, n_channels)
+                if is_last(counter_ptr + shares, shares):
+                    one, other = add_rows(partial_ptr, parts, parts + shares, channel, n_channels, BLOCK_C)
+                    store_group(
+                        one, other, group, groups, channel, n_channels, one_ptr, other_ptr, total_one_ptr,
+                        total_other_ptr, all_groups_ptr, HAS_TOTALS, BLOCK_C,
+                    )  # fmt: skip
 
 
 @triton.jit
@@ -88,33 +85,41 @@ def store_group(
     if HAS_TOTALS:
         last = is_last(counter_ptr, groups)
         if last:
-            one, other = add_rows(one_ptr, other_ptr, n_channels, 0, groups, channel, n_channels, BLOCK_C)
+            one = tl.zeros_like(one)
+            other = tl.zeros_like(other)
+            for i in range(groups):
+                one += tl.load(one_ptr + i * n_channels + channel, mask=inside, other=0.0, cache_modifier=".cg")
+                other += tl.load(other_ptr + i * n_channels + channel, mask=inside, other=0.0, cache_modifier=".cg")
             tl.store(total_one_ptr + channel, one, mask=inside)
             tl.store(total_other_ptr + channel, other, mask=inside)
 
 
 @triton.jit
-def add_rows(one_ptr, other_ptr, stride, first, end, channel, n_channels, BLOCK_C: tl.constexpr):
-    """The sums, (BLOCK_C,) each, of rows first to end of two matrices, whose rows are `stride` apart."""
-    BLOCK_T: tl.constexpr = 2048 // BLOCK_C
-    inside = within(channel, n_channels)
+def add_rows(partial_ptr, first, end, channel, n_channels, BLOCK_C: tl.constexpr):
+    """The two sums, (BLOCK_C,) each, of rows first to end of (rows, 2, C)."""
+    BLOCK_T: tl.constexpr = rows_at_once(BLOCK_C)
     one = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     other = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     for block in range(first, end, BLOCK_T):
         row = block + tl.arange(0, BLOCK_T)
-        at = row.to(tl.int64)[:, None] * stride + channel[None, :]
-        mask = (row < end)[:, None] & inside[None, :]
-        one += tl.load(one_ptr + at, mask=mask, other=0.0, cache_modifier=".cg")
-        other += tl.load(other_ptr + at, mask=mask, other=0.0, cache_modifier=".cg")
-    return tl.sum(one, axis=0), tl.sum(other, axis=0)
+        one_here, other_here = load_pairs(partial_ptr, row, row < end, channel, n_channels)
+        one += one_here
+        other += other_here
+    return sums_of(one, other)
+
+
+@triton.jit
+def sums_of(one, other):
+    """The sums over the rows of two (BLOCK_M, BLOCK_C), (BLOCK_C,) each, made together: each waits for all warps."""
+    return tl.split(tl.sum(tl.join(one, other), axis=0))
 
 
 def sum_steps(args: Arguments, parts: int, block_c: int, *, totals: bool) -> int:
     """The iterations of add_rows in the program that adds last, of so many parts in a group."""
-    block_t, share = 2048 // block_c, args["share"]
-    steps: int = triton.cdiv(min(share, parts), block_t)
+    block_t, share = rows_at_once(block_c), args["share"]
+    steps: int = triton.cdiv(min(share, parts), block_t) if parts > 1 else 0
     steps += triton.cdiv(triton.cdiv(parts, share), block_t) if parts > share else 0
-    return steps + (triton.cdiv(args["groups"], block_t) if totals else 0)
+    return steps + (args["groups"] if totals else 0)
 
 
 class SumsBuffers(NamedTuple):

@@ -3,13 +3,14 @@
 import functools
 import math
 
+import torch
 import triton
 from torch import Tensor
 
 from fastp2p.kernels.compile_check import shared_bytes
 from fastp2p.kernels.layer_shapes import may_split
 
-SHARED_BYTES_WHEN_INTERPRETED, PROCESSORS_WHEN_INTERPRETED = 227 * 1024, 8
+SHARED_BYTES_WHEN_INTERPRETED, PROCESSORS_WHEN_INTERPRETED, CAPABILITY_WHEN_INTERPRETED = 227 * 1024, 8, 90
 
 # Without it ptxas aims at an occupancy of its own, and to reach it spilled some bytes in 76 of 2618 programs.
 MAY_USE_ALL_REGISTERS = {"maxnreg": 255}
@@ -60,6 +61,14 @@ def candidates(
     useful = [c for c in configs if c["BLOCK_M"] < 2 * max(m, 16) and c["BLOCK_N"] < 2 * max(n, 16)]
     useful = [c for c in useful if c["BLOCK_M"] * c["BLOCK_N"] <= largest]
     return [config for config in useful if shared_bytes(config, itemsize) <= shared_limit]
+
+
+def capability_of(like: Tensor) -> int:
+    """A tensor's GPU's: 90 for 9.0."""
+    if not like.is_cuda:
+        return CAPABILITY_WHEN_INTERPRETED
+    major, minor = torch.cuda.get_device_capability(like.device)
+    return 10 * major + minor
 
 
 def choose_config(

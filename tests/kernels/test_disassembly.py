@@ -110,7 +110,8 @@ def test_programs_per_processor(registers: int, shared_bytes: int, warps: int, o
 def chosen(names: Iterable[str], capability: int) -> list[Any]:
     """The second configuration of each case, 128x64 or the like."""
     cases = {case.name: case for case in reversed(compile_check.all_cases())}
-    return [(cases[name], cases[name].configs[1], capability, True) for name in names]
+    configs = {name: compile_check.on_target(cases[name].configs[1], capability) for name in names}
+    return [(cases[name], configs[name], capability, True) for name in names]
 
 
 @pytest.mark.parametrize("capability", disassembly.MACHINES)

@@ -1,4 +1,4 @@
-"""Every kernel divides correctly rounded: read from the programs, which are compiled without a GPU.
+"""Kernels divide correctly rounded, but where a reason stands: read from the programs, compiled without a GPU.
 
 A plain division of float32 becomes div.full, which is off by up to 2 ulp; the interpreter rounds it, and shows nothing.
 """
@@ -15,7 +15,15 @@ from fastp2p.ops.extension import INTERPRETED
 compile_check = pytest.importorskip("fastp2p.kernels.compile_check", reason="needs triton")
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 TANH = 3
-FLAGS = ("KIND", "HAS_STATS", "WRITE_SUMS")  # by which a kernel divides, or not; and ACTIVATION, by tanh
+# Each with the function that says why
+EXCEPTIONS = {
+    "adam": {"div.full", "sqrt.approx"},  # adam_update
+    "conv_wgrad_adam": {"div.full", "sqrt.approx"},
+    **{
+        name: {"rsqrt.approx"} for name in ("batch_norm_act", "conv", "conv_transpose", "norm_act", "norm_dx", "reduce")
+    },
+}  # norm_tile.rstd_of, which corrects it
+FLAGS = ("KIND", "HAS_STATS", "HAS_NORM", "WRITE_SUMS")  # by which a kernel divides, or not; and ACTIVATION, by tanh
 
 
 def kinds() -> Iterator[Any]:
@@ -41,8 +49,8 @@ def ptx(case: Any) -> str:
 
 @pytest.mark.parametrize("case", list(kinds()), ids=lambda case: case.name)
 def test_divisions_and_roots_are_correctly_rounded(case: Any):
-    inexact = r"\b(?:div\.(?:full|approx)|rcp\.approx|r?sqrt\.approx|tanh\.approx|lg2\.approx)[.\w]*"
-    assert re.findall(inexact, ptx(case)) == []
+    inexact = r"\b(?:div\.(?:full|approx)|rcp\.approx|r?sqrt\.approx|tanh\.approx|lg2\.approx)"
+    assert set(re.findall(inexact, ptx(case))) <= EXCEPTIONS.get(case.name.split()[0], set())
 
 
 def test_the_kernels_that_divide_are_among_them():
@@ -51,10 +59,9 @@ def test_the_kernels_that_divide_are_among_them():
     assert dividing == {
         "adam",
         "augment",
-        "batch_norm_act",
         "conv",
+        "fold",
         "norm_act",
-        "norm_dx",
         "norm_stats",
         "patch_loss",
         "reduce",

@@ -172,6 +172,20 @@ def test_a_merge_in_levels(tiles: int, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.kernels
+@pytest.mark.parametrize("programs", [1, 4, 7])
+def test_programs_of_several_tiles(programs: int, monkeypatch: pytest.MonkeyPatch):
+    """The last one's are fewer, and the last of these is not full. Deviations are taken from the first tile's mean."""
+    from fastp2p.kernels import norm_stats as kernel
+
+    monkeypatch.setattr(kernel, "PROGRAMS", programs)
+    config = kernel.CONFIGS[1]
+    x = values(2, 3, 13, config["BLOCK_M"] - 1)
+    x[:, :, 0] += 100  # most of the first tile, far from the rest
+    for stat_groups in (1, 2):
+        assert_close(kernel.norm_stats(x, stat_groups, config=config), x, stat_groups)
+
+
+@pytest.mark.kernels
 def test_a_merge_has_few_steps_whatever_the_number_of_tiles():
     """512 images of 256 px in tiles of 64 pixels are 2^19 tiles."""
     from fastp2p.kernels import norm_stats as kernel
