@@ -33,7 +33,7 @@ class Product:
     largest: int = 128 * 128  # tile, in elements
     may_split: bool = True  # over several programs
     param: Tensor | None = None  # the weight that conv_wgrad_adam updates
-    few: Tensor | None = None  # the weight of a transposed convolution that fold.is_for
+    few: Tensor | None = None  # the weight of a transposed convolution that fold is for
 
 
 def product_of(operator: str, args: tuple[Any, ...]) -> Product:
@@ -48,12 +48,9 @@ def product_of(operator: str, args: tuple[Any, ...]) -> Product:
         pixels = shape.images // groups * math.prod(triton.cdiv(side, shape.stride) for side in shape.large)
         k = shape.rows * math.prod(triton.cdiv(side, shape.stride) for side in shape.kernel)
         whole = tile_rule.is_whole(shape.outer, shape.outer2)
-        few = (
-            args[2]
-            if fold.is_for(args[2], shape.stride, shape.padding, args[11], NormGate(*args[12:]).gate_mean)
-            else None
-        )
-        return Product(pixels, shape.inner, k, like, whole, products=groups * shape.stride**2, few=few)
+        product = Product(pixels, shape.inner, k, like, whole, products=groups * shape.stride**2)
+        few = fold.is_for(args[2], shape.stride, shape.padding, args[11], NormGate(*args[12:]).gate_mean)
+        return replace(product, few=args[2]) if few else product
     product = Product(shape.rows, shape.columns, shape.pixels, like, tile_rule.is_whole(shape.inner))
     if operator == "conv_wgrad":
         return product
@@ -84,9 +81,8 @@ def candidates(product: Product) -> list[Config]:
         processors = properties.multi_processor_count
         limit = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
     found = [rule]
-    if product.few is not None:  # by phases as well
-        few = replace(product, few=None)
-        found.append(by_rule(few))
+    if product.few is not None:
+        found.append(by_rule(replace(product, few=None)))  # by phases
     for split in (1, rule["SPLIT"] // 2, rule["SPLIT"] * 2):
         if 1 <= split <= _most_splits(product, rule):
             found.append(rule | {"SPLIT": split})

@@ -248,8 +248,11 @@ def conv_transpose(
     rows = n // groups * triton.cdiv(height, stride) * triton.cdiv(width, stride)
     gate_norm = NormGate(*norm)
     window = {"KH": kh, "KW": kw, "STRIDE": stride, "PADDING": padding}
-    if config is None and fold.is_for(weight, stride, padding, stat_groups, gate_norm.gate_mean):
+    few = fold.is_for(weight, stride, padding, stat_groups, gate_norm.gate_mean)
+    if config is None and few:
         config = fold.config_for(x, weight)
+    elif config and "FOLD" in config and not few:
+        config = None  # the tuner chose it for the same product, with nothing after it that fold lacks
     if config and "FOLD" in config:
         strides = (pixel_stride, pixel_stride2)
         fold.fold(x, x2, weight, bias, gate, out, strides, window, activation, slope, config, two_inputs=n_in2 > 0)

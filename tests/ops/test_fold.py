@@ -79,6 +79,18 @@ def test_any_strides():
         assert torch.equal(kernel.conv_transpose(first, second, w, None, None, *window)[0], expected)
 
 
+def test_a_choice_of_it_holds_only_where_it_can_serve():
+    """The tuner's choice is by the product's shape: another call of that shape may have statistics after it."""
+    from fastp2p.kernels import conv_transpose as kernel
+    from fastp2p.kernels import fold
+
+    x, _, weight = operands((2, 5, 0, 3, 6, 7), 4, torch.float32)
+    args = (x, None, weight, None, None, 2, 1, 12, 14, 0, 0.0, 1)
+    config = fold.config_for(x, weight)
+    for ours, expected in zip(kernel.conv_transpose(*args, config=config), kernel.conv_transpose(*args), strict=True):
+        assert torch.equal(ours, expected)
+
+
 def test_what_it_is_not_for():
     """More than 64 columns, statistics, a norm, a kernel whose margin leaves a square of 8 no inside."""
     from fastp2p.kernels import fold
