@@ -67,6 +67,7 @@ def _fold_kernel(
     SIDE: tl.constexpr,
     INSIDE_Y: tl.constexpr,  # pixels of x whose STRIDE rows of the result the square has whole
     INSIDE_X: tl.constexpr,
+    ROWS: tl.constexpr,  # the result's, that are added at once
     BLOCK_M: tl.constexpr,  # SIDE * SIDE
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -95,7 +96,6 @@ def _fold_kernel(
     tl.store(products_ptr + place[:, None] * COLUMNS + column[None, :], acc, mask=(column < COLUMNS)[None, :])
     tl.debug_barrier()  # now each thread may read what the others stored
 
-    ROWS: tl.constexpr = 16 if BLOCK_M >= 256 else 8  # the result's, at once
     WIDTH: tl.constexpr = _power_of_two(STRIDE * INSIDE_X)
     DEPTH: tl.constexpr = _power_of_two(n_out)
     element = tl.arange(0, ROWS * WIDTH * DEPTH)
@@ -153,7 +153,7 @@ def _power_of_two(n):
 
 def _iterations(args: Arguments) -> int:
     inputs = ("n_in", "n_in2") if args["TWO_INPUTS"] else ("n_in",)
-    rows = -(-args["STRIDE"] * args["INSIDE_Y"] // (16 if args["BLOCK_M"] >= 256 else 8))
+    rows = triton.cdiv(args["STRIDE"] * args["INSIDE_Y"], args["ROWS"])
     return int(rows + sum(triton.cdiv(args[n], args["BLOCK_K"]) for n in inputs))
 
 
@@ -184,7 +184,7 @@ def _constants(config: dict[str, int], window: dict[str, int], n_out: int) -> di
     side = math.isqrt(config["BLOCK_M"])
     stride, padding = window["STRIDE"], window["PADDING"]
     inside = {f"INSIDE_{axis}": _inside(side, window[f"K{k}"], stride, padding) for axis, k in (("Y", "H"), ("X", "W"))}
-    return window | inside | {"SIDE": side, "n_out": n_out}
+    return window | inside | {"SIDE": side, "ROWS": config["BLOCK_M"] // 16, "n_out": n_out}
 
 
 def _tile(config: dict[str, int]) -> dict[str, int]:
