@@ -300,7 +300,7 @@ def _kind(row: Compiled) -> str:
     """What a line of the summary is about."""
     if not row.itemsize:
         return row.name.split()[0]
-    blocks = "whole blocks" if row.config["WHOLE_BLOCKS"] else "gathered"
+    blocks = "whole blocks" if row.config.get("WHOLE_BLOCKS", True) else "gathered"
     return f"{row.name.split()[0]}, {8 * row.itemsize} bits, {blocks}"
 
 
