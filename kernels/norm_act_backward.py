@@ -9,7 +9,8 @@ One program takes a tile of pixels by channels that lies within one statistics g
 tile of the group. Arithmetic and sums are float32.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -172,53 +173,17 @@ def norm_act_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch; see `fastp2p.ops.norm_act_backward_ref`."""
     assert dy2 is None or second >= 0, "a gradient of a second output that there is not"
-    (x, x_stride), (dy, dy_stride) = pixel_rows(x), pixel_rows(dy)
-    dy_other, dy_other_stride = (dy, dy_stride) if dy2 is None else pixel_rows(dy2)
-    groups, n_channels = mean.shape
-    rows, tiles, channel_blocks = tiling(x, groups, config)
-    sharing = min(tiles, max(1, SUM_PROGRAMS // (groups * channel_blocks)))
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    sums = SumsBuffers.new(groups, sharing, n_channels, channel_blocks, x.device)
-    dbias, dweight = (torch.empty(n_channels, dtype=torch.float32, device=x.device) for _ in range(2))
-    small = vectors(mean, var, weight, bias, rng)
+    maps = (pixel_rows(dy), pixel_rows(dy if dy2 is None else dy2), pixel_rows(x), (dx, x.shape[1]))
+    sums, totals, rows, tiles, programs = _buffers(mean, x, config)
     flags = flags_of(weight, bias, rng, activation, dropout) | {"SECOND": -1 if dy2 is None else second} | config
-
-    def launch(programs: int, write_sums: bool, write_dx: bool) -> None:
-        _backward_kernel[(groups * programs * channel_blocks,)](
-            dy,
-            dy_other,
-            x,
-            dx,
-            sums.partial,
-            sums.one,
-            sums.other,
-            dbias,
-            dweight,
-            counters(sums.n_counters, x),
-            *small,
-            rows,
-            groups,
-            programs,
-            sums.share,
-            n_channels,
-            dy_stride,
-            dy_other_stride,
-            x_stride,
-            n_channels,
-            1 / rows,
-            eps,
-            slope,
-            layer,
-            1 / (1 - dropout),
-            WRITE_sums_ptrs=write_sums,
-            WRITE_DX=write_dx,
-            DZ=False,
-            **flags,
-        )
-
-    launch(sharing, write_sums=True, write_dx=fixed_stats)
+    launch = partial(
+        _launch, maps, sums, totals, vectors(mean, var, weight, bias, rng), rows, (eps, slope, layer, dropout), DZ=0
+    )
+    launch(programs, WRITE_sums_ptrs=1, WRITE_DX=int(fixed_stats), **flags)
     if not fixed_stats:
-        launch(tiles, write_sums=False, write_dx=True)
+        launch(tiles, WRITE_sums_ptrs=0, WRITE_DX=1, **flags)
+    dbias, dweight = totals
     return dx, dweight, dbias
 
 
@@ -234,44 +199,73 @@ def dz_in_place(
     assert norm.gate_mean is not None
     assert norm.gate_var is not None
     dy = dy[:, norm.first :]
-    (x, x_stride), (addend, addend_stride) = pixel_rows(x), pixel_rows(dy if norm.addend is None else norm.addend)
-    dz, dy_stride = pixel_rows(dy)
-    assert dz is dy, "a gradient whose pixels are no rows"
-    groups, n_channels = norm.gate_mean.shape
+    dz = pixel_rows(dy)
+    assert dz[0] is dy, "a gradient whose pixels are no rows"
+    maps = (dz, pixel_rows(dy if norm.addend is None else norm.addend), pixel_rows(x), dz)
+    sums, totals, rows, _, programs = _buffers(norm.gate_mean, x, config)
+    small = vectors(norm.gate_mean, norm.gate_var, norm.gate_weight, norm.gate_bias, norm.rng)
+    flags = flags_of(norm.gate_weight, norm.gate_bias, norm.rng, activation, norm.dropout) | config
+    flags |= {"SECOND": -1 if norm.addend is None else norm.second, "WRITE_sums_ptrs": 1, "WRITE_DX": 1, "DZ": 1}
+    _launch(maps, sums, totals, small, rows, (norm.eps, slope, norm.layer, norm.dropout), programs, **flags)
+    return sums.one, sums.other
+
+
+def _buffers(
+    mean: Tensor, x: Tensor, config: dict[str, Any]
+) -> tuple[SumsBuffers, tuple[Tensor, Tensor], int, int, int]:
+    """Room for the sums and their totals over all groups; a group's pixels, tiles, and programs that make its sums."""
+    groups, n_channels = mean.shape
     rows, tiles, channel_blocks = tiling(x, groups, config)
     programs = min(tiles, max(1, SUM_PROGRAMS // (groups * channel_blocks)))
+    dbias, dweight = (torch.empty(n_channels, dtype=torch.float32, device=x.device) for _ in range(2))
     sums = SumsBuffers.new(groups, programs, n_channels, channel_blocks, x.device)
-    totals = (torch.empty(n_channels, dtype=torch.float32, device=x.device) for _ in range(2))
-    _backward_kernel[(groups * programs * channel_blocks,)](
+    return sums, (dbias, dweight), rows, tiles, programs
+
+
+def _launch(
+    maps: Sequence[tuple[Tensor, int]],
+    sums: SumsBuffers,
+    totals: tuple[Tensor, Tensor],
+    small: Sequence[Tensor],
+    rows: int,
+    numbers: tuple[float, float, int, float],
+    programs: int,
+    **constants: int,
+) -> None:
+    """Launch the kernel.
+
+    Args:
+        maps: dy, dy2, x and dx, each with the elements from pixel to pixel.
+        numbers: eps, slope, layer and dropout.
+        programs: that share a group's tiles.
+    """
+    (dy, dy_stride), (dy2, dy2_stride), (x, x_stride), (dx, dx_stride) = maps
+    eps, slope, layer, dropout = numbers
+    groups, n_channels = sums.one.shape
+    _backward_kernel[(groups * programs * triton.cdiv(n_channels, constants["BLOCK_C"]),)](
         dy,
-        addend,
+        dy2,
         x,
-        dz,
+        dx,
         sums.partial,
         sums.one,
         sums.other,
         *totals,
         counters(sums.n_counters, x),
-        *vectors(norm.gate_mean, norm.gate_var, norm.gate_weight, norm.gate_bias, norm.rng),
+        *small,
         rows,
         groups,
         programs,
         sums.share,
         n_channels,
         dy_stride,
-        addend_stride,
+        dy2_stride,
         x_stride,
-        dy_stride,
+        dx_stride,
         1 / rows,
-        norm.eps,
+        eps,
         slope,
-        norm.layer,
-        1 / (1 - norm.dropout),
-        WRITE_sums_ptrs=True,
-        WRITE_DX=True,
-        DZ=True,
-        SECOND=-1 if norm.addend is None else norm.second,
-        **flags_of(norm.gate_weight, norm.gate_bias, norm.rng, activation, norm.dropout),
-        **config,
+        layer,
+        1 / (1 - dropout),
+        **constants,
     )
-    return sums.one, sums.other
