@@ -1,9 +1,9 @@
 """augment in Triton.
 
-Reads 1 byte and writes 4 (float32) or 2 (bfloat16) bytes per pixel and channel: 2.0 or 1.2 MB for a 256 px pair, where
-each step of the chain crop, flip, cast, divide, scale, split would move about as much again. One program takes BLOCK
-pixels of one sample with all their channels, so that reads and writes are contiguous along a row. Arithmetic is float32
-and the division correctly rounded: the result has the reference's bits.
+Reads 1 byte per pixel and channel, and writes 4 for B, and 4 (float32) or 2 (bfloat16) for A: 2.0 or 1.6 MB for a
+256 px pair. Each step of the chain crop, flip, cast, divide, scale, split would move about as much again. One program
+takes BLOCK pixels of one sample with all their channels, so that reads and writes are contiguous along a row.
+Arithmetic is float32 and the division correctly rounded: the result has the reference's bits.
 """
 
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ def _augment_kernel(
     offset_ptr,  # (N, 2) int64
     flip_ptr,  # (N,) bool
     real_A_ptr,  # (N, crop_size, crop_size, C_A)
-    real_B_ptr,  # (N, crop_size, crop_size, C_B)
+    real_B_ptr,  # (N, crop_size, crop_size, C_B) float32
     height,
     width,
     crop_size,
@@ -60,11 +60,11 @@ LAUNCH_FACTS = {"_augment_kernel": LaunchFacts()}
 
 
 def compile_cases() -> Iterator[Case]:
-    """Colour to colour and grey to colour, in each dtype of the result."""
+    """Colour to colour and grey to colour, in each dtype of A."""
     types = {"pairs_ptr": "*u8", "index_ptr": "*i64", "offset_ptr": "*i64", "flip_ptr": "*i1"}
     types |= dict.fromkeys(("height", "width", "crop_size"), "i32")
     for dtype in ("fp32", "bf16", "fp16"):
-        out = {"real_A_ptr": f"*{dtype}", "real_B_ptr": f"*{dtype}"}
+        out = {"real_A_ptr": f"*{dtype}", "real_B_ptr": "*fp32"}
         for C_A, C_padded in ((3, 8), (1, 4)):
             constants = {"C_A": C_A, "C_B": 3, "C_PADDED": C_padded}
             yield Case(f"augment {C_A}+3 {dtype}", _augment_kernel, types | out, constants, CONFIGS)
@@ -77,7 +77,7 @@ def augment(
     flip: Tensor,
     crop_size: int,
     input_nc: int,
-    dtype: torch.dtype | None = None,
+    A_dtype: torch.dtype | None = None,
     config: dict[str, Any] = CONFIGS[0],
 ) -> tuple[Tensor, Tensor]:
     """Launch; see `fastp2p.ops.augment`."""
@@ -86,11 +86,11 @@ def augment(
     real_A, real_B = (
         torch.empty(
             (n, nc, crop_size, crop_size),
-            dtype=dtype or torch.float32,
+            dtype=dtype,
             device=pairs.device,
             memory_format=torch.channels_last,
         )
-        for nc in (input_nc, channels - input_nc)
+        for nc, dtype in ((input_nc, A_dtype or torch.float32), (channels - input_nc, torch.float32))
     )
     grid = (n * triton.cdiv(crop_size * crop_size, config["BLOCK"]),)  # one axis: the others end at 65535
     _augment_kernel[grid](

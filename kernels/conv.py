@@ -150,7 +150,7 @@ def compile_cases() -> Iterator[Case]:
     for layer in LAYERS:
         n_in, n_out, pixels = layer.shape.inner, layer.shape.rows, layer.shape.pixels
         first = layer.shape.outer if layer.shape.outer2 else 0  # the skip's channels come before those of a norm
-        for after in (layer.gradient,) if layer.transposed else layer.forward:
+        for after in layer.gradients if layer.transposed else layer.forward:
             yield from gemm_cases(
                 layer,
                 _conv_kernel,

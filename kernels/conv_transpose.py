@@ -201,7 +201,7 @@ def compile_cases() -> Iterator[Case]:
         sizes |= {"pixel_stride": n_in, "pixel_stride2": n_in2 or n_in}
         sizes |= {"first": 0, "addend_stride": 2 * n_out}  # a skip's gradient is half of a concatenation's
         constants = layer.window | {"TWO_INPUTS": int(n_in2 > 0)}
-        for after in layer.forward if layer.transposed else (layer.gradient,):
+        for after in layer.forward if layer.transposed else layer.gradients:
             yield from gemm_cases(
                 layer,
                 _conv_transpose_kernel,
@@ -239,7 +239,6 @@ def conv_transpose(
     n_in2 = 0 if x2 is None else x2.shape[1]
     x, pixel_stride = pixel_rows(x)
     x2, pixel_stride2 = (x, pixel_stride) if x2 is None else pixel_rows(x2)
-    weight = weight.contiguous(memory_format=torch.channels_last)
     bias = None if bias is None else bias.contiguous()
     gate = None if gate is None else gate.contiguous(memory_format=torch.channels_last)
     out = torch.empty((n, n_out, height, width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
@@ -254,10 +253,13 @@ def conv_transpose(
     elif config and "FOLD" in config and not few:
         config = None  # the tuner chose it for the same product, with nothing after it that fold lacks
     if config and "FOLD" in config:
+        weight, tap_stride = pixel_rows(weight)
         strides = (pixel_stride, pixel_stride2)
-        fold.fold(x, x2, weight, bias, gate, out, strides, window, activation, slope, config, two_inputs=n_in2 > 0)
+        settings = (window, activation, slope, config)
+        fold.fold(x, x2, weight, bias, gate, out, strides, tap_stride, *settings, two_inputs=n_in2 > 0)
         nothing = torch.empty(0, n_out, dtype=torch.float32, device=x.device)
         return out, nothing, nothing.clone()
+    weight = weight.contiguous(memory_format=torch.channels_last)
     whole = tile_rule.is_whole(n_in, n_in2)
     config = config or tile_rule.choose_config(rows, n_out, sum_of_a_phase, x, whole=whole, products=phases * groups)
     gated = GateArguments.new(gate_norm, x)

@@ -38,7 +38,7 @@ FLOAT32_CONFIG = {"BLOCK_M": 64, "BLOCK_K": 16, "num_warps": 8} | _BOTH
 def _fold_kernel(
     x_ptr,  # (images * height * width, n_in), rows pixel_stride apart
     x2_ptr,  # (images * height * width, n_in2), rows pixel_stride2 apart
-    weight_ptr,  # (n_in + n_in2, KH, KW, n_out)
+    weight_ptr,  # (n_in + n_in2, KH, KW, n_out), taps TAP_STRIDE apart
     bias_ptr,  # (n_out,)
     gate_ptr,  # (images * out_height * out_width, n_out), as out
     out_ptr,
@@ -59,6 +59,7 @@ def _fold_kernel(
     KW: tl.constexpr,
     STRIDE: tl.constexpr,
     PADDING: tl.constexpr,
+    TAP_STRIDE: tl.constexpr,
     TWO_INPUTS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -86,12 +87,20 @@ def _fold_kernel(
     pixel = (image * height + y) * width + x
     column = tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    acc = _accumulate(acc, x_ptr, weight_ptr, pixel, visible, column, n_in, pixel_stride, COLUMNS, PRECISION, BLOCK_K)
+    WEIGHT_STRIDE: tl.constexpr = KH * KW * TAP_STRIDE
+    if n_out == TAP_STRIDE:
+        weight_ptr += column
+    else:
+        weight_ptr += column // n_out * TAP_STRIDE + column % n_out
+    acc = _accumulate(
+        acc, x_ptr, weight_ptr, pixel, visible, column, n_in, pixel_stride, WEIGHT_STRIDE, COLUMNS, PRECISION, BLOCK_K
+    )
     if TWO_INPUTS:
-        weight_ptr += n_in * COLUMNS
+        weight_ptr += n_in * WEIGHT_STRIDE
         acc = _accumulate(
-            acc, x2_ptr, weight_ptr, pixel, visible, column, n_in2, pixel_stride2, COLUMNS, PRECISION, BLOCK_K
-        )
+            acc, x2_ptr, weight_ptr, pixel, visible, column, n_in2, pixel_stride2,
+            WEIGHT_STRIDE, COLUMNS, PRECISION, BLOCK_K,
+        )  # fmt: skip
     products_ptr += program.to(tl.int64) * (BLOCK_M * COLUMNS)
     tl.store(products_ptr + place[:, None] * COLUMNS + column[None, :], acc, mask=(column < COLUMNS)[None, :])
     tl.debug_barrier()  # now each thread may read what the others stored
@@ -132,15 +141,15 @@ def _fold_kernel(
 @triton.jit
 def _accumulate(
     acc, x_ptr, weight_ptr, pixel, visible, column, n_in, pixel_stride,
-    COLUMNS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+    WEIGHT_STRIDE: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """acc + one input's pixels times all taps."""
+    """acc + one input's pixels times all taps; weight_ptr: the columns of its first row."""
     for first in range(0, n_in, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         a_at = x_ptr + pixel[:, None] * pixel_stride + k[None, :]
         a = tl.load(a_at, mask=visible[:, None] & (k < n_in)[None, :], other=0.0)
         b_inside = (k < n_in)[:, None] & (column < COLUMNS)[None, :]
-        b = tl.load(weight_ptr + k[:, None] * COLUMNS + column[None, :], mask=b_inside, other=0.0)
+        b = tl.load(weight_ptr[None, :] + k[:, None] * WEIGHT_STRIDE, mask=b_inside, other=0.0)
         acc = dot(a, b, acc, PRECISION)
     return acc
 
@@ -200,6 +209,7 @@ def fold(
     gate: Tensor | None,
     out: Tensor,
     strides: tuple[int, int],
+    tap_stride: int,
     window: dict[str, int],
     activation: int,
     slope: float,
@@ -212,6 +222,7 @@ def fold(
     Args:
         out: (N, n_out, H, W), channels_last; is written.
         strides: elements from pixel to pixel of x and of x2.
+        tap_stride: elements from tap to tap of the weight: more than n_out in a slice of the output channels.
         window: KH, KW, STRIDE and PADDING.
     """
     (n, n_in, height, width), n_out = x.shape, out.shape[1]
@@ -239,6 +250,7 @@ def fold(
         x2.shape[1],
         *strides,
         slope,
+        TAP_STRIDE=tap_stride,
         TWO_INPUTS=two_inputs,
         ACTIVATION=activation,
         HAS_BIAS=bias is not None,
@@ -256,7 +268,7 @@ def compile_cases() -> Iterator[Case]:
         for precision in ("ieee", "tf32") if dtype == "fp32" else ("ieee",):
             label = f"{dtype}{' tf32' * (precision == 'tf32')}"
             yield _case(of["d1"], f"fold d1 {label}", dtype, "bias tanh", precision)
-            yield _case(of["D1"], f"fold D1 {label}", dtype, "plain", precision)
+            yield _case(of["D1"], f"fold D1 {label}", dtype, "gate tanh", precision)
 
 
 def _case(layer: Layer, name: str, dtype: str, epilogue: str, precision: str) -> Case:
@@ -269,5 +281,5 @@ def _case(layer: Layer, name: str, dtype: str, epilogue: str, precision: str) ->
     config = (FLOAT32_CONFIG if dtype == "fp32" else CONFIG) | {"BLOCK_N": MOST_COLUMNS}
     constants = _constants(config, layer.window, 3)
     flags = {key: EPILOGUES[epilogue][key] for key in ("ACTIVATION", "HAS_BIAS", "HAS_GATE")}
-    constants |= flags | {"PRECISION": precision, "TWO_INPUTS": int(shape.outer2 > 0)}
+    constants |= flags | {"PRECISION": precision, "TAP_STRIDE": shape.inner, "TWO_INPUTS": int(shape.outer2 > 0)}
     return Case(name, _fold_kernel, types, constants, [_tile(config)], sizes, 4 if dtype == "fp32" else 2)

@@ -33,10 +33,12 @@ EPILOGUES = {
     "bias tanh": _NOTHING | {"ACTIVATION": 3, "HAS_BIAS": 1},
     "gate relu": _NOTHING | {"ACTIVATION": 1, "HAS_GATE": 1},
     "gate lrelu": _NOTHING | {"ACTIVATION": 2, "HAS_GATE": 1},
+    "gate tanh": _NOTHING | {"ACTIVATION": 3, "HAS_GATE": 1},
     "norm lrelu": _NORM | {"ACTIVATION": 2},
     "norm lrelu+relu": _NORM | {"ACTIVATION": 2, "SECOND": 1},
     "norm relu": _NORM | {"ACTIVATION": 1},
     "norm dropout": _NORM | {"ACTIVATION": 1, "DROP_BELOW": 2**31},
+    "no norm lrelu": _NOTHING | {"HAS_NORM": 1, "HAS_STATS": 1, "ACTIVATION": 2},
     "no norm lrelu+relu": _NOTHING | {"HAS_NORM": 1, "ACTIVATION": 2, "SECOND": 1},
 }
 # The types of what the way into a norm takes, but for addend_ptr, which has the matrices'
@@ -56,7 +58,7 @@ class Layer:
     transposed: bool
     shape: ConvShape
     epilogue: str  # the forward pass's, a key of EPILOGUES
-    gradient: str = "plain"  # the data gradient's: a gate after an activation without a norm
+    gradients: tuple[str, ...] = ("plain",)  # the data gradient's: a gate after an activation without a norm
     others: tuple[str, ...] = ()  # epilogues of the forward pass in other models: biases, norms folded away
 
     @property
@@ -86,23 +88,25 @@ def _unet_256() -> list[Layer]:
         shape = _shape(widths[level], 0, widths[level - 1], 256 >> (level - 1))
         epilogue = {1: "lrelu", 8: "relu"}.get(level, "stats")  # the outermost and the innermost have no norm
         gradient = {1: "plain", 2: "no norm lrelu+relu"}.get(level, "norm lrelu+relu")
-        layers.append(Layer(f"e{level}", False, shape, epilogue, gradient, FOLDED if level == 4 else ()))
+        layers.append(Layer(f"e{level}", False, shape, epilogue, (gradient,), FOLDED if level == 4 else ()))
     for level in range(8, 0, -1):
         skip = widths[level] if level < 8 else 0
         shape = _shape(widths[level], skip, widths[level - 1], 256 >> (level - 1))
         epilogue = "bias tanh" if level == 1 else "stats"
         gradient = {8: "gate relu", **dict.fromkeys((6, 5, 4), "norm dropout")}.get(level, "norm relu")
-        layers.append(Layer(f"d{level}", True, shape, epilogue, gradient, FOLDED if level == 4 else ()))
+        layers.append(Layer(f"d{level}", True, shape, epilogue, (gradient,), FOLDED if level == 4 else ()))
     return layers
 
 
 def _patchgan() -> list[Layer]:
     return [
         Layer("D1", False, _shape(64, 0, 6, 256), "bias lrelu"),
-        Layer("D2", False, _shape(128, 0, 64, 128), "stats", "gate lrelu"),
-        Layer("D3", False, _shape(256, 0, 128, 64), "stats", "norm lrelu"),
-        Layer("D4", False, _shape(512, 0, 256, 32, stride=1), "stats", "norm lrelu"),
-        Layer("D5", False, _shape(1, 0, 512, 31, stride=1), "bias", "norm lrelu"),
+        Layer(
+            "D2", False, _shape(128, 0, 64, 128), "stats", ("no norm lrelu", "gate lrelu")
+        ),  # with the bias's gradient, or not
+        Layer("D3", False, _shape(256, 0, 128, 64), "stats", ("norm lrelu",)),
+        Layer("D4", False, _shape(512, 0, 256, 32, stride=1), "stats", ("norm lrelu",)),
+        Layer("D5", False, _shape(1, 0, 512, 31, stride=1), "bias", ("norm lrelu",)),
     ]
 
 

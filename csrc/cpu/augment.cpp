@@ -13,8 +13,10 @@ struct Batch {
   const int64_t *index, *offset;
   const bool* flip;
   int64_t crop_size, input_nc;
-  T *real_A, *real_B;
-  T value[256];
+  T* real_A;
+  float* real_B;
+  float value[256];
+  T value_A[256];  // the same, rounded
 };
 
 template <typename T, int64_t CHANNELS, int64_t INPUT_NC>
@@ -26,9 +28,9 @@ void copy_row(const Batch<T>& batch, int64_t image, int64_t row) {
   const int64_t step = batch.flip[image] ? -channels : channels;
   if (batch.flip[image]) pixel += (size - 1) * channels;
   T* __restrict real_A = batch.real_A + (image * size + row) * size * input_nc;
-  T* __restrict real_B = batch.real_B + (image * size + row) * size * (channels - input_nc);
+  float* __restrict real_B = batch.real_B + (image * size + row) * size * (channels - input_nc);
   for (int64_t column = 0; column < size; ++column, pixel += step) {
-    for (int64_t c = 0; c < input_nc; ++c) *real_A++ = batch.value[pixel[c]];
+    for (int64_t c = 0; c < input_nc; ++c) *real_A++ = batch.value_A[pixel[c]];
     for (int64_t c = input_nc; c < channels; ++c) *real_B++ = batch.value[pixel[c]];
   }
 }
@@ -57,10 +59,10 @@ void check_crops(const Tensor& pairs, const Tensor& index, const Tensor& offset,
 }  // namespace
 
 std::tuple<Tensor, Tensor> augment_cpu(Tensor pairs, Tensor index, Tensor offset, Tensor flip, int64_t crop_size,
-                                       int64_t input_nc, std::optional<ScalarType> dtype) {
+                                       int64_t input_nc, std::optional<ScalarType> A_dtype) {
   check_augment(pairs, index, offset, flip, crop_size, input_nc);
   check_crops(pairs, index, offset, crop_size);
-  const ScalarType type = dtype.value_or(ScalarType::Float);
+  const ScalarType type = A_dtype.value_or(ScalarType::Float);
   const int64_t n = index.numel(), channels = pairs.size(3);
   const auto [real_A, real_B] = empty_crops(pairs, n, crop_size, input_nc, type);
   const Tensor dense_pairs = torch::stable::contiguous(pairs), dense_index = torch::stable::contiguous(index);
@@ -77,10 +79,12 @@ std::tuple<Tensor, Tensor> augment_cpu(Tensor pairs, Tensor index, Tensor offset
                    .crop_size = crop_size,
                    .input_nc = input_nc,
                    .real_A = static_cast<T*>(real_A.data_ptr()),
-                   .real_B = static_cast<T*>(real_B.data_ptr()),
-                   .value = {}};
+                   .real_B = static_cast<float*>(real_B.data_ptr()),
+                   .value = {},
+                   .value_A = {}};
     for (int byte = 0; byte < 256; ++byte) {
-      batch.value[byte] = narrow<T>(static_cast<float>(byte) / 255.0f * 2 - 1);  // in float for double, too
+      batch.value[byte] = static_cast<float>(byte) / 255.0f * 2 - 1;  // in float for double, too
+      batch.value_A[byte] = narrow<T>(batch.value[byte]);
     }
     const int64_t grain = std::max<int64_t>(1, GRAIN / (crop_size * channels));
     torch::stable::parallel_for(0, n * crop_size, grain,

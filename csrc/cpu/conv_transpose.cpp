@@ -103,6 +103,9 @@ std::tuple<Tensor, Tensor, Tensor> conv_transpose_cpu(
                 height, ", width ", width, ", expected what a convolution of stride ", stride, " takes to x ",
                 describe(x));
 
+  const bool is_slice = pixel_stride(weight) > channels;
+  if (is_slice) weight = torch::stable::contiguous(weight, MemoryFormat::ChannelsLast);
+
   const Problem problem{.operation = Operation::CONV_TRANSPOSE,
                         .type = x.scalar_type(),
                         .pixels = n * x.size(2) * x.size(3),

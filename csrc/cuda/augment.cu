@@ -1,8 +1,8 @@
-// augment: reads 1 byte and writes 4 (float) or 2 (bfloat16) for each pixel and channel: 2.0 or 1.2 MB for a 256 px
-// pair, where each step of the chain crop, flip, cast, divide, scale, split would move about as much again. A block
-// writes one row of A and of B, a thread 4 values side by side, of 16 or 8 bytes; one value where rows do not divide
-// so. The bytes come from a row of the pair that lies in the cache. Arithmetic is float: the result has the reference's
-// bits. Index, offset and flip are read here, so nothing waits for the host, and are not checked:
+// augment: reads 1 byte for each pixel and channel, and writes 4 for B and 4 (float) or 2 (bfloat16) for A: 2.0 or
+// 1.6 MB for a 256 px pair. Each step of the chain crop, flip, cast, divide, scale, split would move about as much
+// again. A block writes one row of A and of B, a thread 4 values side by side, of 16 or 8 bytes; one value where rows
+// do not divide so. The bytes come from a row of the pair that lies in the cache. Arithmetic is float: the result has
+// the reference's bits. Index, offset and flip are read here, so nothing waits for the host, and are not checked:
 // torch.ops.fastp2p.augment trusts its caller, fastp2p.ops.augment does not.
 #include <limits>
 
@@ -20,18 +20,18 @@ struct Batch {
   const uint8_t* pairs;
   const int64_t *index, *offset;
   const bool* flip;
-  T *real_A, *real_B;
+  T* real_A;
+  float* real_B;
   int64_t height, width;
   unsigned crop_size, channels, input_nc;
 };
 
 // byte / 255 * 2 - 1. The fused steps give the correctly rounded quotient of each of the 256 bytes, as division would,
 // but without its branch, past which the compiler moves no load. Doubling is exact, so fused or not it is the same.
-template <typename T>
-__device__ T normalise(uint8_t byte) {
+__device__ float normalise(uint8_t byte) {
   const float x = byte, estimate = x * (1 / 255.0f);
   const float quotient = fmaf(fmaf(estimate, -255.0f, x), 1 / 255.0f, estimate);
-  return static_cast<T>(quotient * 2 - 1);
+  return quotient * 2 - 1;
 }
 
 template <typename T, int WIDTH>
@@ -44,22 +44,29 @@ __global__ void __launch_bounds__(THREADS) augment_kernel(const Batch<T> batch) 
   const uint8_t* bytes = batch.pairs + ((batch.index[image] * batch.height + row) * batch.width + left) * channels +
                          (flip ? (size - 1) * channels : 0);
   T* row_A = batch.real_A + static_cast<int64_t>(blockIdx.x) * size * nc_A;
-  T* row_B = batch.real_B + static_cast<int64_t>(blockIdx.x) * size * nc_B;
+  float* row_B = batch.real_B + static_cast<int64_t>(blockIdx.x) * size * nc_B;
   for (unsigned i = threadIdx.x * WIDTH; i < size * channels; i += THREADS * WIDTH) {  // all of A's row, then B's
     const bool in_B = i >= values_A;
     const unsigned nc = in_B ? nc_B : nc_A, place = in_B ? i - values_A : i;
     const uint8_t* pixel = bytes + static_cast<int>(place / nc) * step + (in_B ? nc_A : 0);
     unsigned channel = place % nc;
-    Pack<T, WIDTH> pack;
+    Pack<float, WIDTH> values;
 #pragma unroll
     for (int k = 0; k < WIDTH; ++k) {
-      pack.value[k] = normalise<T>(__ldg(pixel + channel));
+      values.value[k] = normalise(__ldg(pixel + channel));
       if (++channel == nc) {
         channel = 0;
         pixel += step;
       }
     }
-    store((in_B ? row_B : row_A) + place, pack);
+    if (in_B) {
+      store(row_B + place, values);
+      continue;
+    }
+    Pack<T, WIDTH> rounded;
+#pragma unroll
+    for (int k = 0; k < WIDTH; ++k) rounded.value[k] = static_cast<T>(values.value[k]);
+    store(row_A + place, rounded);
   }
 }
 
@@ -74,9 +81,9 @@ void launch(const Batch<T>& batch, int64_t blocks, cudaStream_t stream) {
 }  // namespace
 
 std::tuple<Tensor, Tensor> augment_cuda(Tensor pairs, Tensor index, Tensor offset, Tensor flip, int64_t crop_size,
-                                        int64_t input_nc, std::optional<ScalarType> dtype) {
+                                        int64_t input_nc, std::optional<ScalarType> A_dtype) {
   check_augment(pairs, index, offset, flip, crop_size, input_nc);
-  const ScalarType type = dtype.value_or(ScalarType::Float);
+  const ScalarType type = A_dtype.value_or(ScalarType::Float);
   const int64_t n = index.numel(), channels = pairs.size(3);
   FASTP2P_CHECK("augment", n * crop_size <= MOST && crop_size * channels <= MOST, "got ", n, " crops of ", crop_size,
                 " px from pairs ", describe(pairs), ", expected at most ", MOST, " rows, and as many values in a row");
@@ -90,7 +97,7 @@ std::tuple<Tensor, Tensor> augment_cuda(Tensor pairs, Tensor index, Tensor offse
                          .offset = static_cast<const int64_t*>(dense_offset.data_ptr()),
                          .flip = static_cast<const bool*>(dense_flip.data_ptr()),
                          .real_A = static_cast<T*>(real_A.data_ptr()),
-                         .real_B = static_cast<T*>(real_B.data_ptr()),
+                         .real_B = static_cast<float*>(real_B.data_ptr()),
                          .height = pairs.size(1),
                          .width = pairs.size(2),
                          .crop_size = static_cast<unsigned>(crop_size),

@@ -85,17 +85,20 @@ def step_floor(costs: Sequence[Cost], ceilings: Ceilings) -> StepFloor:
 
 
 def _maps_of_a_norm(call: Call) -> int:
-    """Bytes that a data gradient reads for the norm that it flows on into, which is no part of the convolution."""
-    if call.args.get("gate_mean") is None:
+    """Bytes that a data gradient reads for the norm that it flows on into, which is no part of the convolution.
+
+    Where nothing but an activation comes before, that is a part of its convolution, and so is the derivative.
+    """
+    args = call.args
+    if args.get("gate_mean") is None or not (args["eps"] or args["second"] >= 0 or args["dropout"]):
         return 0
-    return sum(call.args[name].n_bytes for name in ("gate", "addend") if call.args[name] is not None)
+    return sum(args[name].n_bytes for name in ("gate", "addend") if args[name] is not None)
 
 
 def count_step(step: Step, images: int) -> list[Cost]:
     """The cost of each call of a step of so many images, in the order of `record`; the first one is the augmentation.
 
-    Counted from a record of the step: it is not run, and may be on the meta device. Copies between the operators (D's
-    input put together, padding and cropping where the sides do not fit G, gradients gathered for `reduce`) are no
-    operators and not counted.
+    Counted from a record of the step: it is not run, and may be on the meta device. Copies between the operators are no
+    operators and not counted: padding and cropping where the sides do not fit G, gradients gathered for `reduce`.
     """
     return [Cost(call, *cost_of(call.operator, call.args, call.results)) for call in record(step, images)]

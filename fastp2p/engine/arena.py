@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastp2p.engine.counts import Counts
 from fastp2p.engine.plan import Layer, Plan
 from fastp2p.engine.record import about
 from fastp2p.engine.supported import REFERENCE
@@ -85,8 +86,8 @@ class Arena:
         self.starts, size = _starts(self.parameters)
         self.weights_end = self.starts[len(weights)] if self.biases_and_norms else size
         self.param, self.exp_avg, self.exp_avg_sq = (torch.zeros(size, dtype=wide, device=device) for _ in range(3))
-        gathers = accumulates or reduce is not None or unscale is not None
-        self.grad = torch.zeros(size, dtype=wide, device=device) if gathers else None
+        self.gathers = accumulates or reduce is not None or unscale is not None
+        self.grad = torch.zeros(size, dtype=wide, device=device) if self.gathers else None
         self.grads = {} if self.grad is None else self._by_id(self._views(self.grad))
         self.brought: set[int] = set()  # whose gradients have come in this step, by id
         self.compute = torch.zeros(self.weights_end, dtype=dtype, device=device) if dtype != wide else None
@@ -103,7 +104,9 @@ class Arena:
         # Numbers of the step
         self.lr, self.lr_on_host = torch.zeros((), dtype=wide, device=device), 0.0
         self.betas = torch.tensor([self.beta1, self.beta2], dtype=torch.float64, device=device)
-        self.powers = self.betas.clone()
+        self.counts = Counts([self.steps], [self.betas])
+        self._take_counts(optimizer, self.counts, 0)
+        self.counts_itself = True
         self.round_compute_weights()
         self.watch = Watch(nets, optimizer, self.parameters)
 
@@ -133,6 +136,23 @@ class Arena:
         param, exp_avg, exp_avg_sq = (layer.taps.select(t) for t in tensors)
         compute = None if self.compute is None else _view(self.compute, start, param)
         return LayerWeight(param, exp_avg, exp_avg_sq, compute)
+
+    def share_counts(self, counts: Counts, number: int) -> None:
+        """Leave it to whoever shares these counts to advance them, once before this arena's `begin` in each step.
+
+        Args:
+            counts: made of this arena's steps and betas, and of others'.
+            number: which of them are this arena's.
+        """
+        optimizer = self.watch.optimizer
+        self._take_counts(optimizer, counts, number)
+        self.counts_itself = False
+        self.watch = Watch(self.nets, optimizer, self.parameters)
+
+    def _take_counts(self, optimizer: torch.optim.Adam, counts: Counts, number: int) -> None:
+        self.counts, self.steps, self.powers = counts, counts.steps[number], counts.powers[number]
+        for parameter, step in zip(self.parameters, self.steps, strict=True):
+            optimizer.state[parameter]["step"] = step
 
     def _views(self, flat: Tensor) -> list[Tensor]:
         return [_view(flat, start, parameter) for start, parameter in zip(self.starts, self.parameters, strict=True)]
@@ -184,7 +204,9 @@ class Arena:
 
     def begin(self) -> None:
         """Begin an Adam step, before its first gradient comes."""
-        torch.pow(self.betas, self.steps[0] + 1, out=self.powers)
+        if self.counts_itself:
+            self.counts.advance(self)
+        self.counts.wait()
         self.brought.clear()
         self.rest: dict[int, Tensor] = {}
 
@@ -237,7 +259,6 @@ class Arena:
             known = {**self.no_gradient, **self.rest}
             if self.biases_and_norms:
                 self._adam(rest, torch.cat([known[id(p)] for p in self.biases_and_norms]))
-            self.steps.add_(1)
             return
         late = [p for p in self.parameters if id(p) not in self.brought and id(p) not in self.no_gradient]
         if late:
@@ -253,7 +274,8 @@ class Arena:
             self._adam(weights, self.grad[weights], self.compute, unscale)
         if self.biases_and_norms:
             self._adam(rest, self.grad[rest], None, unscale)
-        self.steps.add_(1 if unscale is None else unscale.sign())
+        if unscale is not None:
+            self.steps.add_(unscale.sign() - 1)  # a step that is skipped does not count
 
     def _adam(self, part: slice, grad: Tensor, compute: Tensor | None = None, unscale: Tensor | None = None) -> None:
         about(self, None, "Adam of the rest" if part.start else "Adam")

@@ -130,8 +130,11 @@ class GraphedStep:
 
     def _record(self, like: Crops) -> Recorded:
         inputs = GraphInputs(like, self.device)
-        launch = Graphed(lambda: self.step.launch(inputs.crops.cut(self.device)), stream=self.stream, pool=self.pool)
-        return Recorded(inputs, launch)
+
+        def launch() -> LossValues:
+            return self.step.launch(inputs.crops.cut(self.device, self.step.A_dtype))
+
+        return Recorded(inputs, Graphed(launch, stream=self.stream, pool=self.pool))
 
 
 @dataclass

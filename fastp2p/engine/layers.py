@@ -97,6 +97,11 @@ class LayersStep:
         return next(iter(self.adams.values())).arena.param.device
 
     @property
+    def A_dtype(self) -> torch.dtype:
+        """The first convolution casts; what else a step may do with A it does in float32."""
+        return self.wide
+
+    @property
     def arenas(self) -> dict[str, Arena]:
         """Each optimizer's buffers, by its name."""
         return {name: adam.arena for name, adam in self.adams.items()}

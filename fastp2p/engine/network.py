@@ -10,13 +10,13 @@ from torch import Tensor, nn
 import fastp2p.ops  # noqa: F401 (defines torch.ops.fastp2p)
 from fastp2p.engine.arena import Arena
 from fastp2p.engine.branch import Branch
-from fastp2p.engine.operation import NONE
+from fastp2p.engine.counts import Counts
+from fastp2p.engine.operation import NONE, TANH
 from fastp2p.engine.plan import INPUT, Layer, Plan, Source
 from fastp2p.engine.record import about
 from fastp2p.errors import InputError
-from fastp2p.nn.block import Normalisation
-from fastp2p.nn.norm import SampleNorm2d
-from fastp2p.norm_gate import NormGate
+from fastp2p.nn.norm import statistics_groups
+from fastp2p.norm_gate import NO_NORM, NormGate
 
 operators = torch.ops.fastp2p
 
@@ -58,6 +58,7 @@ class FusedNetwork:
         # Statistics that change nothing, for layers that have a pass of their own and no norm
         self.no_stats = {c: (arena.param.new_zeros(1, c), arena.param.new_ones(1, c)) for c in channels}
         self.branch = Branch(arena.param.device)
+        self.counts: Counts | None = None  # that the rng and the norms' numbers of batches are a part of
         self._unreached = functools.cache(plan.unreached)
         self._completes = plan.completes()
 
@@ -75,7 +76,7 @@ class FusedNetwork:
                 kept.append(self._forward(node, operands, batches))
             else:
                 kept.append(Kept(operands, node.forward(*operands)))
-        if self.batch_norms:
+        if self.batch_norms and self.counts is None:
             counters = [norm.num_batches_tracked for norm in self.batch_norms if norm.num_batches_tracked is not None]
             torch._foreach_add_(counters, [statistics_groups(norm, len(x), batches) for norm in self.batch_norms])
         return kept
@@ -87,6 +88,8 @@ class FusedNetwork:
     def _forward(self, layer: Layer, operands: tuple[Tensor, ...], batches: int) -> Kept:
         x, x2 = (*operands, None)[:2]
         assert x is not None
+        if layer.dropout and self.counts is not None:
+            self.counts.wait()
         groups = 0 if layer.norm is None else statistics_groups(layer.norm, len(x), batches)
         activation = layer.activation if layer.activation_in_conv else NONE
         args = (self.arena.weight(layer), layer.conv.bias, None, layer.stride, layer.taps.padding)
@@ -122,8 +125,11 @@ class FusedNetwork:
             seed_sums: where they are known each seed's sums over its pixels, (C,) of the arena's dtype.
         """
         self.arena.begin()
-        self.backward(kept, *seeds, seed_sums=seed_sums)
+        self._backward(kept, *seeds, seed_sums=seed_sums)
+        if self.arena.gathers:  # Adam begins when the last gradient has come; else it goes on beside the branch
+            self.branch.join()
         self.arena.finish()
+        self.branch.join()
 
     def backward(
         self,
@@ -143,6 +149,18 @@ class FusedNetwork:
         Returns:
             That gradient, (N, C, H, W) channels_last, or None.
         """
+        dx = self._backward(kept, *seeds, seed_sums=seed_sums, to_input=to_input)
+        self.branch.join()
+        return dx
+
+    def _backward(
+        self,
+        kept: Sequence[Kept],
+        *seeds: Tensor | None,
+        seed_sums: Sequence[Tensor] | None = None,
+        to_input: bool = False,
+    ) -> Tensor | None:
+        """`backward`, which leaves the branch to be joined."""
         seeded = tuple(seed is not None for seed in seeds)
         if (layer := self._unreached(seeded)) is not None:
             raise InputError(f"engine: no gradient comes to layer {layer.name}; expected a seed that leads to it")
@@ -155,7 +173,6 @@ class FusedNetwork:
                 (outer, outer2), inner = (*operands, None)[:2], dz  # type: ignore[assignment]
             with self.branch.beside(outer, outer2, inner):
                 self.arena.take_weight_gradient(self, layer, outer, outer2, inner)
-        self.branch.join()
         self.arena.take_gradients(of_parameters)
         return gradients.get(INPUT) if to_input else None
 
@@ -176,7 +193,7 @@ class FusedNetwork:
         """
         for layer, dz, _ in self._gradients(kept, self._seed(seeds)):  # noqa: B007 (the last are of the first layer)
             pass
-        weight = self.arena.weight(layer)[:, first_channel:].contiguous(memory_format=torch.channels_last)
+        weight = self.arena.weight(layer)[:, first_channel:]
         args = (gate, layer.stride, layer.taps.padding, *layer.in_size, activation, 0.0, 0)
         about(self, layer.name, "data gradient", len(gate))
         dx: Tensor = operators.conv_transpose(dz, None, weight, None, *args)[0]
@@ -207,7 +224,7 @@ class FusedNetwork:
                 where they are not wanted.
             sums: over the pixels of gradients, by id(gradient).
         """
-        means: dict[int, Tensor] = {}  # over the pixels of a layer's dz, by its node
+        totals: dict[int, Tensor] = {}  # over the pixels of a layer's dz, by its node
         before_norm: dict[int, BeforeNorm] = {}  # by a layer's node
         for place in reversed(range(len(self.plan.nodes))):
             node, operands = self.plan.nodes[place], kept[place].operands
@@ -222,12 +239,12 @@ class FusedNetwork:
                 dz = self._before_conv(node, kept[place], before_norm.pop(place), of_parameters)
             else:
                 dy2 = gradients.pop(Source(place, 1), None)
-                total = None if sums is None else sums.get(id(dy))
-                dz = self._before_norm_act(node, kept[place], dy, dy2, means.get(place), total, of_parameters)
+                total = totals.get(place) if sums is None else sums.get(id(dy), totals.get(place))
+                dz = self._before_norm_act(node, kept[place], dy, dy2, total, of_parameters)
             if flows and place in self._completes:
                 self._gradient_before_norm(place, node, dz, kept, gradients, before_norm, of_parameters is not None)
             elif flows:
-                self._data_gradient(node, dz, kept, gradients, means if of_parameters is not None else None)
+                self._data_gradient(node, dz, kept, gradients, totals if of_parameters is not None else None)
             yield node, dz, operands
 
     def _before_norm_act(
@@ -236,7 +253,6 @@ class FusedNetwork:
         kept: Kept,
         dy: Tensor | None,
         dy2: Tensor | None,
-        dz_mean: Tensor | None,
         dz_sum: Tensor | None,
         of_parameters: dict[int, Tensor] | None,
     ) -> Tensor:
@@ -246,10 +262,8 @@ class FusedNetwork:
             dy = dy.contiguous(memory_format=torch.channels_last)  # a part of a concatenation's is not
             if of_parameters is not None and layer.trains_bias:
                 if dz_sum is None:
-                    if dz_mean is None:
-                        about(self, layer.name, "bias gradient", len(dy))
-                        dz_mean = operators.norm_stats(dy, 1)[0]
-                    dz_sum = dz_mean[0] * (dy.numel() // dy.shape[1])
+                    about(self, layer.name, "bias gradient", len(dy))
+                    dz_sum = operators.norm_stats(dy, 1)[0][0] * (dy.numel() // dy.shape[1])
                 of_parameters[id(layer.conv.bias)] = dz_sum
             return dy
         parameters, constants = self._norm_act_settings(layer)
@@ -329,30 +343,32 @@ class FusedNetwork:
         dz: Tensor,
         kept: Sequence[Kept],
         gradients: Gradients,
-        means: dict[int, Tensor] | None,
+        totals: dict[int, Tensor] | None,
     ) -> None:
-        """The gradient of what a layer read; and its mean over the pixels.
+        """The gradient of what a layer read; and its sum over the pixels.
 
-        A layer before that has its activation in the convolution leaves the derivative to this operator; the mean is
-        taken where that layer has a bias, whose gradient it is but for a factor.
+        A layer before that has its activation in the convolution leaves the derivative to this operator; the sum is
+        taken where that layer has a bias, whose gradient it is.
         """
         first, *others = layer.sources
         node = None if first == INPUT or others else self.plan.nodes[first.node]
         before = node if isinstance(node, Layer) and node.activation_in_conv and node.read_once else None
-        gate, activation, slope, groups = None, NONE, 0.0, 0
+        gate, activation, slope, groups, norm = None, NONE, 0.0, 0, NO_NORM
         if before is not None:
             activation, slope = before.activation, before.slope
             gate = None if activation == NONE else kept[first.node].y
-            groups = int(means is not None and before.trains_bias)
+            # A norm's gate is z, before the activation; of y it has the sign, which is all that these ask for
+            if totals is not None and before.trains_bias and activation != TANH:
+                gate, groups, norm = kept[first.node].y, 1, NormGate(*self.no_stats[before.out_channels])
         args = (self.arena.weight(layer), None, gate, layer.stride, layer.taps.padding)
-        settings = (activation, slope, groups)
+        settings = (activation, slope, groups, *norm)
         about(self, layer.name, "data gradient", len(dz))
         if layer.transposed:
-            dx, mean, _ = operators.conv(dz, *args, *settings)
+            dx, total, _ = operators.conv(dz, *args, *settings)
         else:
-            dx, mean, _ = operators.conv_transpose(dz, None, *args, *layer.in_size, *settings)
-        if groups and means is not None:
-            means[first.node] = mean
+            dx, total, _ = operators.conv_transpose(dz, None, *args, *layer.in_size, *settings)
+        if groups and totals is not None:
+            totals[first.node] = total[0]
         if not others:
             _add(gradients, first, dx)
             return
@@ -380,8 +396,3 @@ def _add(gradients: Gradients, source: Source, gradient: Tensor) -> None:
     if source in gradients:
         gradient = (gradients[source] + gradient).contiguous(memory_format=torch.channels_last)
     gradients[source] = gradient
-
-
-def statistics_groups(norm: Normalisation, images: int, batches: int) -> int:
-    """The number of groups of images that each have statistics of their own."""
-    return images if isinstance(norm, nn.InstanceNorm2d | SampleNorm2d) else batches

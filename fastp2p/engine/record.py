@@ -88,8 +88,14 @@ class Rehearsal:
 
     def batch(self, images: int) -> dict[str, Tensor]:
         """Images as crops are cut."""
+        dtypes = {"A": self.step.A_dtype}
         return {
-            name: torch.empty((images, *shape), device=META, memory_format=torch.channels_last)
+            name: torch.empty(
+                (images, *shape),
+                dtype=dtypes.get(name, torch.float32),
+                device=META,
+                memory_format=torch.channels_last,
+            )
             for name, shape in self.step.shapes.items()
         }
 
@@ -203,7 +209,7 @@ def rehearse(step: Step, images: int, watch: Watch | None = None) -> Recorder:
     with Recorder(names) as recorder, nullcontext() if watch is None else watch(recorder):
         if height == width:
             with part(AUGMENT):
-                batch = crops.cut(META)
+                batch = crops.cut(META, twin.A_dtype)
         else:
             batch = rehearsal.batch(images)
         twin.launch(batch)

@@ -36,6 +36,10 @@ class Step(Protocol):
     def dtype(self) -> torch.dtype:
         """What the step multiplies in."""
 
+    @property
+    def A_dtype(self) -> torch.dtype:
+        """What the step reads image A in; any other floating dtype is cast first. B comes in float32."""
+
     def prepare(self) -> None:
         """Before `launch`, and on the host: take over learning rates, and parameters changed in between.
 

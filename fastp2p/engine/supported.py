@@ -108,6 +108,9 @@ def _check_norm(name: str, module: nn.BatchNorm2d | nn.InstanceNorm2d) -> None:
         _refuse(name, module, f"expected weight and bias of ({module.num_features},), or neither, and averages so")
     if (module.running_mean is None) != (module.running_var is None):
         _refuse(name, module, "expected two running averages, or none")
+    batches = module.num_batches_tracked
+    if batches is not None and (batches.shape, batches.dtype) != ((), torch.int64):
+        _refuse(name, module, "expected num_batches_tracked of () int64, as PyTorch makes it")
     if len({tensor.dtype for tensor in there}) > 1:
         _refuse(name, module, "holds tensors of several dtypes; expected one")
     if not 0 < module.eps < math.inf or not (module.momentum is None or 0 <= module.momentum <= 1):

@@ -44,3 +44,8 @@ def take_statistics_of_samples(net: nn.Module) -> None:
                 norm = SampleNorm2d(child.num_features, child.eps, child.momentum, device="meta")
                 norm.load_state_dict(child.state_dict(), assign=True)
                 setattr(module, name, norm)
+
+
+def statistics_groups(norm: nn.BatchNorm2d | nn.InstanceNorm2d, images: int, batches: int) -> int:
+    """The number of groups of images that each have statistics of their own, in training."""
+    return images if isinstance(norm, nn.InstanceNorm2d | SampleNorm2d) else batches

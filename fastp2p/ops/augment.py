@@ -15,7 +15,7 @@ def augment_ref(
     flip: Tensor,
     crop_size: int,
     input_nc: int,
-    dtype: torch.dtype | None = None,
+    A_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The specification of `augment`."""
     rows, columns = (start[:, None] + torch.arange(crop_size, device=pairs.device) for start in offset.unbind(1))
@@ -23,8 +23,7 @@ def augment_ref(
     crops = pairs[index[:, None, None], rows[:, :, None], columns[:, None, :]]  # (N, crop_size, crop_size, C)
     x = crops.permute(0, 3, 1, 2).float()
     x = x / x.new_full((), 255.0) * 2 - 1  # a tensor divisor: CUDA would multiply by the reciprocal of a Python number
-    x = x.to(dtype or torch.float32)
-    real_A, real_B = x[:, :input_nc], x[:, input_nc:]
+    real_A, real_B = x[:, :input_nc].to(A_dtype or torch.float32), x[:, input_nc:]
     return real_A.clone(memory_format=torch.channels_last), real_B.clone(memory_format=torch.channels_last)
 
 
@@ -35,18 +34,18 @@ def _fake(
     flip: Tensor,
     crop_size: int,
     input_nc: int,
-    dtype: torch.dtype | None = None,
+    A_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    def batch(channels: int) -> Tensor:
+    def batch(channels: int, dtype: torch.dtype) -> Tensor:
         shape = (index.shape[0], channels, crop_size, crop_size)
-        return torch.empty(shape, dtype=dtype or torch.float32, device=pairs.device, memory_format=torch.channels_last)
+        return torch.empty(shape, dtype=dtype, device=pairs.device, memory_format=torch.channels_last)
 
-    return batch(input_nc), batch(pairs.shape[3] - input_nc)
+    return batch(input_nc, A_dtype or torch.float32), batch(pairs.shape[3] - input_nc, torch.float32)
 
 
 library.define(
     "augment",
-    "(Tensor pairs, Tensor index, Tensor offset, Tensor flip, int crop_size, int input_nc, ScalarType? dtype=None)"
+    "(Tensor pairs, Tensor index, Tensor offset, Tensor flip, int crop_size, int input_nc, ScalarType? A_dtype=None)"
     " -> (Tensor, Tensor)",
     reference=augment_ref,
     fake=_fake,
@@ -67,7 +66,7 @@ def augment(
     *,
     crop_size: int,
     input_nc: int,
-    dtype: torch.dtype = torch.float32,
+    A_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Crop, mirror and normalise one batch: x / 255 * 2 - 1 on pairs[index, top:top+crop_size, left:left+crop_size].
 
@@ -81,11 +80,11 @@ def augment(
         flip: (N,) bool, mirror left-right after cropping.
         crop_size: side of the result in pixels.
         input_nc: channels of A.
-        dtype: of the result; a lower one is rounded from float32.
+        A_dtype: of real_A; a lower one is rounded from float32. A network reads A in it; a loss reads B in float32.
 
     Returns:
-        real_A (N, input_nc, crop_size, crop_size) and real_B (N, C - input_nc, crop_size, crop_size), dtype, in
-        [-1, 1], channels_last.
+        real_A (N, input_nc, crop_size, crop_size), A_dtype, and real_B (N, C - input_nc, crop_size, crop_size),
+        float32; in [-1, 1], channels_last.
 
     Raises:
         InputError: on a wrong dtype, rank or size, or a crop that leaves its image. Checking that reads index and
@@ -108,5 +107,5 @@ def augment(
     largest = offset.new_tensor([height - crop_size, width - crop_size])
     if (offset < 0).any() or (offset > largest).any():
         raise InputError(f"augment: got offset {offset.tolist()}, expected (0, 0) to {tuple(largest.tolist())}")
-    real_A, real_B = torch.ops.fastp2p.augment(pairs, index, offset, flip, crop_size, input_nc, dtype)
+    real_A, real_B = torch.ops.fastp2p.augment(pairs, index, offset, flip, crop_size, input_nc, A_dtype)
     return real_A, real_B

@@ -54,7 +54,7 @@ def run(step: FusedStep, n: int) -> Calls:
     crops = Crops(pairs, index, offset, torch.ones(n, dtype=torch.bool, device=device), side, step.channels[0])
     with Calls() as calls:
         with part("augment"):
-            real_A, real_B = crops.cut(device).values()
+            real_A, real_B = crops.cut(device, step.A_dtype).values()
         step(real_A, real_B)
     return calls
 
@@ -83,8 +83,15 @@ def by_hand(step: FusedStep, n: int, call: Call) -> tuple[int, Traffic]:
     """What a call costs, counted from the plan's layers and the direction alone."""
     low, wide = step.dtype.itemsize, torch.promote_types(step.dtype, torch.float32).itemsize
     rounded = 0 if low == wide else low
-    if call.operator == "augment":  # from bytes to float32; index, offset and flip of each image
-        return 0, Traffic(maps=n * sum(step.channels) * step.size[0] * step.size[1] * 5, vectors=n * 25)
+    if call.operator == "augment":  # from bytes to A's dtype and float32; index, offset and flip of each image
+        return 0, Traffic(
+            maps=n * step.size[0] * step.size[1] * (step.channels[0] * (1 + low) + step.channels[1] * 5), vectors=n * 25
+        )
+    if call.operator == "advance":  # steps and counters read and written, two powers for two betas, a first each
+        arenas = step.arenas.values()
+        steps = sum(len(arena.parameters) for arena in arenas)
+        counters = 2 + sum(isinstance(m, nn.BatchNorm2d) for net in step.nets for m in net.modules())
+        return 0, Traffic(vectors=8 * steps + len(arenas) * (2 * 16 + 8) + (2 + 2) * 8 * counters)
     assert call.net is not None
     net = step.networks[call.net]
     if call.operator == "adam":
@@ -94,6 +101,9 @@ def by_hand(step: FusedStep, n: int, call: Call) -> tuple[int, Traffic]:
         per_element = 7 * wide + (rounded if of_weights else 0)
         return 0, Traffic(adam=(weights if of_weights else rest) * per_element, vectors=wide + 16 + unscales)
     images = n if call.net == "netG" or call.part == "netD forward and backward for netG" else 2 * n
+    if call.operator == "stack_pairs":  # three images read, real_B in float32, and A written twice
+        (A, B), pixels = step.channels, n * step.size[0] * step.size[1]
+        return 0, Traffic(maps=pixels * (3 * A * low + 3 * B * low + 4 * B))
     if call.operator == "patch_loss":
         scale = 4 if step.loss_scale is not None else 0
         if call.net == "netG":  # beside real_B, in float32, and the gradient that comes from D
@@ -142,9 +152,9 @@ def by_hand(step: FusedStep, n: int, call: Call) -> tuple[int, Traffic]:
         case "data gradient":
             last = net.plan.layers[number - 1]
             gate = before if last.activation_in_conv and last.activation else 0
-            mean = call.part.endswith("Adam") and last.activation_in_conv and last.trains_bias
+            sums = call.part.endswith("Adam") and last.activation_in_conv and last.trains_bias
             return flop, Traffic(
-                (before + after + gate) * low, weight * low, vectors=2 * mean * layer.in_channels * wide
+                (before + after + gate) * low, weight * low, vectors=4 * sums * layer.in_channels * wide
             )
     raise AssertionError(call)
 
@@ -186,7 +196,7 @@ def test_other_discriminators_and_statistics_of_samples():
 
 
 def test_the_paper_s_step():
-    assert len(assert_counted(paper_s(), 4)) == 116
+    assert len(assert_counted(paper_s(), 4)) == 118
 
 
 @pytest.mark.parametrize("paper", [False, True])
@@ -268,7 +278,7 @@ def test_floors_by_hand():
 def test_names():
     costs = count_step(small_nets(dtype=torch.float32).fused((16, 16), torch.float32), 1)
     names = [cost.call.name for cost in costs]
-    assert names[:2] == ["augment", "netG e1 forward"]
+    assert names[:3] == ["augment", "counts", "netG e1 forward"]
     assert "netG d3 norm, backward" in names
     assert "netG e4 weight gradient and Adam" in names
     assert names[-1] == "netG Adam of the rest"

@@ -114,7 +114,8 @@ def test_the_fused_engine_s_state_is_its_arenas(dtype: torch.dtype):
 class Chain:
     """A step whose memory can be counted on fingers; A and B are of 12 bytes a pixel each."""
 
-    shapes, dtype, networks = dict.fromkeys("AB", (3, 4, 4)), torch.float32, dict[str, Any]()
+    shapes, networks = dict.fromkeys("AB", (3, 4, 4)), dict[str, Any]()
+    dtype = A_dtype = torch.float32
     arenas = networks
 
     def on_meta(self) -> "Chain":

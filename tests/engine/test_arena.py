@@ -186,7 +186,7 @@ def test_weights_changed_from_outside_are_seen():
     assert torch.equal(torch.stack(losses), torch.stack(expected))
 
 
-@pytest.mark.parametrize("how", ["another step", "to", "load_state_dict", "optimizer"])
+@pytest.mark.parametrize("how", ["another step", "to", "load_state_dict", "optimizer", "batches"])
 def test_a_step_whose_buffers_were_left_says_so(how: str):
     """Otherwise it would train what nobody reads any more."""
     nets = small_nets(levels=3)
@@ -202,6 +202,8 @@ def test_a_step_whose_buffers_were_left_says_so(how: str):
             nets.netD.load_state_dict(copy.deepcopy(nets.netD.state_dict()), assign=True)
         case "optimizer":
             nets.optimizers[0].load_state_dict(copy.deepcopy(nets.optimizers[0].state_dict()))
+        case "batches":
+            nets.netG.get_submodule("model.model.1.model.2").num_batches_tracked = torch.tensor(1)
     with pytest.raises(InputError, match=r"were replaced since this step was made|was changed after the step was made"):
         step(*batch)
     if how == "load_state_dict":  # which leaves the optimizer behind as well
@@ -221,6 +223,38 @@ def test_a_learning_rate_may_be_a_tensor():
     before = nets.netG.model.model[0].weight.clone()
     step(*batch)
     assert torch.equal(before, nets.netG.model.model[0].weight)
+
+
+def test_adams_of_different_counts():
+    """Each has the powers of its own: D's Adam was at its fourth step when G's began."""
+    nets = small_nets(levels=3)
+    twin = nets.twin()
+    data = list(batches(2, SIZE, F64, steps=4))
+    for one in (nets, twin):
+        one.reference(*data[0])
+        for state in one.optimizers[1].state.values():
+            state["step"] += 3
+    step = twin.fused(SIZE, F64)
+    for batch in data[1:]:
+        losses, expected = step(*batch), nets.reference(*batch)
+        torch.testing.assert_close(torch.stack(losses), torch.stack(expected), rtol=1e-10, atol=1e-12)
+    for optimizer, count in zip(twin.optimizers, (4.0, 7.0), strict=True):
+        assert {float(state["step"]) for state in optimizer.state.values()} == {count}
+
+
+def test_counts_are_loaded_and_copied():
+    """Numbers of batches go with state_dict and deepcopy, and load_state_dict writes into those that count."""
+    nets = small_nets(levels=3)
+    name, batch = "model.model.1.model.2.num_batches_tracked", next(batches(1, SIZE, F64))
+    step = nets.fused(SIZE, F64)
+    step(*batch)
+    copied, saved = copy.deepcopy(nets.netG), copy.deepcopy(nets.netG.state_dict())
+    step(*batch)
+    assert [net.state_dict()[name] for net in (nets.netG, copied)] == [2, 1]
+    nets.netG.load_state_dict(saved | {name: torch.tensor(7)})
+    step(*batch)
+    assert nets.netG.state_dict()[name] == 8
+    assert {int(norm.num_batches_tracked) for norm in step.netD.batch_norms} == {9}
 
 
 def test_unequal_steps_are_refused():

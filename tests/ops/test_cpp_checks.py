@@ -28,6 +28,11 @@ WGRAD = (OUT, None, X, 4, 4, 2, 1, torch.float32)
 LAST = WEIGHT.contiguous(memory_format=torch.channels_last)
 WGRAD_ADAM = (*WGRAD[:3], LAST, LAST.clone(), LAST.clone(), *FLAT[4:9], 2, 1, None)
 SLICE = zeros(5, 6, 6, 3).permute(0, 3, 1, 2)[:, :, 1:5, 1:5]  # LAST's shape
+COUNTS = (
+    zeros(5), zeros(0, 2, dtype=DOUBLE), zeros(0, 2, dtype=DOUBLE), zeros(0, dtype=LONG), zeros(3, dtype=LONG),
+    zeros(2, 3, dtype=LONG), 1,
+)  # fmt: skip
+STACK = (X, WEIGHT[:2], WEIGHT[2:4])
 RUNNING = (VECTOR.clone(), VECTOR.clone(), STATS, STATS, 4, 0.1)
 
 
@@ -73,6 +78,12 @@ def changed(args: tuple[Any, ...], position: int, value: Any) -> tuple[Any, ...]
         ),
         ("running_stats", RUNNING, 2, zeros(1, 4), r"got mean \(1, 4\) .*, expected \(1, 3\)"),
         ("running_stats", RUNNING, 4, 1, "got 1 values per channel"),
+        ("stack_pairs", STACK, 0, X.long(), "got real_A .* Long .*, expected .* Float, BFloat16, Half or Double"),
+        ("stack_pairs", STACK, 1, zeros(2, 3, 4, 5), r"got fake_B \(2, 3, 4, 5\) .*, expected \(2, 3, 4, 4\)"),
+        ("stack_pairs", STACK, 2, zeros(1, 3, 4, 4), r"got real_B \(1, 3, 4, 4\) .*, expected \(2, 3, 4, 4\)"),
+        ("advance", COUNTS, 1, zeros(2), r"got powers \(2\) Float .*, expected \(0, 2\) Double"),
+        ("advance", COUNTS, 4, zeros(3), r"got counters \(3\) Float .*, expected \(3\) Long"),
+        ("advance", COUNTS, 5, zeros(2, 4, dtype=LONG), r"got increments \(2, 4\) .*, expected \(2, 3\)"),
         (
             "patch_loss",
             (X, X, 4, 0.0, 1.0, False),
@@ -169,6 +180,8 @@ def test_what_does_not_fit_is_told(operator: str, args: tuple[Any, ...], positio
         ("conv_transpose", UP),
         ("conv_wgrad", WGRAD),
         ("running_stats", RUNNING),
+        ("advance", COUNTS),
+        ("stack_pairs", STACK),
         ("conv_wgrad_adam", WGRAD_ADAM),
     ],
 )

@@ -86,6 +86,17 @@ CALLS: dict[str, tuple[Callable[[int], list[Tensor]], Callable[..., Any]]] = {
         ],
         lambda *t: operators.running_stats(*t, 7, 0.1),
     ),
+    "advance": (
+        lambda s: [
+            *(torch.full((200,), 9.0 + s), torch.ones(2, 2, dtype=torch.float64), torch.full((2, 2), 0.9).double()),
+            *(torch.tensor([0, 150]), torch.arange(300) + s, torch.arange(600).view(2, 300)),
+        ],
+        lambda *t: operators.advance(*t, 3),
+    ),
+    "stack_pairs": (
+        lambda s: [normal(s, 2, 3, 9, 8), normal(s + 1, 2, 3, 9, 8), normal(s + 2, 2, 3, 9, 8, dtype=torch.float32)],
+        lambda *t: (operators.stack_pairs(*t),),
+    ),
     "conv_transpose": (
         lambda s: [normal(s, 1, 16, 3, 4), normal(s + 1, 1, 16, 3, 4), normal(s + 2, 32, 24, 4, 4)],
         lambda x, x2, w: operators.conv_transpose(x, x2, w, None, None, 2, 1, 6, 8, 1, 0.2, 1),

@@ -14,6 +14,7 @@ from fastp2p.engine.operation import NONE, TANH
 from fastp2p.engine.plan import INPUT, Plan, plan_network
 from fastp2p.engine.ranges import part
 from fastp2p.engine.record import about, net_on_meta
+from fastp2p.engine.share_counts import share_counts
 from fastp2p.engine.step import Batch, LossValues
 from fastp2p.engine.supported import HINT, Supported, check_optimizer
 from fastp2p.errors import InputError
@@ -107,14 +108,15 @@ class FusedStep:
         for optimizer in self.optimizers:
             check_optimizer(optimizer)
         self._check_training()
-        self.supported = [Supported(net) for net in self.nets]
+        for net in self.nets:
+            Supported(net)
         if dtype not in DTYPES:
             raise InputError(f"engine: got dtype {dtype}, expected one of {', '.join(map(str, DTYPES))}")
         self.dtype, self.size, self.lambda_L1 = dtype, size, lambda_L1
         self.gan_mode, self.objective = gan_mode, OBJECTIVES[gan_mode]
         self.reduce = reduce
         device = next(netG.parameters()).device
-        self.rng = torch.tensor([seed, step], device=device)
+        rng = torch.tensor([seed, step - 1], device=device)  # a step counts itself first
         self.loss_scale: LossScale | None = None
         if dtype == torch.float16:
             self.loss_scale = LossScale(LossScale.new_state(device) if loss_scale is None else loss_scale)
@@ -127,9 +129,12 @@ class FusedStep:
         _check_ends(plans[0], plans[1], sizes[0])
         unscale = None if self.loss_scale is None else self.loss_scale.unscale
         self.netG, self.netD = (
-            FusedNetwork(plan, Arena([net], optimizer, [plan], dtype, reduce=reduce, unscale=unscale), self.rng)
+            FusedNetwork(plan, Arena([net], optimizer, [plan], dtype, reduce=reduce, unscale=unscale), rng)
             for plan, net, optimizer in zip(plans, self.nets, self.optimizers, strict=True)
         )
+        self.counts = share_counts({self.netG: 1, self.netD: 3}, rng)  # D sees fake, real, and fake again
+        self.rng = self.netG.rng
+        self.supported = [Supported(net) for net in self.nets]  # as they are from now on
 
     def _check_training(self) -> None:
         if not all(net.training for net in self.nets):
@@ -210,6 +215,11 @@ class FusedStep:
         return losses
 
     @property
+    def A_dtype(self) -> torch.dtype:
+        """What both networks read A in; fake_B is compared with B in float32."""
+        return self.dtype
+
+    @property
     def shapes(self) -> dict[str, tuple[int, int, int]]:
         """(C, H, W) of the images that the step takes, by name."""
         return {name: (channels, *self.size) for name, channels in zip("AB", self.channels, strict=True)}
@@ -253,14 +263,15 @@ class FusedStep:
             self.loss_scale.begin()
 
         with part("netG forward"):
-            pairs = self._pairs(real_A, real_B)
-            real_A = pairs[:n, : real_A.shape[1]]  # in the dtype of computing
+            self.counts.advance(self, n)
+            real_A = real_A.to(self.dtype, memory_format=torch.channels_last)
             kept_G = netG.forward(reflect_pad_to_multiple(real_A, self.multiple))
             fake_B = self._crop(*netG.outputs(kept_G))
 
         # D: fake and real in one pass, as two batches with statistics of their own
         with part("netD forward"):
-            pairs[:n, real_A.shape[1] :] = fake_B
+            about(netD, None, "pairs", 2 * n)
+            pairs = operators.stack_pairs(real_A, fake_B, real_B)
             kept = netD.forward(pairs, batches=2)
             (logits,) = netD.outputs(kept)
             targets = self.objective.D_fake, self.objective.D_real
@@ -282,7 +293,6 @@ class FusedStep:
         with part("netG backward and Adam"):
             netG.backward_and_adam(kept_G, self._pad(dz), seed_sums=[sums])
 
-        self.rng[1].add_(1)
         if self.loss_scale is not None:
             self.loss_scale.update()
         return Losses(loss_G_GAN, loss_G_L1, loss_D_real, loss_D_fake)
@@ -317,15 +327,6 @@ class FusedStep:
             sums=sums,
         )
         return loss, dx, channels
-
-    def _pairs(self, real_A: Tensor, real_B: Tensor) -> Tensor:
-        """What D sees: (A, fake_B) of every image, with fake_B still to be written, then (A, real_B)."""
-        n, input_nc, height, width = real_A.shape
-        shape = (2 * n, input_nc + real_B.shape[1], height, width)
-        pairs = torch.empty(shape, dtype=self.dtype, device=real_A.device, memory_format=torch.channels_last)
-        pairs.view(2, n, *shape[1:])[:, :, :input_nc] = real_A  # one copy writes both
-        pairs[n:, input_nc:] = real_B
-        return pairs
 
     def _crop(self, padded: Tensor) -> Tensor:
         (top, _), (left, _) = self.padding
