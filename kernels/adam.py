@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastp2p.kernels.compile_check import Case
+from fastp2p.kernels.dependent import begin, launched
 from fastp2p.kernels.launch_facts import LaunchFacts
 
 CONFIGS = [
@@ -23,7 +24,7 @@ CONFIGS = [
 ]
 
 
-@triton.jit
+@launched()
 def _adam_kernel(
     param_ptr,  # (M,) float32
     grad_ptr,  # (M,) float32, bfloat16 or float16
@@ -43,6 +44,7 @@ def _adam_kernel(
     HAS_UNSCALE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    begin()
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     if HAS_UNSCALE:
         unscale = tl.load(unscale_ptr)

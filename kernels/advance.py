@@ -14,12 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fastp2p.kernels.compile_check import Case
+from fastp2p.kernels.dependent import begin, launched
 from fastp2p.kernels.launch_facts import LaunchFacts
 
 CONFIGS = [{"BLOCK": 128, "num_warps": 4}, {"BLOCK": 32, "num_warps": 1}]
 
 
-@triton.jit(do_not_specialize=["n_steps", "n_counters", "images"])
+@launched(do_not_specialize=["n_steps", "n_counters", "images"])
 def _advance_kernel(
     steps_ptr,  # (M,) float32
     powers_ptr,  # (ADAMS, 2) float64
@@ -33,6 +34,7 @@ def _advance_kernel(
     ADAMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    begin()
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     step = tl.load(steps_ptr + i, mask=i < n_steps, other=0.0) + 1
     tl.store(steps_ptr + i, step, mask=i < n_steps)

@@ -15,12 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fastp2p.kernels.compile_check import Case
+from fastp2p.kernels.dependent import begin, launched
 from fastp2p.kernels.launch_facts import LaunchFacts
 
 CONFIGS = [{"BLOCK": 256, "num_warps": 4}, {"BLOCK": 128, "num_warps": 2}, {"BLOCK": 512, "num_warps": 4}]
 
 
-@triton.jit
+@launched()
 def _augment_kernel(
     pairs_ptr,  # (P, height, width, C_A + C_B) uint8
     index_ptr,  # (N,) int64
@@ -36,6 +37,7 @@ def _augment_kernel(
     C_PADDED: tl.constexpr,  # the next power of two
     BLOCK: tl.constexpr,  # pixels
 ):
+    begin()
     blocks = tl.cdiv(crop_size * crop_size, BLOCK)  # a sample's
     sample = tl.program_id(0) // blocks
     pixel = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)[:, None]

@@ -24,6 +24,7 @@ from torch import Tensor
 from fastp2p.conv_shape import conv_size
 from fastp2p.kernels import gemm, tile_rule
 from fastp2p.kernels.compile_check import Case, on_target
+from fastp2p.kernels.dependent import begin, launched
 from fastp2p.kernels.gemm import dot, finish, finish_steps
 from fastp2p.kernels.launch_facts import Arguments, LaunchFacts
 from fastp2p.kernels.layer_shapes import EPILOGUES, LAYERS, fitting, gemm_cases
@@ -32,7 +33,7 @@ from fastp2p.kernels.norm_epilogue import GateArguments
 from fastp2p.norm_gate import NormGate
 
 
-@triton.jit(do_not_specialize=gemm.GEOMETRY)
+@launched(do_not_specialize=gemm.GEOMETRY)
 def _conv_kernel(
     x_ptr,  # (images * height * width, n_in), rows pixel_stride apart
     weight_ptr,  # (n_out, KH, KW, n_in)
@@ -86,6 +87,7 @@ def _conv_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    begin()
     split = tl.program_id(0) % SPLIT
     channel_blocks = tl.cdiv(n_out, BLOCK_N)
     tile = tl.program_id(0) // SPLIT // channel_blocks  # over all groups

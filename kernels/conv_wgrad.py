@@ -21,13 +21,14 @@ from torch import Tensor
 
 from fastp2p.kernels import gemm, tile_rule
 from fastp2p.kernels.compile_check import Case
+from fastp2p.kernels.dependent import begin, launched
 from fastp2p.kernels.gemm import dot
 from fastp2p.kernels.launch_facts import LaunchFacts, over
 from fastp2p.kernels.layer_shapes import LAYERS, Layer, gemm_cases
 from fastp2p.kernels.layout import pixel_rows, within
 
 
-@triton.jit(do_not_specialize=gemm.GEOMETRY)
+@launched(do_not_specialize=gemm.GEOMETRY)
 def _conv_wgrad_kernel(
     outer_ptr,  # (pixels, n_outer), rows outer_stride apart
     outer2_ptr,  # (pixels, n_outer2), rows outer2_stride apart
@@ -56,6 +57,7 @@ def _conv_wgrad_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    begin()
     split = tl.program_id(0) % SPLIT
     acc, row, column, inside = outer_product(
         tl.program_id(0) // SPLIT, split, outer_ptr, outer2_ptr, inner_ptr, pixels, height, width, outer_height,

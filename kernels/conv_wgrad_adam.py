@@ -33,6 +33,7 @@ from fastp2p.kernels.conv_wgrad import (
     tiles,
     whole_blocks,
 )
+from fastp2p.kernels.dependent import begin, launched
 from fastp2p.kernels.launch_facts import Arguments, LaunchFacts, over
 from fastp2p.kernels.layer_shapes import LAYERS, Layer
 
@@ -40,7 +41,7 @@ ONE_SHARE = 16  # splits whose sums one program adds; of more, programs add shar
 TOGETHER = tl.constexpr(4)  # loads under way at once
 
 
-@triton.jit(do_not_specialize=gemm.GEOMETRY)
+@launched(do_not_specialize=gemm.GEOMETRY)
 def _conv_wgrad_adam_kernel(
     outer_ptr,  # (pixels, n_outer), rows outer_stride apart
     outer2_ptr,  # (pixels, n_outer2), rows outer2_stride apart
@@ -87,6 +88,7 @@ def _conv_wgrad_adam_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    begin()
     tile = tl.program_id(0) // SPLIT
     split = tl.program_id(0) % SPLIT
     columns = KH * KW * n_inner

@@ -22,6 +22,7 @@ from torch import Tensor
 from fastp2p.kernels import gemm
 from fastp2p.kernels.activation import activate, derivative
 from fastp2p.kernels.compile_check import Case
+from fastp2p.kernels.dependent import begin, launched
 from fastp2p.kernels.gemm import dot
 from fastp2p.kernels.launch_facts import Arguments, LaunchFacts
 from fastp2p.kernels.layer_shapes import EPILOGUES, GEOMETRY, LAYERS, Layer
@@ -34,7 +35,7 @@ CONFIG = {"BLOCK_M": 256, "BLOCK_K": 64, "num_warps": 16} | _BOTH
 FLOAT32_CONFIG = {"BLOCK_M": 64, "BLOCK_K": 16, "num_warps": 8} | _BOTH
 
 
-@triton.jit(do_not_specialize=[*gemm.GEOMETRY, "squares_y", "squares_x"])
+@launched(do_not_specialize=[*gemm.GEOMETRY, "squares_y", "squares_x"])
 def _fold_kernel(
     x_ptr,  # (images * height * width, n_in), rows pixel_stride apart
     x2_ptr,  # (images * height * width, n_in2), rows pixel_stride2 apart
@@ -73,6 +74,7 @@ def _fold_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    begin()
     COLUMNS: tl.constexpr = KH * KW * n_out
     program = tl.program_id(0)
     first_y = program // squares_x % squares_y * INSIDE_Y  # the first pixel inside

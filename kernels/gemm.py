@@ -12,6 +12,7 @@ from torch import Tensor
 from fastp2p.kernels.activation import activate, derivative
 from fastp2p.kernels.arrival import counters, is_last
 from fastp2p.kernels.compile_check import Case
+from fastp2p.kernels.dependent import begin, launched
 from fastp2p.kernels.launch_facts import Arguments, LaunchFacts
 from fastp2p.kernels.layer_shapes import EPILOGUES, GATE_TYPES, GEOMETRY, STATS_TYPES
 from fastp2p.kernels.norm_epilogue import GateArguments, norm_epilogue
@@ -178,7 +179,7 @@ def finish(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=GEOMETRY)
+@launched(do_not_specialize=GEOMETRY)
 def _reduce_kernel(
     workspace_ptr,  # (splits, pixels, n_out) float32; of a weight gradient, its rows and columns
     out_ptr,  # (pixels, n_out)
@@ -218,6 +219,7 @@ def _reduce_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """The sums of a split GEMM in a fixed order, then its epilogue. Reads 4 bytes a partial sum, once."""
+    begin()
     channel_blocks = tl.cdiv(n_out, BLOCK_N)
     tile = tl.program_id(0) // channel_blocks  # over all groups
     channel_block = tl.program_id(0) % channel_blocks

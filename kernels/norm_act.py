@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastp2p.kernels.activation import activate
 from fastp2p.kernels.compile_check import Case
+from fastp2p.kernels.dependent import begin, launched
 from fastp2p.kernels.launch_facts import LaunchFacts
 from fastp2p.kernels.layout import pixel_rows
 from fastp2p.kernels.norm_act_backward import norm_act_backward as norm_act_backward  # looked for here
@@ -23,7 +23,7 @@ from fastp2p.kernels.norm_tile import CONFIGS, TYPES, USES, columns, dropout_fac
 from fastp2p.kernels.running_stats import momenta, move_averages
 
 
-@triton.jit(do_not_specialize=["layer"])
+@launched(do_not_specialize=["layer"])
 def _norm_act_kernel(
     x_ptr,  # (G * rows, C), rows x_stride apart
     y_ptr,  # (G * rows, C)
@@ -55,6 +55,7 @@ def _norm_act_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    begin()
     channel_blocks = tl.cdiv(n_channels, BLOCK_C)
     tiles = tl.cdiv(rows, BLOCK_M)  # a group's
     tile = tl.program_id(0) // channel_blocks  # over all groups

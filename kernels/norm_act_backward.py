@@ -21,6 +21,7 @@ from torch import Tensor
 from fastp2p.kernels.activation import activate, derivative
 from fastp2p.kernels.arrival import counters
 from fastp2p.kernels.compile_check import Case
+from fastp2p.kernels.dependent import begin, launched
 from fastp2p.kernels.launch_facts import LaunchFacts, over
 from fastp2p.kernels.layout import pixel_rows
 from fastp2p.kernels.norm_tile import CONFIGS, TYPES, USES, columns, dropout_factor, flags_of, rows_of, tiling, vectors
@@ -30,7 +31,7 @@ from fastp2p.norm_gate import NormGate
 SUM_PROGRAMS = 1024  # about so many at most leave partial sums: enough to fill a large GPU, few enough to add
 
 
-@triton.jit(do_not_specialize=["layer", "programs", "share"])
+@launched(do_not_specialize=["layer", "programs", "share"])
 def _backward_kernel(
     dy_ptr,  # (G * rows, C), rows dy_stride apart
     dy2_ptr,  # (G * rows, C), rows dy2_stride apart; dy_ptr again when there is no second gradient
@@ -72,6 +73,7 @@ def _backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    begin()
     channel_blocks = tl.cdiv(n_channels, BLOCK_C)
     program = tl.program_id(0)
     if not WRITE_sums_ptrs:

@@ -10,17 +10,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastp2p.kernels.compile_check import Case
+from fastp2p.kernels.dependent import begin, launched
 from fastp2p.kernels.launch_facts import LaunchFacts, over
 from fastp2p.kernels.layout import pixel_rows
 from fastp2p.kernels.norm_tile import CONFIGS, columns, rows_of, tiling
 
 
-@triton.jit
+@launched()
 def _norm_dx_kernel(
     dz_ptr,  # (G * rows, C), rows dz_stride apart
     x_ptr,  # (G * rows, C), rows x_stride apart
@@ -43,6 +43,7 @@ def _norm_dx_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    begin()
     channel_blocks = tl.cdiv(n_channels, BLOCK_C)
     tiles = tl.cdiv(rows, BLOCK_M)  # a group's
     tile = tl.program_id(0) // channel_blocks  # over all groups

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastp2p.kernels.arrival import counters, is_last
 from fastp2p.kernels.compile_check import Case
+from fastp2p.kernels.dependent import begin, launched
 from fastp2p.kernels.launch_facts import Arguments, LaunchFacts
 from fastp2p.kernels.layout import pixel_rows, within
 
@@ -191,7 +192,7 @@ def store_merged(mean, m2, count, group, channel, n_channels, mean_ptr, var_ptr)
     tl.store(var_ptr + at, m2 * tl.div_rn(1.0, tl.maximum(count, 1.0)), mask=channel < n_channels)
 
 
-@triton.jit(do_not_specialize=["rows", "parts", "tiles", "share"])
+@launched(do_not_specialize=["rows", "parts", "tiles", "share"])
 def _norm_stats_kernel(
     x_ptr,  # (G * rows, C), rows pixel_stride apart
     partial_ptr,  # these four as in store_stats
@@ -207,6 +208,7 @@ def _norm_stats_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    begin()
     channel_blocks = tl.cdiv(n_channels, BLOCK_C)
     part = tl.program_id(0) // channel_blocks  # over all groups
     channel_block = tl.program_id(0) % channel_blocks

@@ -18,6 +18,7 @@ from torch import Tensor
 from fastp2p.errors import InputError
 from fastp2p.kernels.arrival import counters, is_last
 from fastp2p.kernels.compile_check import Case
+from fastp2p.kernels.dependent import begin, launched
 from fastp2p.kernels.launch_facts import Arguments, LaunchFacts
 
 T = TypeVar("T", Tensor, Tensor | None)
@@ -32,7 +33,7 @@ BLOCK_T = 1024
 BCE, SQUARE, HINGE, LINEAR = (tl.constexpr(kind) for kind in range(4))  # the order of ops.patch_loss.KINDS; then l1
 
 
-@triton.jit
+@launched()
 def _patch_loss_kernel(
     x_ptr,  # (PARTS * n_elements,)
     target_ptr,  # likewise, of its own dtype; x_ptr again when the target is a number
@@ -61,6 +62,7 @@ def _patch_loss_kernel(
     BLOCK: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
+    begin()
     program, programs = tl.program_id(0), PARTS * blocks
     part = program // blocks
     place = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

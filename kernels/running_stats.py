@@ -13,12 +13,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fastp2p.kernels.compile_check import Case
+from fastp2p.kernels.dependent import begin, launched
 from fastp2p.kernels.launch_facts import LaunchFacts, over
 
 CONFIGS = [{"BLOCK": 128, "num_warps": 4}, {"BLOCK": 32, "num_warps": 1}, {"BLOCK": 512, "num_warps": 4}]
 
 
-@triton.jit
+@launched()
 def _running_stats_kernel(
     running_mean_ptr,  # (C,) float32
     running_var_ptr,  # (C,) float32
@@ -31,6 +32,7 @@ def _running_stats_kernel(
     momentum_unbiased,  # momentum * n / (n - 1)
     BLOCK: tl.constexpr,
 ):
+    begin()
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     move_averages(
         running_mean_ptr, running_var_ptr, mean_ptr, var_ptr, groups, channel, n_channels, one_minus_momentum,

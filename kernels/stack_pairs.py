@@ -14,13 +14,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fastp2p.kernels.compile_check import Case
+from fastp2p.kernels.dependent import begin, launched
 from fastp2p.kernels.launch_facts import LaunchFacts
 from fastp2p.kernels.layout import pixel_rows
 
 CONFIGS = [{"BLOCK": 256, "num_warps": 4}, {"BLOCK": 128, "num_warps": 2}, {"BLOCK": 512, "num_warps": 4}]
 
 
-@triton.jit(do_not_specialize=["half"])
+@launched(do_not_specialize=["half"])
 def _stack_pairs_kernel(
     real_A_ptr,  # (half, C_A), rows A_stride apart; these three each of its own dtype
     fake_B_ptr,  # (half, C_B), rows fake_stride apart
@@ -35,6 +36,7 @@ def _stack_pairs_kernel(
     C_PADDED: tl.constexpr,  # the next power of two
     BLOCK: tl.constexpr,  # pixels
 ):
+    begin()
     pixel = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[:, None]  # the result's
     channel = tl.arange(0, C_PADDED)[None, :]
     inside, is_real = pixel < 2 * half, pixel >= half

@@ -42,6 +42,7 @@ def describe(*, gpu: bool) -> dict[str, Any]:
             "fastp2p": version_of("fastp2p"),
         },
         "platform": platform.platform(),
+        "programmatic_dependent_launch": os.environ.get("FASTP2P_PDL", "") == "1",  # kernels/dependent.py
     }
     return facts | commit()
 

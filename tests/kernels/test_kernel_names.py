@@ -15,7 +15,8 @@ KERNELS = sorted((Path(__file__).resolve().parents[2] / "kernels").glob("*.py"))
 def functions(source: str) -> Iterator[ast.FunctionDef]:
     """Those that Triton compiles."""
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(d) for d in node.decorator_list):
+        decorators = [ast.unparse(d) for d in node.decorator_list] if isinstance(node, ast.FunctionDef) else []
+        if any("triton.jit" in decorator or decorator.startswith("launched(") for decorator in decorators):
             yield node
 
 
