@@ -42,6 +42,7 @@ class Launch:
     after: tuple[int, ...]  # the numbers, from 0, of those that it waits for; what these wait for is not repeated
     config: dict[str, Any]  # tile, split, warps and stages of a Triton kernel
     gathers: bool  # it loads an operand of its product element by element
+    sums: bool  # after its product come sums over pixels: statistics, or a norm's
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,8 @@ class _Notes(TorchDispatchMode):
         after = tuple(self.ends[current])
         depth = 1 + max((self.noted[i][2]["depth"] for i in after), default=0)
         self.ends[current] = {number: None}
-        nothing: dict[str, Any] = {"programs": None, "iterations": None, "merges": None, "config": {}, "gathers": False}
+        nothing: dict[str, Any] = {"programs": None, "iterations": None, "merges": None, "config": {}}
+        nothing |= {"gathers": False, "sums": False}
         where = {"part": self.recorder.part, "chain": self.names[current], "depth": depth, "after": after}
         self.noted.append((self.call, multiplies, {"kernel": kernel} | nothing | told | where))
 
@@ -193,6 +195,7 @@ def told_by(launch: Any) -> dict[str, Any]:
         "n_bytes": _bytes(tensors) + sum(_bytes([args[name]]) for name in facts.updates if name not in left_alone),
         "config": launch.config,
         "gathers": not args.get("WHOLE_BLOCKS", True),
+        "sums": bool(facts.multiplies and args.get("HAS_STATS")),
     }
 
 

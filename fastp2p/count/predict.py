@@ -22,6 +22,11 @@ ISSUES_A_CYCLE = 4  # instructions of warps that a processor begins
 NODE = 2.5e-6
 MERGE = 1.2e-6  # each step of the last program to arrive: about what a merge's iteration took on an H200
 
+# A product that ends in sums over pixels: a wave's seconds for each element of a thread, and the last program's beside
+# its merges. An H200 took 0.172 and 2.8 us, of 1636 and 793 instructions (epilogues.json of 2026-11-28, 64x64 tiles);
+# now they are 943 and 511, and these two are scaled so
+SUMS, LAST = 0.10e-6, 1.8e-6
+
 # Fitted once to products that one launch made on an H200, batch sizes 1 and 16 (benchmarks/predicted.py --fit)
 LATENCY = 0.62e-6  # seconds from a block's load to its use; with s stages s - 1 loads are under way
 LOADED_PER_SEC = 70e9  # bytes of blocks that a processor takes in
@@ -115,7 +120,7 @@ def predict(launch: Launch, ceilings: Ceilings) -> Predicted:
         launch: of 16-bit operands.
         ceilings: of a GPU with the processors of an H100.
     """
-    merges = MERGE * (launch.merges or 0)
+    merges = MERGE * (launch.merges or 0) + LAST * launch.sums
     if multiplies(launch):
         return Predicted(NODE, _product(launch, ceilings), merges)
     rate = min(ceilings.bytes_per_sec, LOADED_PER_SEC * (launch.programs or PROCESSORS))
@@ -144,9 +149,10 @@ def _product(launch: Launch, ceilings: Ceilings) -> dict[str, float]:
     blocks, programs = launch.iterations or 1, launch.programs or 1
     full, rest = divmod(programs, PROCESSORS * _held(launch))
     waves = [_held(launch)] * full + [math.ceil(rest / PROCESSORS)] * (rest > 0)
-    serial = sum(
-        blocks * max(alone, n * (max(block.values()) + scattered)) + ADAM_LATENCY * ends_with_adam for n in waves
-    )
+    after = ADAM_LATENCY * ends_with_adam
+    if launch.sums:
+        after += SUMS * config["BLOCK_M"] * config["BLOCK_N"] / (32 * warps)
+    serial = sum(blocks * max(alone, n * (max(block.values()) + scattered)) + after for n in waves)
     work = {name: sum(waves) * blocks * seconds for name, seconds in block.items()}
     work["gather"] = sum(waves) * blocks * scattered
     work |= {"serial": serial, "bytes": launch.n_bytes / ceilings.bytes_per_sec}

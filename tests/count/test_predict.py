@@ -17,7 +17,7 @@ TILE = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages
 def launch(kernel: str = "conv._conv_kernel", **told: Any) -> Launch:
     nothing: dict[str, Any] = {"part": "", "name": "", "operator": "", "flop": 0, "chain": MAIN, "depth": 1}
     counts: dict[str, Any] = {"programs": 1, "iterations": 1, "merges": 0, "n_bytes": 0, "after": ()}
-    return Launch(kernel=kernel, **nothing | counts | {"config": {}, "gathers": False} | told)
+    return Launch(kernel=kernel, **nothing | counts | {"config": {}, "gathers": False, "sums": False} | told)
 
 
 def test_a_launch_that_does_next_to_nothing_takes_a_node():
@@ -51,6 +51,15 @@ def test_programs_of_a_processor_share_it():
     assert busy.work["loads"] == pytest.approx(loads)
     assert busy.work["serial"] > loads
     assert busy.total < 1.1 * (NODE + loads)
+
+
+def test_sums_after_a_product_take_time_of_their_own():
+    """64 x 64 elements over 128 threads are 32 each; 4000 programs are eleven waves, and one is the last to arrive."""
+    for programs, waves in ((1, 1), (4000, 11)):
+        told: dict[str, Any] = {"config": TILE, "iterations": 10, "programs": programs}
+        plain, summed = (predict(launch(**told, sums=sums), CEILINGS) for sums in (False, True))
+        assert summed.work["serial"] - plain.work["serial"] == pytest.approx(waves * 32 * model.SUMS)
+        assert summed.merges - plain.merges == pytest.approx(model.LAST)
 
 
 def test_elements_gathered_one_by_one_take_longer():
