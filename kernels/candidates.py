@@ -28,7 +28,7 @@ class Product:
     n: int
     k: int
     like: Tensor
-    whole: bool  # tile_rule.is_whole of what is gathered
+    whole: int  # tile_rule.whole_block of what is gathered
     products: int = 1
     largest: int = 128 * 128  # tile, in elements
     may_split: bool = True  # over several programs
@@ -41,17 +41,17 @@ def product_of(operator: str, args: tuple[Any, ...]) -> Product:
     shape, like = ConvShape.of(operator, args), args[0]
     if operator == "conv":
         groups = max(1, args[8])  # those of statistics have tiles of their own
-        whole = tile_rule.is_whole(shape.inner)
+        whole = tile_rule.whole_block(shape.inner)
         return Product(shape.pixels // groups, shape.outer, shape.columns, like, whole, products=groups)
     if operator == "conv_transpose":
         groups = max(1, args[11])
         pixels = shape.images // groups * math.prod(triton.cdiv(side, shape.stride) for side in shape.large)
         k = shape.rows * math.prod(triton.cdiv(side, shape.stride) for side in shape.kernel)
-        whole = tile_rule.is_whole(shape.outer, shape.outer2)
+        whole = tile_rule.whole_block(shape.outer, shape.outer2)
         product = Product(pixels, shape.inner, k, like, whole, products=groups * shape.stride**2)
         few = fold.is_for(args[2], shape.stride, shape.padding, args[11], NormGate(*args[12:]).gate_mean)
         return replace(product, few=args[2]) if few else product
-    product = Product(shape.rows, shape.columns, shape.pixels, like, tile_rule.is_whole(shape.inner))
+    product = Product(shape.rows, shape.columns, shape.pixels, like, tile_rule.whole_block(shape.inner, most=64))
     if operator == "conv_wgrad":
         return product
     param = args[3]

@@ -159,7 +159,7 @@ def compile_cases() -> Iterator[Case]:
                 ["x_ptr", "weight_ptr", "gate_ptr", "out_ptr", "addend_ptr"],
                 {"n_in": n_in, "n_out": n_out, "pixel_stride": n_in, "first": first, "addend_stride": 0},
                 layer.window | EPILOGUES[after],
-                tiles=partial(tile_rule.candidates, pixels, n_out, whole=tile_rule.is_whole(n_in)),
+                tiles=partial(tile_rule.candidates, pixels, n_out, whole=tile_rule.whole_block(n_in)),
                 whole_blocks=partial(_whole_blocks, n_in),
             )
 
@@ -193,7 +193,7 @@ def conv(
     )
     pixels, groups = n * out_height * out_width, max(1, stat_groups)
     rows = pixels // groups
-    whole = tile_rule.is_whole(n_in)
+    whole = tile_rule.whole_block(n_in)
     config = config or tile_rule.choose_config(rows, n_out, kh * kw * n_in, x, whole=whole, products=groups)
     gate_norm = NormGate(*norm)
     gated = GateArguments.new(gate_norm, x)

@@ -210,7 +210,7 @@ def compile_cases() -> Iterator[Case]:
                 ["x_ptr", "x2_ptr", "weight_ptr", "gate_ptr", "out_ptr", "addend_ptr"],
                 sizes,
                 constants | EPILOGUES[after],
-                tiles=partial(tile_rule.candidates, phase_pixels, n_out, whole=tile_rule.is_whole(n_in, n_in2)),
+                tiles=partial(tile_rule.candidates, phase_pixels, n_out, whole=tile_rule.whole_block(n_in, n_in2)),
                 whole_blocks=partial(_whole_blocks, n_in, n_in2),
             )
 
@@ -262,7 +262,7 @@ def conv_transpose(
         nothing = torch.empty(0, n_out, dtype=torch.float32, device=x.device)
         return out, nothing, nothing.clone()
     weight = weight.contiguous(memory_format=torch.channels_last)
-    whole = tile_rule.is_whole(n_in, n_in2)
+    whole = tile_rule.whole_block(n_in, n_in2)
     config = config or tile_rule.choose_config(rows, n_out, sum_of_a_phase, x, whole=whole, products=phases * groups)
     gated = GateArguments.new(gate_norm, x)
     flags = gemm.epilogue_flags(activation, bias, gate, stat_groups, gated)

@@ -186,7 +186,7 @@ def layer_cases(
     sizes = {"n_outer": n_outer, "n_outer2": n_outer2, "n_inner": n_inner}
     sizes |= {"outer_stride": n_outer, "outer2_stride": n_outer2 or n_outer, "inner_stride": n_inner}
     constants = layer.window | {"TWO_INPUTS": int(n_outer2 > 0)}
-    whole = tile_rule.is_whole(n_inner)
+    whole = tile_rule.whole_block(n_inner, most=64)
     candidates = partial(tile_rule.candidates, shape.rows, shape.columns, whole=whole, largest=largest_tile)
     yield from gemm_cases(
         layer,
@@ -280,7 +280,7 @@ def conv_wgrad(
     kernel_size = (kernel_height, kernel_width)
     tensors, sizes, (m, n, k) = launch_arguments(outer, outer2, inner, kernel_size)
     n_inner = sizes[7]
-    whole = tile_rule.is_whole(n_inner)
+    whole = tile_rule.whole_block(n_inner, most=64)
     config = fitting(n_inner, config or tile_rule.choose_config(m, n, k, inner, whole=whole))
     shape = (m, n_inner, kernel_height, kernel_width)
     dweight = torch.empty(shape, dtype=dtype, device=inner.device, memory_format=torch.channels_last)

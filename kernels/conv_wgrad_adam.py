@@ -275,7 +275,7 @@ def largest_tile(param: Tensor) -> int:
 
 def choose_config(m: int, n: int, k: int, param: Tensor, like: Tensor) -> dict[str, int]:
     """As tile_rule.choose_config, for an (m, k) x (k, n) product; SPLIT is 1 where the weight has no dense rows."""
-    whole = tile_rule.is_whole(param.shape[1])
+    whole = tile_rule.whole_block(param.shape[1], most=64)
     long = k >= MANY_PIXELS and not is_sliced(param)
     config: dict[str, int] = tile_rule.choose_config(
         m,

@@ -30,6 +30,7 @@ CONFIGS = [
     _tile(128, 16, 64, 4, 4),
     _tile(32, 64, 64, 4, 3),
     _tile(16, 64, 64, 4, 4),
+    _tile(16, 32, 128, 4, 4),
     _tile(16, 16, 64, 2, 3),
 ]
 GATHERED_CONFIGS = [
@@ -44,20 +45,23 @@ GATHERED_CONFIGS = [
 FLOAT32_CONFIGS = [_tile(64, 64, 16, 8, 3), _tile(64, 16, 16, 4, 3), _tile(16, 64, 16, 4, 3), _tile(16, 16, 32, 2, 3)]
 
 
-def is_whole(*channels: int) -> bool:
-    """Whether the gathered tensors' channels fill blocks of 64, so that a block has one tap and is copied in rows."""
-    return all(n % 64 == 0 for n in channels)
+def whole_block(*channels: int, most: int = 128) -> int:
+    """The longest block of the sum, 128 or 64, that the gathered tensors' channels fill, so that it has one tap and is
+    copied in rows; 0 where they fill neither. A weight gradient's blocks are of pixels: it takes no more than 64.
+    """
+    return next((block for block in (128, 64) if block <= most and all(n % block == 0 for n in channels)), 0)
 
 
 def candidates(
-    m: int, n: int, itemsize: int, *, whole: bool, largest: int = 128 * 128, shared_limit: int = 1 << 30
+    m: int, n: int, itemsize: int, *, whole: int, largest: int = 128 * 128, shared_limit: int = 1 << 30
 ) -> list[dict[str, int]]:
     """The tiles for an (m, n) result of matrices of this itemsize in bytes, under a limit of shared memory in bytes.
 
     None has twice the side of the result (or of 16, the least) in either direction, or more than `largest` elements.
-    `whole` is `is_whole` of what is gathered.
+    `whole` is `whole_block` of what is gathered.
     """
-    configs = FLOAT32_CONFIGS if itemsize == 4 else CONFIGS if whole else GATHERED_CONFIGS
+    filled = [config for config in CONFIGS if config["BLOCK_K"] <= whole]
+    configs = FLOAT32_CONFIGS if itemsize == 4 else filled or GATHERED_CONFIGS
     useful = [c for c in configs if c["BLOCK_M"] < 2 * max(m, 16) and c["BLOCK_N"] < 2 * max(n, 16)]
     useful = [c for c in useful if c["BLOCK_M"] * c["BLOCK_N"] <= largest]
     return [config for config in useful if shared_bytes(config, itemsize) <= shared_limit]
@@ -77,7 +81,7 @@ def choose_config(
     k: int,
     like: Tensor,
     *,
-    whole: bool,
+    whole: int,
     products: int = 1,
     largest: int = 128 * 128,
     always_splits: bool = False,
@@ -96,7 +100,8 @@ def choose_config(
 
 # By a tile's rows and columns: how long its loop issues other instructions, in the time of its products. The numbers
 # are compile-check's issue / matrix for sm_90 in bfloat16: medians over conv's tiles whose blocks have one tap each.
-# The largest tile has 0.7 there, so its products bind, and it counts as 1.
+# The largest tile has 0.7 there, so its products bind, and it counts as 1. The tile (16, 32) has 4.0, but two programs
+# of it on a processor took 0.84 of the time of (16, 64) on an H200 (e7 at batch 1, epilogues.json of 2026-11-28).
 EFFORT = {
     (128, 128): 1.0,
     (128, 64): 1.3,
@@ -105,6 +110,7 @@ EFFORT = {
     (128, 16): 3.5,
     (64, 16): 3.5,
     (16, 64): 3.5,
+    (16, 32): 3.0,
     (16, 16): 6.1,
 }
 # The same where a program gathers single elements. The tile (64, 64) has 5 there as well, but took 0.7 of the time of
@@ -119,8 +125,9 @@ GATHERED_EFFORT = {
     (16, 64): 8.0,
     (16, 16): 22.0,
 }
+SIDE_BY_SIDE = {(16, 32): 2}  # programs a processor, for want of which a tile's sum is split; of any other one
 NEARLY_ALL = 0.9  # where that part of the processors has a program, no sum is split for the rest
-LEAST_BLOCKS = 4  # a split sum has at least so many, to be worth its partial sums
+LEAST_BLOCKS = 4  # a split sum has at least so many, of 64 at the most, to be worth its partial sums
 MOST_PADDING = 1.5  # times what the least padded tile computes
 MOST_SPLITS = 128  # for want of tiles. On an H200 128 beat 64 in every layer that has them
 LONG_LOOP = 32  # blocks; not timed: a tile of more than 64x64 is alone on its processor, and begins and ends so
@@ -129,7 +136,7 @@ LONGEST_LOOP = 256  # blocks of a long sum that one program adds
 
 @functools.cache
 def _choose_config(
-    m: int, n: int, k: int, itemsize: int, device: int | None, whole: bool, products: int, largest: int, long: bool
+    m: int, n: int, k: int, itemsize: int, device: int | None, whole: int, products: int, largest: int, long: bool
 ) -> dict[str, int]:
     shared_limit, processors = SHARED_BYTES_WHEN_INTERPRETED, PROCESSORS_WHEN_INTERPRETED
     if device is not None:
@@ -141,9 +148,12 @@ def _choose_config(
         return products * tiles
 
     def splits(config: dict[str, int]) -> int:
-        if not may_split(config) or programs(config) >= NEARLY_ALL * processors:
+        wanted = processors * SIDE_BY_SIDE.get((config["BLOCK_M"], config["BLOCK_N"]), 1)
+        if not may_split(config) or programs(config) >= NEARLY_ALL * wanted:
             return 1
-        return min(-(-processors // programs(config)), max(1, k // config["BLOCK_K"] // LEAST_BLOCKS))
+        blocks = triton.cdiv(k, config["BLOCK_K"])
+        split = min(triton.cdiv(wanted, programs(config)), max(1, k // min(64, config["BLOCK_K"]) // LEAST_BLOCKS))
+        return int(triton.cdiv(blocks, triton.cdiv(blocks, split)))  # or some would find no blocks left
 
     def cost(config: dict[str, int]) -> tuple[float, int]:
         rows, columns = config["BLOCK_M"], config["BLOCK_N"]

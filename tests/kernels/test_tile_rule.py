@@ -1,0 +1,54 @@
+"""The tile by rule: which blocks it may have, and over how many programs a sum is split."""
+
+import random
+
+import pytest
+import torch
+import triton
+
+from fastp2p.kernels import tile_rule
+
+LIKE = torch.empty(0, dtype=torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tile_rule, "PROCESSORS_WHEN_INTERPRETED", 132)
+    tile_rule._choose_config.cache_clear()
+    yield
+    tile_rule._choose_config.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("channels", "block"), [((128,), 128), ((512, 256), 128), ((64,), 64), ((64, 128), 64), ((192,), 64), ((3,), 0),
+                            ((512, 3), 0), ((96,), 0)],
+)  # fmt: skip
+def test_the_longest_block_that_channels_fill(channels: tuple[int, ...], block: int):
+    assert tile_rule.whole_block(*channels) == block
+    assert tile_rule.whole_block(*channels, most=64) == min(block, 64)
+
+
+def test_no_block_is_longer_than_the_channels_fill():
+    for whole in (128, 64, 0):
+        tiles = tile_rule.candidates(4, 512, 2, whole=whole)
+        assert tiles
+        assert max(tile["BLOCK_K"] for tile in tiles) == {128: 128, 64: 64, 0: 32}[whole]
+
+
+def test_every_split_has_blocks():
+    """Seventeen programs for sixteen times as many blocks would leave one idle, and a partial sum to add for it."""
+    draw = random.Random(0)
+    for _ in range(300):
+        m, n = (draw.choice([1, 4, 16, 60, 64, 256, 900, 1024, 4096]) for _ in range(2))
+        whole = draw.choice([128, 64, 0])
+        k = draw.randint(1, 80) * (whole or draw.choice([48, 96]))
+        config = tile_rule.choose_config(m, n, k, LIKE, whole=whole, products=draw.choice([1, 2, 4]))
+        blocks = triton.cdiv(k, config["BLOCK_K"])
+        assert (config["SPLIT"] - 1) * triton.cdiv(blocks, config["SPLIT"]) < blocks, (m, n, k, config)
+
+
+def test_a_skinny_deep_product_has_two_programs_a_processor():
+    """e7 of unet_256 at batch 1: 4 pixels, 512 channels, 16 taps of 512."""
+    config = tile_rule.choose_config(4, 512, 8192, LIKE, whole=128)
+    assert (config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"], config["SPLIT"]) == (16, 32, 128, 16)
+    assert tile_rule.choose_config(4, 512, 8192, LIKE, whole=64)["BLOCK_K"] == 64
