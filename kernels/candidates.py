@@ -30,7 +30,7 @@ class Product:
     like: Tensor
     whole: int  # tile_rule.whole_block of what is gathered
     products: int = 1
-    largest: int = 128 * 128  # tile, in elements
+    largest: int = tile_rule.LARGE  # tile, in elements
     may_split: bool = True  # over several programs
     param: Tensor | None = None  # the weight that conv_wgrad_adam updates
     few: Tensor | None = None  # the weight of a transposed convolution that fold is for
@@ -42,7 +42,8 @@ def product_of(operator: str, args: tuple[Any, ...]) -> Product:
     if operator == "conv":
         groups = max(1, args[8])  # those of statistics have tiles of their own
         whole = tile_rule.whole_block(shape.inner)
-        return Product(shape.pixels // groups, shape.outer, shape.columns, like, whole, products=groups)
+        largest = tile_rule.LARGEST if tile_rule.capability_of(like) == 90 else tile_rule.LARGE
+        return Product(shape.pixels // groups, shape.outer, shape.columns, like, whole, groups, largest)
     if operator == "conv_transpose":
         groups = max(1, args[11])
         pixels = shape.images // groups * math.prod(triton.cdiv(side, shape.stride) for side in shape.large)

@@ -161,10 +161,15 @@ def shared_bytes(config: dict[str, int], itemsize: int) -> int:
 
 TWO_PROGRAMS = {"maxnreg": 128}  # the registers of a thread that let a Hopper GPU's processor hold two of eight warps
 
+HALF = {"BLOCK_N": 128, "num_stages": 3}  # a tile of 128 x 256, where it may not be
+
 
 def on_target(config: dict[str, Any], capability: int) -> dict[str, Any]:
-    """A GEMM's tile for a compute capability: other GPUs spill by TWO_PROGRAMS, and have not been measured."""
-    return config | {"maxnreg": 255} if capability != 90 and config.items() >= TWO_PROGRAMS.items() else config
+    """A GEMM's tile for a compute capability: other GPUs spill by TWO_PROGRAMS, and by the widest tile."""
+    if capability == 90:
+        return config
+    config = config | {"maxnreg": 255} if config.items() >= TWO_PROGRAMS.items() else config
+    return config | HALF if config.get("BLOCK_N") == 256 else config
 
 
 def all_cases() -> list[Case]:

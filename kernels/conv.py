@@ -159,7 +159,9 @@ def compile_cases() -> Iterator[Case]:
                 ["x_ptr", "weight_ptr", "gate_ptr", "out_ptr", "addend_ptr"],
                 {"n_in": n_in, "n_out": n_out, "pixel_stride": n_in, "first": first, "addend_stride": 0},
                 layer.window | EPILOGUES[after],
-                tiles=partial(tile_rule.candidates, pixels, n_out, whole=tile_rule.whole_block(n_in)),
+                tiles=partial(
+                    tile_rule.candidates, pixels, n_out, whole=tile_rule.whole_block(n_in), largest=tile_rule.LARGEST
+                ),
                 whole_blocks=partial(_whole_blocks, n_in),
             )
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastp2p.conv_shape import ConvShape
-from fastp2p.kernels.compile_check import TWO_PROGRAMS, Case
+from fastp2p.kernels.compile_check import HALF, TWO_PROGRAMS, Case
 
 # A kernel's integer arguments that say where pixels lie. Launches do not specialise on them: whether a side is 1 or a
 # multiple of 16 helps no program, and every layer would be compiled anew.
@@ -121,14 +121,18 @@ def may_split(config: dict[str, int]) -> bool:
 def fitting(config: dict[str, int], epilogue: dict[str, int], *, transposed: bool) -> dict[str, int]:
     """A tile whose registers hold the epilogue too, and two programs of eight warps a processor where they can.
 
-    A dropout or a second gradient makes the largest tiles spill by a kilobyte: those of 128 x 128 are halved, and those
-    of 64 x 64 have eight warps. A program alone on its processor leaves it idle during its epilogue: on an H200
-    statistics made e2's forward pass of 64 images 2.5 times as long, by a tile that lost its neighbour to them.
+    A norm or a transposed convolution makes tiles of 128 x 256 spill, and a dropout or a second gradient those of 128 x
+    128, by a kilobyte: they are halved. Those of 64 x 64 then have eight warps. A program alone on its processor leaves
+    it idle during its epilogue: on an H200 statistics made e2's forward pass of 64 images 2.5 times as long, by a tile
+    that lost its neighbour to them.
 
     Args:
         epilogue: its compile-time arguments.
         transposed: whether the kernel is conv_transpose's, which needs more registers.
     """
+    more = epilogue["HAS_NORM"] or (epilogue["HAS_BIAS"] and epilogue["HAS_STATS"])
+    if config["BLOCK_N"] == 256 and (more or transposed):
+        config = config | HALF
     m, n = config["BLOCK_M"], config["BLOCK_N"]
     plain = config["BLOCK_K"] >= 64 and config.get("SPLIT", 1) == 1  # neither gathered nor float32 nor split
     drops, second = epilogue["DROP_BELOW"] > 0, epilogue["SECOND"] >= 0
@@ -139,7 +143,7 @@ def fitting(config: dict[str, int], epilogue: dict[str, int], *, transposed: boo
             config = config | {"num_warps": 8}
             return config if drops or not plain else config | TWO_PROGRAMS
         return config
-    many = epilogue["HAS_NORM"] or (epilogue["HAS_BIAS"] and epilogue["HAS_STATS"]) or (transposed and m * n > 128 * 64)
+    many = more or n == 256 or (transposed and m * n > 128 * 64)
     return config | TWO_PROGRAMS if config["num_warps"] == 8 and plain and not many else config
 
 

@@ -14,6 +14,7 @@ SHARED_BYTES_WHEN_INTERPRETED, PROCESSORS_WHEN_INTERPRETED, CAPABILITY_WHEN_INTE
 
 # Without it ptxas aims at an occupancy of its own, and to reach it spilled some bytes in 76 of 2618 programs.
 MAY_USE_ALL_REGISTERS = {"maxnreg": 255}
+LARGE, LARGEST = 128 * 128, 128 * 256  # tiles, in elements
 
 
 def _tile(m: int, n: int, k: int, num_warps: int, num_stages: int) -> dict[str, int]:
@@ -21,9 +22,11 @@ def _tile(m: int, n: int, k: int, num_warps: int, num_stages: int) -> dict[str, 
     return sizes | MAY_USE_ALL_REGISTERS
 
 
-# From the large to the skinny. Where channels are few, elements are gathered one by one through registers, and BLOCK_K
-# is small. So it is for float32, which multiplies in the plain units unless it may be rounded to TF32.
+# From the large to the skinny. The first one is for LARGEST alone: on sm_90 the tuner tries it in conv. Where channels
+# are few, elements are gathered one by one through registers, and BLOCK_K is small. So it is for float32, which
+# multiplies in the plain units unless it may be rounded to TF32.
 CONFIGS = [
+    _tile(128, 256, 64, 8, 4),
     _tile(128, 128, 64, 8, 3),
     _tile(128, 64, 64, 8, 3),
     _tile(64, 64, 64, 4, 4),
@@ -53,7 +56,7 @@ def whole_block(*channels: int, most: int = 128) -> int:
 
 
 def candidates(
-    m: int, n: int, itemsize: int, *, whole: int, largest: int = 128 * 128, shared_limit: int = 1 << 30
+    m: int, n: int, itemsize: int, *, whole: int, largest: int = LARGE, shared_limit: int = 1 << 30
 ) -> list[dict[str, int]]:
     """The tiles for an (m, n) result of matrices of this itemsize in bytes, under a limit of shared memory in bytes.
 
@@ -83,7 +86,7 @@ def choose_config(
     *,
     whole: int,
     products: int = 1,
-    largest: int = 128 * 128,
+    largest: int = LARGE,
     always_splits: bool = False,
 ) -> dict[str, int]:
     """A tile for so many (m, k) x (k, n) products of like's dtype, and SPLIT, over how many programs a sum is split.

@@ -52,3 +52,35 @@ def test_a_skinny_deep_product_has_two_programs_a_processor():
     config = tile_rule.choose_config(4, 512, 8192, LIKE, whole=128)
     assert (config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"], config["SPLIT"]) == (16, 32, 128, 16)
     assert tile_rule.choose_config(4, 512, 8192, LIKE, whole=64)["BLOCK_K"] == 64
+
+
+def test_the_largest_tile_is_the_tuner_s_alone():
+    """The rule does not take what no GPU has timed; other GPUs than sm_90, and larger epilogues, halve it."""
+    from fastp2p.kernels.compile_check import on_target
+    from fastp2p.kernels.layer_shapes import EPILOGUES, fitting
+
+    largest = tile_rule.candidates(4096, 512, 2, whole=128, largest=tile_rule.LARGEST)[0]
+    assert (largest["BLOCK_M"], largest["BLOCK_N"]) == (128, 256)
+    assert tile_rule.choose_config(1 << 20, 512, 4096, LIKE, whole=128)["BLOCK_N"] < 256
+    assert fitting(largest, EPILOGUES["stats"], transposed=False) == largest
+    halved = [
+        on_target(largest, 80),
+        fitting(largest, EPILOGUES["stats"], transposed=True),
+        fitting(largest, EPILOGUES["bias stats"], transposed=False),
+        fitting(largest, EPILOGUES["norm lrelu"], transposed=False),
+    ]
+    assert all(tile["BLOCK_N"] == 128 and tile["num_stages"] == 3 for tile in halved)
+    assert fitting(largest, EPILOGUES["norm dropout"], transposed=False)["BLOCK_N"] == 64
+
+
+def test_the_tuner_tries_it_where_it_may():
+    from fastp2p.kernels.candidates import candidates, product_of
+
+    x, weight = (
+        torch.empty(*shape, dtype=torch.bfloat16, device="meta") for shape in ((8, 256, 32, 32), (512, 256, 4, 4))
+    )
+    tiles = candidates(product_of("conv", (x, weight, None, None, 1, 1, 0, 0.0, 2)))
+    assert any(tile["BLOCK_N"] == 256 for tile in tiles)
+    y = torch.empty(8, 512, 31, 31, dtype=torch.bfloat16, device="meta")
+    tiles = candidates(product_of("conv_transpose", (y, None, weight, None, None, 1, 1, 32, 32, 0, 0.0, 0)))
+    assert all(tile["BLOCK_N"] < 256 for tile in tiles)
