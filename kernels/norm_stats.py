@@ -159,9 +159,8 @@ def merge_tiles(
 ):  # fmt: skip
     """What store_stats does with a tile's mean and M2, (BLOCK_C,) each, and count."""
     group = group.to(tl.int64)
-    if tiles == 1:
-        store_merged(mean, m2, count, group, channel, n_channels, mean_ptr, var_ptr)
-    else:
+    done = tiles == 1
+    if tiles > 1:
         shares = tl.cdiv(tiles, share)
         rows = tiles + shares
         partial_ptr += 2 * (group * rows * (n_channels + channel_blocks))
@@ -172,16 +171,17 @@ def merge_tiles(
         mine = tile // share
         first = mine * share
         end = tl.minimum(first + share, tiles)
-        if is_last(counter_ptr + mine, end - first):
-            mean, m2, merged = merge_rows(partial_ptr, count_ptr, first, end, channel, n_channels, BLOCK_C)
-            if shares == 1:
-                store_merged(mean, m2, merged, group, channel, n_channels, mean_ptr, var_ptr)
-            else:
-                store_pair(partial_ptr + 2 * n_channels * (tiles + mine).to(tl.int64), mean, m2, channel, n_channels)
-                tl.store(count_ptr + tiles + mine, merged)
-                if is_last(counter_ptr + shares, shares):
-                    mean, m2, merged = merge_rows(partial_ptr, count_ptr, tiles, rows, channel, n_channels, BLOCK_C)
-                    store_merged(mean, m2, merged, group, channel, n_channels, mean_ptr, var_ptr)
+        done = is_last(counter_ptr + mine, end - first)
+        if done:
+            mean, m2, count = merge_rows(partial_ptr, count_ptr, first, end, channel, n_channels, BLOCK_C)
+        if done & (shares > 1):
+            store_pair(partial_ptr + 2 * n_channels * (tiles + mine).to(tl.int64), mean, m2, channel, n_channels)
+            tl.store(count_ptr + tiles + mine, count)
+            done = is_last(counter_ptr + shares, shares)
+            if done:
+                mean, m2, count = merge_rows(partial_ptr, count_ptr, tiles, rows, channel, n_channels, BLOCK_C)
+    if done:
+        store_merged(mean, m2, count, group, channel, n_channels, mean_ptr, var_ptr)
 
 
 @triton.jit

@@ -42,34 +42,28 @@ def store_sums(
     """A part's sums; the last part of a share adds the share's, the last share the group's, the last group all."""
     shares = tl.cdiv(parts, share)
     all_groups_ptr = counter_ptr + groups * channel_blocks * (shares + 1) + channel_block
-    if parts == 1:
-        store_group(
-            one, other, group, groups, channel, n_channels, one_ptr, other_ptr, total_one_ptr, total_other_ptr,
-            all_groups_ptr, HAS_TOTALS, BLOCK_C,
-        )  # fmt: skip
-    else:
+    done = parts == 1
+    if parts > 1:
         counter_ptr += (group * channel_blocks + channel_block) * (shares + 1)
         partial_ptr += 2 * (group.to(tl.int64) * (parts + shares) * n_channels)
         store_pair(partial_ptr + 2 * (part.to(tl.int64) * n_channels), one, other, channel, n_channels)
         mine = part // share
         first = mine * share
         end = tl.minimum(first + share, parts)
-        if is_last(counter_ptr + mine, end - first):
+        done = is_last(counter_ptr + mine, end - first)
+        if done:
             one, other = add_rows(partial_ptr, first, end, channel, n_channels, BLOCK_C)
-            if shares == 1:
-                store_group(
-                    one, other, group, groups, channel, n_channels, one_ptr, other_ptr, total_one_ptr, total_other_ptr,
-                    all_groups_ptr, HAS_TOTALS, BLOCK_C,
-                )  # fmt: skip
-            else:
-                at = partial_ptr + 2 * ((parts + mine).to(tl.int64) * n_channels)
-                store_pair(at, one, other, channel, n_channels)
-                if is_last(counter_ptr + shares, shares):
-                    one, other = add_rows(partial_ptr, parts, parts + shares, channel, n_channels, BLOCK_C)
-                    store_group(
-                        one, other, group, groups, channel, n_channels, one_ptr, other_ptr, total_one_ptr,
-                        total_other_ptr, all_groups_ptr, HAS_TOTALS, BLOCK_C,
-                    )  # fmt: skip
+        if done & (shares > 1):
+            at = partial_ptr + 2 * ((parts + mine).to(tl.int64) * n_channels)
+            store_pair(at, one, other, channel, n_channels)
+            done = is_last(counter_ptr + shares, shares)
+            if done:
+                one, other = add_rows(partial_ptr, parts, parts + shares, channel, n_channels, BLOCK_C)
+    if done:
+        store_group(
+            one, other, group, groups, channel, n_channels, one_ptr, other_ptr, total_one_ptr, total_other_ptr,
+            all_groups_ptr, HAS_TOTALS, BLOCK_C,
+        )  # fmt: skip
 
 
 @triton.jit
