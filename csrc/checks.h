@@ -66,8 +66,8 @@ inline void check_augment(const Tensor& pairs, const Tensor& index, const Tensor
 // real_A and real_B of augment, to be filled; type: real_A's.
 inline std::tuple<Tensor, Tensor> empty_crops(const Tensor& pairs, int64_t n, int64_t crop_size, int64_t input_nc,
                                               ScalarType type) {
-  const auto batch = [&](int64_t channels, ScalarType of) {
-    return empty(pairs, {n, channels, crop_size, crop_size}, of, MemoryFormat::ChannelsLast);
+  const auto batch = [&](int64_t channels, ScalarType dtype) {
+    return empty(pairs, {n, channels, crop_size, crop_size}, dtype, MemoryFormat::ChannelsLast);
   };
   return {batch(input_nc, type), batch(pairs.size(3) - input_nc, ScalarType::Float)};
 }

@@ -17,7 +17,7 @@ from fastp2p.norm_gate import NormGate
 Config = dict[str, int]
 # What refuses a configuration: the launcher, Triton itself, and the assembler behind it
 CANNOT = (triton.OutOfResources, triton.CompilationError, PTXASError)
-MOST = 8  # configurations of a problem: each is compiled before it is timed, in about a second
+MOST = 9  # configurations of a problem: each is compiled before it is timed, in about a second
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,9 @@ def product_of(operator: str, args: tuple[Any, ...]) -> Product:
     if operator == "conv":
         groups = max(1, args[8])  # those of statistics have tiles of their own
         whole = tile_rule.whole_block(shape.inner)
-        largest = tile_rule.LARGEST if tile_rule.capability_of(like) == 90 else tile_rule.LARGE
+        into_norm, both = NormGate(*args[9:]).gate_mean is not None, args[2] is not None and args[8] > 0
+        spills = into_norm or both or tile_rule.capability_of(like) != 90  # layer_shapes.fitting would halve it
+        largest = tile_rule.LARGE if spills else tile_rule.LARGEST
         return Product(shape.pixels // groups, shape.outer, shape.columns, like, whole, groups, largest)
     if operator == "conv_transpose":
         groups = max(1, args[11])
@@ -86,7 +88,7 @@ def candidates(product: Product) -> list[Config]:
         found.append(by_rule(replace(product, few=None)))  # by phases
     for split in (1, rule["SPLIT"] // 2, rule["SPLIT"] * 2):
         if 1 <= split <= _most_splits(product, rule):
-            found.append(rule | {"SPLIT": split})
+            found.append(_split(product, rule, split))
     tiles = tile_rule.candidates(
         product.m,
         product.n,
@@ -99,8 +101,14 @@ def candidates(product: Product) -> list[Config]:
         programs = product.products * triton.cdiv(product.m, tile["BLOCK_M"]) * triton.cdiv(product.n, tile["BLOCK_N"])
         full = triton.cdiv(processors, programs)
         if {**rule, "SPLIT": 1} != {**tile, "SPLIT": 1}:
-            found.append(tile | {"SPLIT": min(full, _most_splits(product, tile))})
+            found.append(_split(product, tile, min(full, _most_splits(product, tile))))
     return [config for i, config in enumerate(found) if config not in found[:i]][:MOST]
+
+
+def _split(product: Product, config: Config, split: int) -> Config:
+    if "FOLD" not in config:
+        split = tile_rule.parts_with_blocks(triton.cdiv(product.k, config["BLOCK_K"]), split)
+    return config | {"SPLIT": split}
 
 
 def _most_splits(product: Product, config: Config) -> int:

@@ -161,7 +161,7 @@ def shared_bytes(config: dict[str, int], itemsize: int) -> int:
 
 TWO_PROGRAMS = {"maxnreg": 128}  # the registers of a thread that let a Hopper GPU's processor hold two of eight warps
 
-HALF = {"BLOCK_N": 128, "num_stages": 3}  # a tile of 128 x 256, where it may not be
+HALF = {"BLOCK_N": 128, "num_stages": 3}  # what a tile of 128 x 256 becomes where it spills
 
 
 def on_target(config: dict[str, Any], capability: int) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def _fold_kernel(
     column = tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     WEIGHT_STRIDE: tl.constexpr = KH * KW * TAP_STRIDE
-    if n_out == TAP_STRIDE:
+    if n_out == TAP_STRIDE:  # the same, so that the compiler sees columns one after the other
         weight_ptr += column
     else:
         weight_ptr += column // n_out * TAP_STRIDE + column % n_out

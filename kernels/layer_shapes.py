@@ -101,9 +101,8 @@ def _unet_256() -> list[Layer]:
 def _patchgan() -> list[Layer]:
     return [
         Layer("D1", False, _shape(64, 0, 6, 256), "bias lrelu"),
-        Layer(
-            "D2", False, _shape(128, 0, 64, 128), "stats", ("no norm lrelu", "gate lrelu")
-        ),  # with the bias's gradient, or not
+        # With the gradient of the bias before, or without
+        Layer("D2", False, _shape(128, 0, 64, 128), "stats", ("no norm lrelu", "gate lrelu")),
         Layer("D3", False, _shape(256, 0, 128, 64), "stats", ("norm lrelu",)),
         Layer("D4", False, _shape(512, 0, 256, 32, stride=1), "stats", ("norm lrelu",)),
         Layer("D5", False, _shape(1, 0, 512, 31, stride=1), "bias", ("norm lrelu",)),
@@ -121,10 +120,10 @@ def may_split(config: dict[str, int]) -> bool:
 def fitting(config: dict[str, int], epilogue: dict[str, int], *, transposed: bool) -> dict[str, int]:
     """A tile whose registers hold the epilogue too, and two programs of eight warps a processor where they can.
 
-    A norm or a transposed convolution makes tiles of 128 x 256 spill, and a dropout or a second gradient those of 128 x
-    128, by a kilobyte: they are halved. Those of 64 x 64 then have eight warps. A program alone on its processor leaves
-    it idle during its epilogue: on an H200 statistics made e2's forward pass of 64 images 2.5 times as long, by a tile
-    that lost its neighbour to them.
+    Tiles of 128 x 256 spill in conv_transpose, and on the way into a norm: they are halved. A dropout or a second
+    gradient makes those of 128 x 128 spill by a kilobyte: they are halved as well, and those of 64 x 64 have eight
+    warps there. A program alone on its processor leaves it idle during its epilogue: on an H200 statistics made e2's
+    forward pass of 64 images 2.5 times as long, by a tile that lost its neighbour to them.
 
     Args:
         epilogue: its compile-time arguments.

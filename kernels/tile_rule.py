@@ -70,6 +70,11 @@ def candidates(
     return [config for config in useful if shared_bytes(config, itemsize) <= shared_limit]
 
 
+def parts_with_blocks(blocks: int, split: int) -> int:
+    """Into how many parts a sum is split where `split` are asked for: programs beyond would find no blocks left."""
+    return int(triton.cdiv(blocks, triton.cdiv(blocks, split)))
+
+
 def capability_of(like: Tensor) -> int:
     """A tensor's GPU's: 90 for 9.0."""
     if not like.is_cuda:
@@ -156,7 +161,7 @@ def _choose_config(
             return 1
         blocks = triton.cdiv(k, config["BLOCK_K"])
         split = min(triton.cdiv(wanted, programs(config)), max(1, k // min(64, config["BLOCK_K"]) // LEAST_BLOCKS))
-        return int(triton.cdiv(blocks, triton.cdiv(blocks, split)))  # or some would find no blocks left
+        return parts_with_blocks(blocks, split)
 
     def cost(config: dict[str, int]) -> tuple[float, int]:
         rows, columns = config["BLOCK_M"], config["BLOCK_N"]
@@ -182,6 +187,7 @@ def _choose_config(
         )
         blocks = triton.cdiv(k, config["BLOCK_K"])
         split = min(triton.cdiv(2 * processors, programs(config)), MOST_SPLITS, max(1, blocks // LEAST_BLOCKS))
-        return config | {"SPLIT": max(split, triton.cdiv(blocks, LONGEST_LOOP))}
+        split = max(split, triton.cdiv(blocks, LONGEST_LOOP))
+        return config | {"SPLIT": parts_with_blocks(blocks, split)}
     config = min(tiles, key=cost)
     return config | {"SPLIT": splits(config)}

@@ -103,6 +103,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_transpose_cpu(
                 height, ", width ", width, ", expected what a convolution of stride ", stride, " takes to x ",
                 describe(x));
 
+  // The gradient of D's input takes a slice of the input channels; what follows wants dense taps
   const bool is_slice = pixel_stride(weight) > channels;
   if (is_slice) weight = torch::stable::contiguous(weight, MemoryFormat::ChannelsLast);
 

@@ -1,5 +1,5 @@
-// stack_pairs: every value is read once, A's twice from the cache, and written once, where PyTorch copies three times;
-// threads take pixels.
+// stack_pairs: every value is read once, A's twice, and written once, where PyTorch copies three times; threads take
+// pixels.
 #include "checks.h"
 #include "cpu/operators.h"
 #include "cpu/vector.h"
@@ -7,17 +7,18 @@
 namespace fastp2p {
 namespace {
 
-// Writes B beside A, for `count` pixels of `out`.
-template <typename T, typename B>
-void write(const T* A, int64_t A_stride, int64_t A_channels, const B* images, int64_t B_stride, int64_t B_channels,
-           int64_t count, T* __restrict out) {
-  for (int64_t i = 0; i < count; ++i, A += A_stride, images += B_stride) {
-    for (int64_t c = 0; c < A_channels; ++c) *out++ = A[c];
-    for (int64_t c = 0; c < B_channels; ++c) {
-      if constexpr (std::is_same_v<T, B>) {
-        *out++ = images[c];
+// Writes some images' pixels beside A's, rounded to A's type.
+template <typename T, typename U>
+void write(const Pixels& A, const Pixels& B, int64_t begin, int64_t end, T* __restrict out) {
+  const T* from_A = A.data<T>() + begin * A.stride;
+  const U* from_B = B.data<U>() + begin * B.stride;
+  for (int64_t i = begin; i < end; ++i, from_A += A.stride, from_B += B.stride) {
+    for (int64_t c = 0; c < A.channels; ++c) *out++ = from_A[c];
+    for (int64_t c = 0; c < B.channels; ++c) {
+      if constexpr (std::is_same_v<T, U>) {
+        *out++ = from_B[c];
       } else {
-        *out++ = narrow<T>(static_cast<Wide<T>>(widen(images[c])));
+        *out++ = narrow<T>(static_cast<Wide<T>>(widen(from_B[c])));
       }
     }
   }
@@ -42,8 +43,7 @@ Tensor stack_pairs_cpu(Tensor real_A, Tensor fake_B, Tensor real_B) {
         using U = decltype(B_element);
         T* const at = static_cast<T*>(out.data_ptr()) + begin * channels;
         torch::stable::parallel_for(0, A.count, std::max<int64_t>(1, GRAIN / channels), [&](int64_t from, int64_t to) {
-          write(A.data<T>() + from * A.stride, A.stride, A.channels, B.data<U>() + from * B.stride, B.stride,
-                B.channels, to - from, at + from * channels);
+          write<T, U>(A, B, from, to, at + from * channels);
         });
       });
     });

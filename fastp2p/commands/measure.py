@@ -150,7 +150,7 @@ class Workload:
     def _run_in_parts(self) -> None:
         with record_function(STEP):
             with part(AUGMENT):
-                images = self.crops.cut(self.device, self.step.A_dtype)
+                images = self.crops.cut(self.device, self.step.image_dtypes)
             self.step.train(images)
 
 

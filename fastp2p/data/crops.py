@@ -1,6 +1,8 @@
 """A batch of pairs yet to be cut out: which ones, and the jitter of each."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -32,13 +34,16 @@ class Crops:
         channels = {"A": self.input_nc, "B": self.pairs.shape[3] - self.input_nc}
         return {name: (n, self.crop_size, self.crop_size) for name, n in channels.items()}
 
-    def cut(self, device: torch.device | str, A_dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    def cut(
+        self, device: torch.device | str, dtypes: Mapping[str, torch.dtype] = MappingProxyType({})
+    ) -> dict[str, Tensor]:
         """Cut them out where the pairs are, and move them to the device.
 
         Returns:
-            A, B: (N, C, crop_size, crop_size) in [-1, 1], channels_last; A, the input, in A_dtype, and B in float32.
+            A, B: (N, C, crop_size, crop_size) in [-1, 1], channels_last; A, the input, of dtypes["A"], else float32, as
+                B always is.
         """
         # Without augment()'s checks: these draws fit by construction, and checking would wait for a GPU.
         cuts = (self.pairs, self.index, self.offset, self.flip, self.crop_size, self.input_nc)
-        A, B = torch.ops.fastp2p.augment(*cuts, A_dtype)
+        A, B = torch.ops.fastp2p.augment(*cuts, dtypes.get("A"))
         return {"A": A.to(device), "B": B.to(device)}

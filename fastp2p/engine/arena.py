@@ -86,8 +86,8 @@ class Arena:
         self.starts, size = _starts(self.parameters)
         self.weights_end = self.starts[len(weights)] if self.biases_and_norms else size
         self.param, self.exp_avg, self.exp_avg_sq = (torch.zeros(size, dtype=wide, device=device) for _ in range(3))
-        self.gathers = accumulates or reduce is not None or unscale is not None
-        self.grad = torch.zeros(size, dtype=wide, device=device) if self.gathers else None
+        gathers = accumulates or reduce is not None or unscale is not None
+        self.grad = torch.zeros(size, dtype=wide, device=device) if gathers else None
         self.grads = {} if self.grad is None else self._by_id(self._views(self.grad))
         self.brought: set[int] = set()  # whose gradients have come in this step, by id
         self.compute = torch.zeros(self.weights_end, dtype=dtype, device=device) if dtype != wide else None
@@ -104,8 +104,7 @@ class Arena:
         # Numbers of the step
         self.lr, self.lr_on_host = torch.zeros((), dtype=wide, device=device), 0.0
         self.betas = torch.tensor([self.beta1, self.beta2], dtype=torch.float64, device=device)
-        self.counts = Counts([self.steps], [self.betas])
-        self._take_counts(optimizer, self.counts, 0)
+        self._take_counts(optimizer, Counts([self.steps], [self.betas]), 0)
         self.counts_itself = True
         self.round_compute_weights()
         self.watch = Watch(nets, optimizer, self.parameters)
@@ -192,6 +191,11 @@ class Arena:
         self.watch.note()
 
     @property
+    def gathers(self) -> bool:
+        """Whether gradients are kept whole until the step's end."""
+        return self.grad is not None
+
+    @property
     def n_bytes(self) -> int:
         """Bytes of the flat buffers."""
         buffers = (self.param, self.exp_avg, self.exp_avg_sq, self.grad, self.compute)
@@ -204,11 +208,16 @@ class Arena:
 
     def begin(self) -> None:
         """Begin an Adam step, before its first gradient comes."""
+        if not self.gathers:
+            self._count()
+        self.brought.clear()
+        self.rest: dict[int, Tensor] = {}
+
+    def _count(self) -> None:
+        """Before the first update of a step: its number, and the powers that Adam takes of it."""
         if self.counts_itself:
             self.counts.advance(self)
         self.counts.wait()
-        self.brought.clear()
-        self.rest: dict[int, Tensor] = {}
 
     def take_weight_gradient(
         self, owner: object, layer: Layer, outer: Tensor, outer2: Tensor | None, inner: Tensor
@@ -267,6 +276,7 @@ class Arena:
                 f"engine: {len(late)} parameters have no gradient in this step, the first of them {paths[0]}; expected "
                 f"one for each{REFERENCE}"
             )
+        self._count()  # not before: a step that is refused does not count
         if self.reduce is not None:
             self.reduce(self.grad)
         unscale = None if self.unscale is None else self.unscale(self.grad)

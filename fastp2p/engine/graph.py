@@ -132,7 +132,7 @@ class GraphedStep:
         inputs = GraphInputs(like, self.device)
 
         def launch() -> LossValues:
-            return self.step.launch(inputs.crops.cut(self.device, self.step.A_dtype))
+            return self.step.launch(inputs.crops.cut(self.device, self.step.image_dtypes))
 
         return Recorded(inputs, Graphed(launch, stream=self.stream, pool=self.pool))
 

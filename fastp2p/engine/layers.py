@@ -97,9 +97,9 @@ class LayersStep:
         return next(iter(self.adams.values())).arena.param.device
 
     @property
-    def A_dtype(self) -> torch.dtype:
-        """The first convolution casts; what else a step may do with A it does in float32."""
-        return self.wide
+    def image_dtypes(self) -> dict[str, torch.dtype]:
+        """None: the first convolution casts, and what else a step may do with images it does in float32."""
+        return {}
 
     @property
     def arenas(self) -> dict[str, Arena]:

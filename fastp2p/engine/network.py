@@ -357,7 +357,8 @@ class FusedNetwork:
         if before is not None:
             activation, slope = before.activation, before.slope
             gate = None if activation == NONE else kept[first.node].y
-            # A norm's gate is z, before the activation; of y it has the sign, which is all that these ask for
+            # The operator takes a norm's gate before its activation. Of that ReLU and LeakyReLU ask for the sign, which
+            # their result has too; Tanh asks for more
             if totals is not None and before.trains_bias and activation != TANH:
                 gate, groups, norm = kept[first.node].y, 1, NormGate(*self.no_stats[before.out_channels])
         args = (self.arena.weight(layer), None, gate, layer.stride, layer.taps.padding)

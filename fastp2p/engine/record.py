@@ -5,6 +5,7 @@ that runs.
 """
 
 import copy
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -88,14 +89,10 @@ class Rehearsal:
 
     def batch(self, images: int) -> dict[str, Tensor]:
         """Images as crops are cut."""
-        dtypes = {"A": self.step.A_dtype}
+        dtypes = self.step.image_dtypes
+        empty = functools.partial(torch.empty, device=META, memory_format=torch.channels_last)
         return {
-            name: torch.empty(
-                (images, *shape),
-                dtype=dtypes.get(name, torch.float32),
-                device=META,
-                memory_format=torch.channels_last,
-            )
+            name: empty((images, *shape), dtype=dtypes.get(name, torch.float32))
             for name, shape in self.step.shapes.items()
         }
 
@@ -209,7 +206,7 @@ def rehearse(step: Step, images: int, watch: Watch | None = None) -> Recorder:
     with Recorder(names) as recorder, nullcontext() if watch is None else watch(recorder):
         if height == width:
             with part(AUGMENT):
-                batch = crops.cut(META, twin.A_dtype)
+                batch = crops.cut(META, twin.image_dtypes)
         else:
             batch = rehearsal.batch(images)
         twin.launch(batch)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from fastp2p.engine.counts import Counts
 from fastp2p.engine.network import FusedNetwork
-from fastp2p.nn.norm import SampleNorm2d
+from fastp2p.nn.norm import statistics_groups
 
 
 def share_counts(networks: Mapping[FusedNetwork, int], rng: Tensor) -> Counts:
@@ -22,10 +22,8 @@ def share_counts(networks: Mapping[FusedNetwork, int], rng: Tensor) -> Counts:
     for network, passes in networks.items():
         for norm in network.batch_norms:
             step, image = gains.get(norm, (0, 0))
-            each_image = isinstance(norm, SampleNorm2d)
-            gains[norm] = (step, image + passes) if each_image else (step + passes, image)
-    norms = [(norm, norm.num_batches_tracked) for norm in gains]
-    counters = {norm: counter for norm, counter in norms if counter is not None}
+            gains[norm] = step + statistics_groups(norm, 0, passes), image + passes * statistics_groups(norm, 1, 0)
+    counters = {norm: norm.num_batches_tracked for norm in gains if norm.num_batches_tracked is not None}
     arenas = [network.arena for network in networks]
     counts = Counts(
         [arena.steps for arena in arenas],

@@ -37,8 +37,8 @@ class Step(Protocol):
         """What the step multiplies in."""
 
     @property
-    def A_dtype(self) -> torch.dtype:
-        """What the step reads image A in; any other floating dtype is cast first. B comes in float32."""
+    def image_dtypes(self) -> Mapping[str, torch.dtype]:
+        """What the step reads images in, by name, where that is not float32; any other floating dtype is cast first."""
 
     def prepare(self) -> None:
         """Before `launch`, and on the host: take over learning rates, and parameters changed in between.

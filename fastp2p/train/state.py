@@ -65,7 +65,7 @@ class TrainState:
         step = self.engine_step(config)
         if self.device.type == "cuda":
             return GraphedStep(step)
-        return lambda crops: step.train(crops.cut(self.device, step.A_dtype))
+        return lambda crops: step.train(crops.cut(self.device, step.image_dtypes))
 
     def engine_step(self, config: ResolvedConfig) -> Step:
         """The step of config.engine, which is not the reference, made at the first call."""

@@ -73,7 +73,7 @@ class MetaStep(Rehearsal):
     def launch_augment(self, images: int, height: int, width: int) -> None:
         """What cuts a batch out of pairs of this size, as a graph does."""
         with torch._C._AutoDispatchBelowAutograd(), _Launches(self.serves, by_rule):
-            self.crops(images, height, width).cut(META, self.step.A_dtype)
+            self.crops(images, height, width).cut(META, self.step.image_dtypes)
 
 
 def launch_tuner(operations: Sequence[Operation]) -> None:

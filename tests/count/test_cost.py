@@ -54,7 +54,7 @@ def run(step: FusedStep, n: int) -> Calls:
     crops = Crops(pairs, index, offset, torch.ones(n, dtype=torch.bool, device=device), side, step.channels[0])
     with Calls() as calls:
         with part("augment"):
-            real_A, real_B = crops.cut(device, step.A_dtype).values()
+            real_A, real_B = crops.cut(device, step.image_dtypes).values()
         step(real_A, real_B)
     return calls
 

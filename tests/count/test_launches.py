@@ -176,7 +176,7 @@ def test_a_kernel_that_tells_nothing_is_found(step: FusedStep, monkeypatch: pyte
 class TwoBranches:
     """A step that adds on the main chain and on two branches."""
 
-    dtype = A_dtype = torch.float32
+    dtype, image_dtypes = torch.float32, dict[str, torch.dtype]()
 
     def __init__(self) -> None:
         self.networks, self.arenas = {"net": self}, dict[str, Any]()

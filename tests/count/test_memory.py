@@ -115,7 +115,7 @@ class Chain:
     """A step whose memory can be counted on fingers; A and B are of 12 bytes a pixel each."""
 
     shapes, networks = dict.fromkeys("AB", (3, 4, 4)), dict[str, Any]()
-    dtype = A_dtype = torch.float32
+    dtype, image_dtypes = torch.float32, dict[str, torch.dtype]()
     arenas = networks
 
     def on_meta(self) -> "Chain":

@@ -223,6 +223,7 @@ def test_a_parameter_without_a_gradient_is_refused():
     net[0](torch.ones(1, 3, 2, 2)).sum().backward()
     with pytest.raises(InputError, match=r"2 parameters have no gradient in this step, the first of them 1\.weight"):
         adam.step()
+    assert {float(state["step"]) for state in adam.state.values()} == {0.0}  # it counts no step
 
 
 def test_autocast_on_meta_is_ended_by_an_error():

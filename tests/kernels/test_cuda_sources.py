@@ -116,8 +116,8 @@ def instructions(cubin: Path) -> dict[str, str]:
         ("adam.cu", {"adam_kernelIffN3c108BFloat16ELi4": (4, 3, 1), "adam_kernelIffN3c104HalfELi4": (4, 3, 1)}),
         # The same of gradients in half the bytes, which come in by 64 bits
         ("adam.cu", {"adam_kernelIfN3c108BFloat16ES3_Li4": (3, 3, 1), "adam_kernelIfN3c104HalfES3_Li4": (3, 3, 1)}),
-        # Bytes in, four values out
-        ("augment.cu", {"augment_kernelIfLi4": (0, 1, 0), "augment_kernelIN3c108BFloat16ELi4": (0, 0, 1)}),
+        # Bytes in, four values of A or of B out
+        ("augment.cu", {"augment_kernelIfLi4": (0, 2, 0), "augment_kernelIN3c108BFloat16ELi4": (0, 1, 1)}),
     ],
 )
 def test_accesses_are_wide(source: str, wide: dict[str, tuple[int, int, int]], tmp_path: Path):

@@ -7,6 +7,7 @@ import torch
 import triton
 
 from fastp2p.kernels import tile_rule
+from fastp2p.kernels.candidates import candidates, product_of
 
 LIKE = torch.empty(0, dtype=torch.bfloat16)
 
@@ -43,8 +44,23 @@ def test_every_split_has_blocks():
         whole = draw.choice([128, 64, 0])
         k = draw.randint(1, 80) * (whole or draw.choice([48, 96]))
         config = tile_rule.choose_config(m, n, k, LIKE, whole=whole, products=draw.choice([1, 2, 4]))
-        blocks = triton.cdiv(k, config["BLOCK_K"])
-        assert (config["SPLIT"] - 1) * triton.cdiv(blocks, config["SPLIT"]) < blocks, (m, n, k, config)
+        assert_no_idle_part(k, config)
+        assert_no_idle_part(k, tile_rule.choose_config(m, n, k, LIKE, whole=min(whole, 64), always_splits=True))
+
+
+def test_every_split_that_the_tuner_tries_has_blocks():
+    for m, n, side in ((512, 512, 4), (512, 512, 8), (128, 64, 128)):
+        x, weight = (
+            torch.empty(*shape, dtype=torch.bfloat16, device="meta") for shape in ((1, n, side, side), (m, n, 4, 4))
+        )
+        product = product_of("conv", (x, weight, None, None, 2, 1, 0, 0.0, 1))
+        for config in candidates(product):
+            assert_no_idle_part(product.k, config)
+
+
+def assert_no_idle_part(k: int, config: dict[str, int]) -> None:
+    blocks = triton.cdiv(k, config["BLOCK_K"])
+    assert (config["SPLIT"] - 1) * triton.cdiv(blocks, config["SPLIT"]) < blocks, (k, config)
 
 
 def test_a_skinny_deep_product_has_two_programs_a_processor():
@@ -74,13 +90,14 @@ def test_the_largest_tile_is_the_tuner_s_alone():
 
 
 def test_the_tuner_tries_it_where_it_may():
-    from fastp2p.kernels.candidates import candidates, product_of
-
     x, weight = (
         torch.empty(*shape, dtype=torch.bfloat16, device="meta") for shape in ((8, 256, 32, 32), (512, 256, 4, 4))
     )
     tiles = candidates(product_of("conv", (x, weight, None, None, 1, 1, 0, 0.0, 2)))
     assert any(tile["BLOCK_N"] == 256 for tile in tiles)
+    bias = torch.empty(512, device="meta")
+    tiles = candidates(product_of("conv", (x, weight, bias, None, 1, 1, 0, 0.0, 2)))
+    assert all(tile["BLOCK_N"] < 256 for tile in tiles)  # a bias and statistics take the registers
     y = torch.empty(8, 512, 31, 31, dtype=torch.bfloat16, device="meta")
     tiles = candidates(product_of("conv_transpose", (y, None, weight, None, None, 1, 1, 32, 32, 0, 0.0, 0)))
     assert all(tile["BLOCK_N"] < 256 for tile in tiles)

@@ -215,9 +215,9 @@ class FusedStep:
         return losses
 
     @property
-    def A_dtype(self) -> torch.dtype:
-        """What both networks read A in; fake_B is compared with B in float32."""
-        return self.dtype
+    def image_dtypes(self) -> dict[str, torch.dtype]:
+        """Both networks read A in the dtype of computing; fake_B is compared with B in float32."""
+        return {"A": self.dtype}
 
     @property
     def shapes(self) -> dict[str, tuple[int, int, int]]:
