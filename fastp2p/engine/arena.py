@@ -143,13 +143,15 @@ class Arena:
             counts: made of this arena's steps and betas, and of others'.
             number: which of them are this arena's.
         """
+        self.watch.check()  # another arena may have taken a parameter since
         optimizer = self.watch.optimizer
         self._take_counts(optimizer, counts, number)
         self.counts_itself = False
         self.watch = Watch(self.nets, optimizer, self.parameters)
 
     def _take_counts(self, optimizer: torch.optim.Adam, counts: Counts, number: int) -> None:
-        self.counts, self.steps, self.powers = counts, counts.steps[number], counts.powers[number]
+        self.counts, self.number = counts, number
+        self.steps, self.powers = counts.steps[number], counts.powers[number]
         for parameter, step in zip(self.parameters, self.steps, strict=True):
             optimizer.state[parameter]["step"] = step
 
@@ -268,6 +270,7 @@ class Arena:
             known = {**self.no_gradient, **self.rest}
             if self.biases_and_norms:
                 self._adam(rest, torch.cat([known[id(p)] for p in self.biases_and_norms]))
+            self.counts.keep(self.number)
             return
         late = [p for p in self.parameters if id(p) not in self.brought and id(p) not in self.no_gradient]
         if late:
@@ -286,6 +289,7 @@ class Arena:
             self._adam(rest, self.grad[rest], None, unscale)
         if unscale is not None:
             self.steps.add_(unscale.sign() - 1)  # a step that is skipped does not count
+        self.counts.keep(self.number)
 
     def _adam(self, part: slice, grad: Tensor, compute: Tensor | None = None, unscale: Tensor | None = None) -> None:
         about(self, None, "Adam of the rest" if part.start else "Adam")

@@ -41,6 +41,8 @@ class Counts:
         self.steps, self.powers = self._steps.split(lengths), self._powers.unbind()
         self.counters = torch.stack(list(counters)) if counters else self._firsts.new_empty(0)
         self.branch, self.awaited = Branch(device), False
+        self._unfinished: set[int] = set()  # whose Adam has not ended this step
+        self._images = 0
 
     def advance(self, owner: object = None, images: int = 0) -> None:
         """Count a step of so many images. Who reads a number calls `wait` before."""
@@ -49,7 +51,22 @@ class Counts:
             operators.advance(
                 *(self._steps, self._powers, self._betas, self._firsts, self.counters, self._increments, images)
             )
-        self.awaited = True
+        self.awaited, self._images = True, images
+        self._unfinished = set(range(len(self.steps)))
+
+    def keep(self, number: int) -> None:
+        """One Adam has ended its step."""
+        self._unfinished.discard(number)
+
+    def take_back(self) -> None:
+        """A step was given up: what it had counted counts no more, but for the Adams that have ended theirs."""
+        if not self._unfinished or (self.counters.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return  # a step that was captured did not run
+        self.wait()
+        for number in self._unfinished:
+            self.steps[number].sub_(1)
+        self.counters.sub_(self._increments[0] + self._images * self._increments[1])
+        self._unfinished = set()
 
     def wait(self) -> None:
         """What is launched from here on reads the numbers of this step."""

@@ -18,21 +18,26 @@ def share_counts(networks: Mapping[FusedNetwork, int], rng: Tensor) -> Counts:
         networks: each with an arena of its own -> the batches that it sees in a step, each of the step's images.
         rng: (2,) int64, (seed, step) of the step before the first.
     """
-    gains: dict[nn.BatchNorm2d, tuple[int, int]] = {}
+    norms: dict[Tensor, list[nn.BatchNorm2d]] = {}  # by their counter, which several may share
+    gains: dict[Tensor, tuple[int, int]] = {}
     for network, passes in networks.items():
         for norm in network.batch_norms:
-            step, image = gains.get(norm, (0, 0))
-            gains[norm] = step + statistics_groups(norm, 0, passes), image + passes * statistics_groups(norm, 1, 0)
-    counters = {norm: norm.num_batches_tracked for norm in gains if norm.num_batches_tracked is not None}
+            counter = norm.num_batches_tracked
+            if counter is not None:
+                step, image = gains.get(counter, (0, 0))
+                step, image = step + statistics_groups(norm, 0, passes), image + passes * statistics_groups(norm, 1, 0)
+                norms.setdefault(counter, []).append(norm)
+                gains[counter] = step, image
     arenas = [network.arena for network in networks]
     counts = Counts(
         [arena.steps for arena in arenas],
         [arena.betas for arena in arenas],
-        [*rng, *counters.values()],
-        [(0, 0), (1, 0), *(gains[norm] for norm in counters)],
+        [*rng, *norms],
+        [(0, 0), (1, 0), *gains.values()],
     )
-    for norm, counter in zip(counters, counts.counters[2:], strict=True):
-        norm.num_batches_tracked = counter
+    for sharing, counter in zip(norms.values(), counts.counters[2:], strict=True):
+        for norm in sharing:
+            norm.num_batches_tracked = counter
     for number, network in enumerate(networks):
         network.arena.share_counts(counts, number)
         network.counts, network.rng = counts, counts.counters[:2]

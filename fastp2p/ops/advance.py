@@ -62,7 +62,7 @@ def advance(
     Raises:
         InputError: on shapes, dtypes or devices that do not fit.
     """
-    a, k = powers.shape[0], counters.numel()
+    a, k = powers.numel() // 2, counters.numel()
     expected = {
         "steps": (steps, (steps.numel(),), torch.float32),
         "powers": (powers, (a, 2), torch.float64),

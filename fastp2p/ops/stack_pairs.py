@@ -8,6 +8,8 @@ from fastp2p.ops import library
 from fastp2p.ops.library import check_devices, describe
 from fastp2p.ops.operands import Work
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 def stack_pairs_ref(real_A: Tensor, fake_B: Tensor, real_B: Tensor) -> Tensor:
     """The specification of `stack_pairs`."""
@@ -40,8 +42,8 @@ def stack_pairs(real_A: Tensor, fake_B: Tensor, real_B: Tensor) -> Tensor:
     So one pass of a conditional discriminator sees both (Isola et al., section 3.1). Has no gradient.
 
     Args:
-        real_A: (N, C, H, W), floating.
-        fake_B, real_B: (N, C', H, W), floating, any dtype; they are rounded to real_A's.
+        real_A: (N, C, H, W) of float32, bfloat16, float16 or float64.
+        fake_B, real_B: (N, C', H, W), each of any of these; they are rounded to real_A's.
 
     Returns:
         (2 N, C + C', H, W) of real_A's dtype, channels_last.
@@ -50,12 +52,12 @@ def stack_pairs(real_A: Tensor, fake_B: Tensor, real_B: Tensor) -> Tensor:
         InputError: on shapes, dtypes or devices that do not fit.
     """
     images = (real_A, fake_B, real_B)
-    fit = all(x.ndim == 4 and x.is_floating_point() and x.numel() > 0 for x in images)
+    fit = all(x.ndim == 4 and x.dtype in DTYPES and x.numel() > 0 for x in images)
     fit = fit and fake_B.shape == real_B.shape == (len(real_A), real_B.shape[1], *real_A.shape[2:])
     if not fit:
         raise InputError(
-            f"stack_pairs: got {', '.join(map(describe, images))}; expected floating real_A (N, C, H, W) and fake_B, "
-            "real_B (N, C', H, W), not empty"
+            f"stack_pairs: got {', '.join(map(describe, images))}; expected real_A (N, C, H, W) and fake_B, "
+            "real_B (N, C', H, W) of float32, bfloat16, float16 or float64, not empty"
         )
     check_devices("stack_pairs", *images)
     pairs: Tensor = torch.ops.fastp2p.stack_pairs(*images)

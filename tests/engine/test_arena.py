@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from helpers.nets import Trained, batches, small_nets
+from torch import nn
 
 from fastp2p.errors import InputError
 from fastp2p.nn.norm import take_statistics_of_samples
@@ -255,6 +256,55 @@ def test_counts_are_loaded_and_copied():
     step(*batch)
     assert nets.netG.state_dict()[name] == 8
     assert {int(norm.num_batches_tracked) for norm in step.netD.batch_norms} == {9}
+
+
+def test_a_parameter_of_both_networks_is_refused():
+    """Each arena would move it into its own buffer, and G's would train what nobody reads."""
+    norm = [nn.BatchNorm2d(4) for _ in range(2)]
+    norm[1].bias = norm[0].bias
+    G = nn.Sequential(nn.Conv2d(3, 4, 3, 1, 1), norm[0], nn.ReLU(), nn.Conv2d(4, 3, 3, 1, 1), nn.Tanh()).double()
+    D = nn.Sequential(nn.Conv2d(6, 4, 3, 1, 1), norm[1], nn.LeakyReLU(0.2), nn.Conv2d(4, 1, 3, 1, 1)).double()
+    norm[1].bias = norm[0].bias
+    with pytest.raises(InputError, match="were replaced since this step was made"):
+        Trained(G, D).fused(SIZE, F64)
+
+
+def test_a_step_that_is_given_up_counts_nothing():
+    """An exception of `reduce` in D's backward pass, caught; then the same bits as without it."""
+    raises = [True]
+
+    def reduce(gradients: torch.Tensor) -> None:
+        if raises.pop() if raises else False:
+            raise MemoryError("once")
+
+    nets = small_nets(levels=4, dropout="paper", norm="instance")
+    twin = nets.twin()
+    step, other = nets.fused(SIZE, F64, reduce=reduce), twin.fused(SIZE, F64, reduce=lambda gradients: None)
+    data = list(batches(1, SIZE, F64, steps=2))
+    with pytest.raises(MemoryError):
+        step(*data[0])
+    for batch in data:
+        assert torch.equal(torch.stack(step(*batch)), torch.stack(other(*batch)))
+    assert torch.equal(step.rng, other.rng)
+    for optimizer in nets.optimizers:
+        assert {float(state["step"]) for state in optimizer.state.values()} == {2.0}
+
+
+def test_norms_may_share_a_counter():
+    nets = small_nets(levels=4)
+    first, second, *_ = [m for m in nets.netG.modules() if isinstance(m, nn.BatchNorm2d)]
+    second.num_batches_tracked = first.num_batches_tracked
+    step = nets.fused(SIZE, F64)
+    step(*next(batches(1, SIZE, F64)))
+    assert first.num_batches_tracked is second.num_batches_tracked
+    assert first.num_batches_tracked == 2
+
+
+def test_a_step_that_is_no_whole_number_is_refused():
+    nets = small_nets(levels=3)
+    with pytest.raises(InputError, match=r"got seed 0 and step 2\.0, expected whole numbers"):
+        nets.fused(SIZE, F64, step=2.0)
+    nets.fused(SIZE, F64, step=2)(*next(batches(1, SIZE, F64)))
 
 
 def test_unequal_steps_are_refused():

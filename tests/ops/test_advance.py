@@ -75,6 +75,7 @@ def test_views_of_larger_buffers_are_all_that_changes():
     [
         (0, torch.zeros(10, dtype=F64), r"got steps \(10,\) float64 .*, expected contiguous \(10,\) float32"),
         (1, torch.zeros(2, 3, dtype=F64), r"got powers \(2, 3\)"),
+        (1, torch.zeros((), dtype=F64), r"got powers \(\)"),
         (2, torch.zeros(1, 2, dtype=F64), r"got betas \(1, 2\) .*, expected contiguous \(2, 2\) float64"),
         (3, torch.zeros(2), r"got firsts \(2,\) float32 .*, expected contiguous \(2,\) int64"),
         (

@@ -84,7 +84,7 @@ class FusedStep:
             engine does not compute (the text names the module); on shared or frozen parameters, networks that do not
             fit each other or are too deep for the size. On an optimizer that is not Adam itself, over exactly one
             network's parameters in one group; on its hooks, other options than lr, betas and eps, or states of unequal
-            steps. On another dtype to compute in.
+            steps. On another dtype to compute in; on a seed or step that is no whole number.
     """
 
     def __init__(
@@ -116,6 +116,8 @@ class FusedStep:
         self.gan_mode, self.objective = gan_mode, OBJECTIVES[gan_mode]
         self.reduce = reduce
         device = next(netG.parameters()).device
+        if not isinstance(seed, int) or not isinstance(step, int):
+            raise InputError(f"engine: got seed {seed!r} and step {step!r}, expected whole numbers")
         rng = torch.tensor([seed, step - 1], device=device)  # a step counts itself first
         self.loss_scale: LossScale | None = None
         if dtype == torch.float16:
@@ -254,7 +256,11 @@ class FusedStep:
         has_autocast = torch.amp.is_autocast_available(device_type)  # the meta device has none
         autocast = torch.autocast(device_type, enabled=False) if has_autocast else nullcontext()
         with torch._C._AutoDispatchBelowAutograd(), autocast:
-            return self._step(batch["A"], batch["B"])._asdict()
+            try:
+                return self._step(batch["A"], batch["B"])._asdict()
+            except BaseException:  # such as one of `reduce`'s, or want of memory: the caller may go on
+                self.counts.take_back()
+                raise
 
     def _step(self, real_A: Tensor, real_B: Tensor) -> Losses[Tensor]:
         """Isola et al., section 3.3 and equation 4, in upstream's order."""
