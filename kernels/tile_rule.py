@@ -108,8 +108,9 @@ def choose_config(
 
 # By a tile's rows and columns: how long its loop issues other instructions, in the time of its products. The numbers
 # are compile-check's issue / matrix for sm_90 in bfloat16: medians over conv's tiles whose blocks have one tap each.
-# The largest tile has 0.7 there, so its products bind, and it counts as 1. The tile (16, 32) has 4.0, but two programs
-# of it on a processor took 0.84 of the time of (16, 64) on an H200 (e7 at batch 1, epilogues.json of 2026-11-28).
+# The largest tile has 0.7 there, so its products bind, and it counts as 1. The tile (16, 32) has 4.0 and counts as
+# less: two such programs on a processor took 0.84 of the time of (16, 64) on an H200 (e7 at batch 1, epilogues.json of
+# 2026-11-28).
 EFFORT = {
     (128, 128): 1.0,
     (128, 64): 1.3,
